@@ -1,0 +1,4 @@
+//! `coordinator`: the command line, the control plane, repositories and datasets. No torch.
+#![forbid(unsafe_code)]
+
+fn main() {}

@@ -1,0 +1,71 @@
+//! The checkpoint directory: one safetensors file per rank and `manifest.json`.
+//!
+//! A checkpoint is written to `step-NNNNNNNN.incomplete` and renamed: it exists wholly or not
+//! at all. Each rank file holds, for every unit of the [`crate::shard_plan::ShardPlan`],
+//! `<unit>.weight`, `<unit>.exp_avg` and `<unit>.exp_avg_sq`: this rank's fp32 elements.
+
+use serde::{Deserialize, Serialize};
+
+use crate::shard_plan::ShardPlan;
+
+/// Version of [`Manifest`] that this build writes.
+pub const MANIFEST_VERSION: u32 = 1;
+/// File name of the manifest.
+pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// Everything a resume needs besides the shards themselves.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// [`MANIFEST_VERSION`].
+    pub version: u32,
+    /// Program and version that wrote it.
+    pub written_by: String,
+    /// Optimizer updates done.
+    pub step: u64,
+    /// The layout of the rank files.
+    pub shard_plan: ShardPlan,
+    /// One entry per rank, in rank order.
+    pub files: Vec<RankFile>,
+    /// Position in the data: batches are a pure function of these and the step.
+    pub data: DataPosition,
+    /// Seed of dropout; with the step, this is the whole random state.
+    pub seed: u64,
+    /// Loss of the last step, for people.
+    pub loss: f64,
+}
+
+/// One rank's file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RankFile {
+    /// File name inside the checkpoint directory.
+    pub file: String,
+    /// Size of the file.
+    pub bytes: u64,
+    /// SHA-256 of the file, hex.
+    pub sha256: String,
+}
+
+/// Where in the data the next step begins.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataPosition {
+    /// [`crate::dataset::Manifest::digest`] of the dataset trained on.
+    pub dataset_digest: String,
+    /// SHA-256 of the tokenizer file, hex.
+    pub tokenizer_digest: String,
+    /// Sequences consumed since the beginning of the job.
+    pub sequences: u64,
+}
+
+/// Directory name of the checkpoint after `step` updates.
+pub fn dir_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// The step of a checkpoint directory's name; `None` for anything else.
+pub fn step_of_dir_name(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("step-")?;
+    (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+}

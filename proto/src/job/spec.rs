@@ -1,0 +1,310 @@
+//! What is true of a job, after defaults, overrides and checks. Everything downstream of
+//! the job file takes these types; they travel to the ranks as JSON.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A whole job. A stage that is absent was not asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct JobSpec {
+    /// Name of the job, unique on a control plane.
+    pub name: String,
+    /// Directory that holds everything the job makes (absolute).
+    pub output: PathBuf,
+    /// Where the files to learn from come from.
+    pub dataset: DatasetSpec,
+    /// Where the tokenizer comes from.
+    pub tokenizer: TokenizerSpec,
+    /// Where the weights come from.
+    pub model: ModelSpec,
+    /// How files become batches.
+    pub data: DataSpec,
+    /// How batches become weights.
+    pub train: TrainSpec,
+    /// How weights leave.
+    pub export: ExportSpec,
+    /// Where ranks run.
+    pub workers: WorkersSpec,
+}
+
+/// Repositories to collect, or a dataset that exists.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DatasetSpec {
+    /// A directory written by `coordinator collect`.
+    Existing(PathBuf),
+    /// Collect into `<output>/dataset`.
+    Collect(CollectSpec),
+}
+
+/// What `coordinator collect` does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CollectSpec {
+    /// Repositories, in the order given.
+    pub sources: Vec<SourceSpec>,
+    /// Which files are kept.
+    pub filters: FilterSpec,
+    /// What becomes of notebooks.
+    pub notebooks: NotebookMode,
+    /// Segment format.
+    pub format: SegmentFormat,
+    /// Share of files held out for evaluation, 0 to 0.5; at least one file when above 0.
+    pub validation_fraction: f64,
+    /// Seed of the split.
+    pub split_seed: u64,
+    /// Repositories fetched at once.
+    pub parallel_fetches: u32,
+}
+
+/// One repository.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceSpec {
+    /// `https://`, `ssh://`, `git@host:org/repo`, `file://` or a local path (absolute after resolution).
+    pub location: String,
+    /// Branch, tag or commit; the remote's HEAD when absent.
+    pub revision: Option<String>,
+}
+
+/// Which files are kept; see `docs/collect.md` for the defaults and their reasons.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilterSpec {
+    /// Extensions that drop a file: no dot, lower case; compared with the text after the last dot.
+    pub exclude_extensions: Vec<String>,
+    /// Path components that drop a file when one equals the entry.
+    pub exclude_path_parts: Vec<String>,
+    /// Files above this size are dropped.
+    pub max_file_bytes: u64,
+}
+
+/// What becomes of `.ipynb` files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NotebookMode {
+    /// Code cells, joined by a blank line.
+    CodeCells,
+    /// Dropped.
+    Skip,
+}
+
+/// On-disk form of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SegmentFormat {
+    /// Arrow IPC file (Feather v2) with zstd, named `.arrow`.
+    Arrow,
+    /// Parquet with zstd.
+    Parquet,
+}
+
+/// Where the tokenizer comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenizerSpec {
+    /// A `tokenizer.json`, or a directory that holds one.
+    Existing(PathBuf),
+    /// Train one on the dataset into `<output>/tokenizer`.
+    Train {
+        /// Size of the vocabulary, special tokens included.
+        vocab_size: u32,
+    },
+    /// The one beside the model's weights.
+    FromModel,
+}
+
+/// Where the weights come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelSpec {
+    /// A Hugging Face model directory.
+    Existing(PathBuf),
+    /// Random weights into `<output>/model`.
+    Init {
+        /// Name of a preset, see [`crate::model::PRESETS`].
+        preset: String,
+        /// Seed of the weights.
+        seed: u64,
+    },
+}
+
+/// How files become batches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DataSpec {
+    /// Tokens of one sequence (input; the target is shifted by one).
+    pub sequence_tokens: u32,
+    /// Probability that a document (or window) is rearranged for infilling, 0 to 1.
+    pub fim_rate: f64,
+    /// Of those, the share in suffix-prefix-middle order, 0 to 1.
+    pub fim_spm_rate: f64,
+    /// Before packing (as the original) or per window.
+    pub fim_level: FimLevel,
+    /// How documents are cut into sequences.
+    pub packing: Packing,
+    /// Seed of order and FIM.
+    pub seed: u64,
+}
+
+/// Where the fill-in-the-middle transform is applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FimLevel {
+    /// On whole documents, before packing.
+    Document,
+    /// On each document part inside a packed window, so that no infill is cut apart.
+    Window,
+}
+
+/// How documents are cut into sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// One stream over all documents; nothing is dropped; new order each epoch; O(1) seek.
+    Continuous,
+    /// The original's buffers, dropped tails and repeated random stream, token for token.
+    SeedCompatible,
+}
+
+/// How batches become weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainSpec {
+    /// Number of ranks.
+    pub ranks: u32,
+    /// Where ranks compute.
+    pub device: DeviceKind,
+    /// Dtype of the forward and backward pass; master weights and reductions are fp32.
+    pub precision: Precision,
+    /// Optimizer updates.
+    pub steps: u64,
+    /// Sequences of one rank's forward pass.
+    pub micro_batch_sequences: u32,
+    /// Micro-batches of one step.
+    pub accumulate_micro_batches: u32,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Shape of the learning rate after warm-up.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up from 0.
+    pub warmup_steps: u64,
+    /// Decoupled weight decay; biases and norms are exempt.
+    pub weight_decay: f64,
+    /// AdamW beta1 and beta2.
+    pub betas: (f64, f64),
+    /// AdamW epsilon.
+    pub epsilon: f64,
+    /// Clip at this global norm; 0 turns clipping off.
+    pub max_grad_norm: f64,
+    /// Replaces all dropout probabilities of the model's config.
+    pub dropout: Option<f64>,
+    /// Recompute each block in the backward pass instead of keeping its activations.
+    pub recompute: bool,
+    /// Seed of dropout.
+    pub seed: u64,
+    /// Log every so many steps.
+    pub log_every_steps: u64,
+    /// Evaluate every so many steps; 0 never, else also after the last.
+    pub eval_every_steps: u64,
+    /// At most so many sequences of the validation split.
+    pub eval_sequences: u32,
+    /// Save every so many steps (and at the end); 0 only at the end.
+    pub checkpoint_every_steps: u64,
+    /// Checkpoints kept.
+    pub keep_checkpoints: u32,
+}
+
+/// Where ranks compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// GPU where the worker has one, else CPU.
+    Auto,
+    /// CPU.
+    Cpu,
+    /// GPU or an error.
+    Cuda,
+}
+
+/// Dtype of the forward and backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit.
+    Fp32,
+    /// 16-bit brain float.
+    Bf16,
+}
+
+/// Shape of the learning rate after warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Half a cosine down to 0 at the last step.
+    Cosine,
+    /// Straight down to 0 at the last step.
+    Linear,
+    /// No decay.
+    Constant,
+}
+
+/// How weights leave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportSpec {
+    /// Write `<output>/export` after training.
+    pub enabled: bool,
+    /// Dtype of the exported weights.
+    pub dtype: Precision,
+}
+
+/// Where ranks run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkersSpec {
+    /// A running control plane (`http://host:port`); embedded when absent.
+    pub coordinator: Option<String>,
+    /// Slots of an embedded local worker; one per GPU, or `train.ranks` on CPU, when absent.
+    pub slots: Option<u32>,
+    /// Torch threads of each CPU rank; cores / ranks when absent.
+    pub threads_per_rank: Option<u32>,
+}
+
+impl JobSpec {
+    /// `<output>/dataset`, or the existing one.
+    pub fn dataset_dir(&self) -> PathBuf {
+        match &self.dataset {
+            DatasetSpec::Existing(dir) => dir.clone(),
+            DatasetSpec::Collect(_) => self.output.join("dataset"),
+        }
+    }
+
+    /// Directory of the tokenizer (holds `tokenizer.json`).
+    pub fn tokenizer_dir(&self) -> PathBuf {
+        match &self.tokenizer {
+            TokenizerSpec::Existing(path) => path.clone(),
+            TokenizerSpec::Train { .. } => self.output.join("tokenizer"),
+            TokenizerSpec::FromModel => self.model_dir(),
+        }
+    }
+
+    /// Directory of the initial weights in Hugging Face layout.
+    pub fn model_dir(&self) -> PathBuf {
+        match &self.model {
+            ModelSpec::Existing(dir) => dir.clone(),
+            ModelSpec::Init { .. } => self.output.join("model"),
+        }
+    }
+
+    /// Directory of checkpoints, one `step-NNNNNNNN` each.
+    pub fn checkpoints_dir(&self) -> PathBuf {
+        self.output.join("checkpoints")
+    }
+
+    /// Directory of the exported model.
+    pub fn export_dir(&self) -> PathBuf {
+        self.output.join("export")
+    }
+
+    /// Sequences of one step, over all ranks.
+    pub fn step_sequences(&self) -> u64 {
+        u64::from(self.train.ranks)
+            * u64::from(self.train.micro_batch_sequences)
+            * u64::from(self.train.accumulate_micro_batches)
+    }
+}

@@ -1,0 +1,35 @@
+//! What two Tunefleet processes must agree on: on the wire (gRPC) and on disk
+//! (job file, dataset, checkpoint). No IO beyond encode and decode, no torch.
+//!
+//! The modules stand in the order in which data flows through the product.
+#![forbid(unsafe_code)]
+
+/// The checkpoint directory and its manifest.
+pub mod checkpoint;
+/// The dataset directory: segments and their manifest.
+pub mod dataset;
+/// Identity and position: job, attempt, rank, step.
+pub mod ids;
+/// The job file: what the user wrote, and the [`job::JobSpec`] that follows from it.
+pub mod job;
+/// Model shapes, read from a Hugging Face `config.json`.
+pub mod model;
+/// Who holds which elements of which parameter.
+pub mod shard_plan;
+
+use sha2::{Digest, Sha256};
+
+/// SHA-256 of `bytes` in lower-case hex.
+pub fn digest_hex(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// Lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut out = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        let _ = write!(out, "{byte:02x}");
+    }
+    out
+}

@@ -1,0 +1,12 @@
+//! The `worker` program's library: tokens, batches, blocks, shards, checkpoint, completion.
+//!
+//! The modules stand in the order in which data flows through a rank; the last ones are the
+//! processes that host it.
+#![forbid(unsafe_code)]
+
+/// Collectives between ranks.
+pub mod comm;
+/// Dataset segments -> documents -> tokens -> sequences.
+pub mod data;
+/// The training loop of one rank.
+pub mod train;
