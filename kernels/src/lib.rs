@@ -1,1 +1,43 @@
-//! x
+//! What tch lacks, behind safe functions: the only room of the project with `unsafe`.
+//!
+//! `sys/` is the C ABI and its C++; each module here checks what the C side requires, calls it,
+//! and turns its status into [`Error`].
+
+/// Gradients with output gradients.
+pub mod autograd;
+/// Bytes of a CPU tensor, in place.
+pub mod bytes;
+/// What the machine can do, and what it must do.
+pub mod device;
+/// libtorch's NCCL communicator.
+pub mod nccl;
+/// Fused optimizer update and norms.
+pub mod optim;
+
+mod ffi;
+
+/// What a kernel call can refuse.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// libtorch raised an exception; this is its message.
+    #[error("{op}: {message}")]
+    Torch {
+        /// The call.
+        op: &'static str,
+        /// First line of the exception's text.
+        message: String,
+    },
+    /// There is no GPU, or this build has no CUDA.
+    #[error("{0}; run on a machine with an NVIDIA GPU, or set train.device to cpu")]
+    NoCuda(String),
+    /// A tensor that does not meet the call's precondition; nothing was called.
+    #[error("{op}: tensor {rule}, got {got}")]
+    Precondition {
+        /// The call.
+        op: &'static str,
+        /// What it must be.
+        rule: &'static str,
+        /// What it is.
+        got: String,
+    },
+}

@@ -1,1 +1,101 @@
-//! x
+//! Declarations of `csrc/capi.h`, and nothing else. The header is the contract.
+#![allow(missing_docs, reason = "documented in csrc/capi.h")]
+#![allow(non_camel_case_types, reason = "names of the C header")]
+
+use std::ffi::{c_char, c_int, c_void};
+
+// Linked for its libtorch, not for its declarations.
+use torch_sys as _;
+
+pub type tf_tensor = *mut c_void;
+
+pub const TF_OK: c_int = 0;
+pub const TF_NO_CUDA: c_int = 2;
+
+#[repr(C)]
+pub struct tf_adamw {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub weight_decay: f64,
+    pub epsilon: f64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct tf_cuda_memory {
+    pub allocated: i64,
+    pub allocated_peak: i64,
+    pub reserved: i64,
+    pub reserved_peak: i64,
+}
+
+#[repr(C)]
+pub struct tf_store {
+    pub context: *mut c_void,
+    pub set: unsafe extern "C" fn(*mut c_void, *const c_char, usize, *const u8, usize) -> c_int,
+    pub get: unsafe extern "C" fn(*mut c_void, *const c_char, usize, *mut u8, *mut usize) -> c_int,
+}
+
+#[repr(C)]
+pub struct tf_nccl {
+    _private: [u8; 0],
+}
+
+#[repr(C)]
+pub struct tf_work {
+    _private: [u8; 0],
+}
+
+unsafe extern "C" {
+    pub fn tf_last_error() -> *const c_char;
+    pub fn tf_grad(
+        outputs: *const tf_tensor,
+        grad_outputs: *const tf_tensor,
+        outputs_len: usize,
+        inputs: *const tf_tensor,
+        inputs_len: usize,
+        grads: *mut tf_tensor,
+    ) -> c_int;
+    pub fn tf_fused_adamw(
+        params: *const tf_tensor,
+        grads: *const tf_tensor,
+        exp_avgs: *const tf_tensor,
+        exp_avg_sqs: *const tf_tensor,
+        len: usize,
+        step: tf_tensor,
+        grad_divisor: tf_tensor,
+        found_nonfinite: tf_tensor,
+        options: *const tf_adamw,
+    ) -> c_int;
+    pub fn tf_foreach_norm(tensors: *const tf_tensor, len: usize, norms: *mut tf_tensor) -> c_int;
+    pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;
+    pub fn tf_set_deterministic(on: c_int) -> c_int;
+    pub fn tf_data_ptr(tensor: tf_tensor, data: *mut *mut c_void) -> c_int;
+    pub fn tf_cuda_memory(device: c_int, memory: *mut tf_cuda_memory) -> c_int;
+    pub fn tf_cuda_reset_peak(device: c_int) -> c_int;
+    pub fn tf_nccl_join(
+        rank: c_int,
+        world: c_int,
+        device: c_int,
+        store: *const tf_store,
+        timeout_ms: i64,
+        group: *mut *mut tf_nccl,
+    ) -> c_int;
+    pub fn tf_nccl_all_gather(
+        group: *mut tf_nccl,
+        output: tf_tensor,
+        input: tf_tensor,
+        work: *mut *mut tf_work,
+    ) -> c_int;
+    pub fn tf_nccl_reduce_scatter(
+        group: *mut tf_nccl,
+        output: tf_tensor,
+        input: tf_tensor,
+        work: *mut *mut tf_work,
+    ) -> c_int;
+    pub fn tf_nccl_all_reduce(group: *mut tf_nccl, tensor: tf_tensor, work: *mut *mut tf_work) -> c_int;
+    pub fn tf_nccl_wait(work: *mut tf_work) -> c_int;
+    pub fn tf_nccl_abort(group: *mut tf_nccl) -> c_int;
+    pub fn tf_nccl_free(group: *mut tf_nccl);
+}

@@ -1,0 +1,1 @@
+//! Bytes of a CPU tensor, in place.

@@ -1,0 +1,85 @@
+//! What the machine can do, and what it must do.
+
+use std::sync::OnceLock;
+
+use tunefleet_kernels_sys as sys;
+
+use crate::{Error, ffi};
+
+/// Whether CPU matrix products in bf16 run on hardware instructions (AVX-512 and up). Without
+/// them libtorch falls back to a loop several times slower than fp32.
+pub fn cpu_bf16_matmul_is_native() -> bool {
+    static NATIVE: OnceLock<bool> = OnceLock::new();
+    *NATIVE.get_or_init(|| {
+        let mut native = 0;
+        // SAFETY: `native` is a valid place to write one int.
+        let status = unsafe { sys::tf_cpu_bf16_matmul_is_native(&mut native) };
+        ffi::check("bf16 probe", status).is_ok() && native != 0
+    })
+}
+
+/// Only deterministic algorithms from here on, in this process.
+///
+/// # Errors
+/// [`Error::Torch`] with libtorch's message.
+pub fn set_deterministic(on: bool) -> Result<(), Error> {
+    // SAFETY: no precondition.
+    let status = unsafe { sys::tf_set_deterministic(on.into()) };
+    ffi::check("deterministic switch", status)
+}
+
+/// GPU memory of libtorch's caching allocator, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaMemory {
+    /// In live tensors now.
+    pub allocated: i64,
+    /// Most in live tensors since the start or the last reset.
+    pub allocated_peak: i64,
+    /// Held from the driver now.
+    pub reserved: i64,
+    /// Most held since the start or the last reset.
+    pub reserved_peak: i64,
+}
+
+/// Memory figures of GPU `device`.
+///
+/// # Errors
+/// [`Error::NoCuda`] without a GPU.
+pub fn cuda_memory(device: i32) -> Result<CudaMemory, Error> {
+    let mut raw = sys::tf_cuda_memory::default();
+    // SAFETY: `raw` is a valid place to write the struct.
+    let status = unsafe { sys::tf_cuda_memory(device, &mut raw) };
+    ffi::check("GPU memory", status)?;
+    Ok(CudaMemory {
+        allocated: raw.allocated,
+        allocated_peak: raw.allocated_peak,
+        reserved: raw.reserved,
+        reserved_peak: raw.reserved_peak,
+    })
+}
+
+/// Begins a new peak measurement on GPU `device`.
+///
+/// # Errors
+/// [`Error::NoCuda`] without a GPU.
+pub fn reset_cuda_peak(device: i32) -> Result<(), Error> {
+    // SAFETY: no precondition.
+    let status = unsafe { sys::tf_cuda_reset_peak(device) };
+    ffi::check("GPU memory", status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_gpu_the_error_says_so_and_what_to_do() {
+        if tch::Cuda::is_available() {
+            println!("skipped: this machine has a GPU");
+            return;
+        }
+        let message = cuda_memory(0).unwrap_err().to_string();
+        assert!(message.contains("no CUDA device"), "{message}");
+        assert!(message.contains("train.device"), "{message}");
+    }
+}

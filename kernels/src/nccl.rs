@@ -1,0 +1,235 @@
+//! libtorch's `c10d::ProcessGroupNCCL`: PyTorch's own streams, time-outs and abort.
+//!
+//! Operations are asynchronous and ordered: every rank must start the same ones in the same
+//! order, from one thread. The bootstrap goes through a [`Store`] of the caller's, so that no
+//! unauthenticated port is opened.
+
+use std::ffi::{c_char, c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use tch::Tensor;
+use tunefleet_kernels_sys as sys;
+
+use crate::{Error, ffi};
+
+/// Key-value store that all ranks of the group see.
+pub trait Store: Send + Sync {
+    /// Publishes a value; false when that is not possible any more.
+    fn set(&self, key: &str, value: &[u8]) -> bool;
+    /// Waits for a value; `None` when it will not come.
+    fn get(&self, key: &str) -> Option<Vec<u8>>;
+}
+
+/// One rank's membership in an NCCL group.
+pub struct Group {
+    raw: *mut sys::tf_nccl,
+    /// Boxed twice: the C side holds the address of the inner fat pointer.
+    _store: Box<Box<dyn Store>>,
+}
+
+// SAFETY: ProcessGroupNCCL locks its own state; the pointer is not tied to a thread.
+unsafe impl Send for Group {}
+// SAFETY: as above. Operations from several threads would be memory-safe, though their order
+// would not be defined: the owner starts them from one thread. `abort` is made for other threads.
+unsafe impl Sync for Group {}
+
+/// A started operation.
+pub struct Work {
+    raw: *mut sys::tf_work,
+}
+
+// SAFETY: a c10d::Work is reference-counted and may be waited for on any thread.
+unsafe impl Send for Work {}
+
+impl Group {
+    /// Joins `world` ranks as `rank` on GPU `device`; returns when all have connected.
+    ///
+    /// # Errors
+    /// [`Error::NoCuda`] without a GPU; [`Error::Torch`] when the group does not form.
+    pub fn join(
+        rank: u32,
+        world: u32,
+        device: i32,
+        store: Box<dyn Store>,
+        timeout: Duration,
+    ) -> Result<Self, Error> {
+        let store = Box::new(store);
+        let context: *const Box<dyn Store> = &*store;
+        let callbacks = sys::tf_store { context: context.cast_mut().cast(), set: store_set, get: store_get };
+        let timeout_ms = i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX);
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `callbacks` is copied by the call; its context is the heap address of `store`,
+        // which this Group keeps alive until after `tf_nccl_free`.
+        let status = unsafe {
+            sys::tf_nccl_join(rank as c_int, world as c_int, device, &callbacks, timeout_ms, &mut raw)
+        };
+        ffi::check("joining the NCCL group", status)?;
+        Ok(Group { raw, _store: store })
+    }
+
+    /// `output` `[world * n]` = every rank's `input` `[n]`, in rank order. `input` may be this
+    /// rank's part of `output`.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with libtorch's message.
+    pub fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<Work, Error> {
+        self.start("NCCL all-gather", |group, work| {
+            // SAFETY: live tensors and group; `work` is a valid place for the handle.
+            unsafe { sys::tf_nccl_all_gather(group, ffi::ptr(output), ffi::ptr(input), work) }
+        })
+    }
+
+    /// `output` `[n]` = sum over ranks of their `input` `[world * n]` at this rank's position.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with libtorch's message.
+    pub fn reduce_scatter(&self, input: &Tensor, output: &Tensor) -> Result<Work, Error> {
+        self.start("NCCL reduce-scatter", |group, work| {
+            // SAFETY: live tensors and group; `work` is a valid place for the handle.
+            unsafe { sys::tf_nccl_reduce_scatter(group, ffi::ptr(output), ffi::ptr(input), work) }
+        })
+    }
+
+    /// In place sum over ranks.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with libtorch's message.
+    pub fn all_reduce(&self, tensor: &Tensor) -> Result<Work, Error> {
+        self.start("NCCL all-reduce", |group, work| {
+            // SAFETY: live tensor and group; `work` is a valid place for the handle.
+            unsafe { sys::tf_nccl_all_reduce(group, ffi::ptr(tensor), work) }
+        })
+    }
+
+    /// From any thread: fails what is under way.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with libtorch's message.
+    pub fn abort(&self) -> Result<(), Error> {
+        // SAFETY: the group lives as long as self; abort is made to be called beside operations.
+        let status = unsafe { sys::tf_nccl_abort(self.raw) };
+        ffi::check("aborting the NCCL group", status)
+    }
+
+    fn start(
+        &self,
+        op: &'static str,
+        call: impl FnOnce(*mut sys::tf_nccl, *mut *mut sys::tf_work) -> c_int,
+    ) -> Result<Work, Error> {
+        let mut raw = std::ptr::null_mut();
+        ffi::check(op, call(self.raw, &mut raw))?;
+        Ok(Work { raw })
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // SAFETY: made by tf_nccl_join, freed once, and the store outlives this call.
+        unsafe { sys::tf_nccl_free(self.raw) };
+    }
+}
+
+impl Work {
+    /// Orders the current stream after the operation; the host does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] when the operation failed.
+    pub fn wait(self) -> Result<(), Error> {
+        let raw = self.raw;
+        std::mem::forget(self);
+        // SAFETY: made by a start call and consumed here, once: Drop does not run.
+        let status = unsafe { sys::tf_nccl_wait(raw) };
+        ffi::check("waiting for a collective", status)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // An operation nobody waits for still holds its tensors: join it, its error is not wanted.
+        // SAFETY: made by a start call, and not consumed by `wait`.
+        let _ = unsafe { sys::tf_nccl_wait(self.raw) };
+    }
+}
+
+/// The store, key and nothing else, from what C++ passes.
+///
+/// # Safety
+/// `context` is the address of a live `Box<dyn Store>`; `key` points to `key_len` bytes.
+unsafe fn store_and_key<'a>(
+    context: *mut c_void,
+    key: *const c_char,
+    key_len: usize,
+) -> (&'a dyn Store, std::borrow::Cow<'a, str>) {
+    // SAFETY: the caller vouches for the context.
+    let store = unsafe { &*context.cast::<Box<dyn Store>>() };
+    // SAFETY: the caller vouches for the key.
+    let key = unsafe { std::slice::from_raw_parts(key.cast::<u8>(), key_len) };
+    (store.as_ref(), String::from_utf8_lossy(key))
+}
+
+unsafe extern "C" fn store_set(
+    context: *mut c_void,
+    key: *const c_char,
+    key_len: usize,
+    value: *const u8,
+    value_len: usize,
+) -> c_int {
+    // SAFETY: C++ passes back the context of `join`, whose store lives as long as the group, and a
+    // key it owns during the call.
+    let (store, key) = unsafe { store_and_key(context, key, key_len) };
+    // SAFETY: C++ passes a vector's data and size; an empty vector's data may be null.
+    let value = if value_len == 0 { &[] } else { unsafe { std::slice::from_raw_parts(value, value_len) } };
+    // A panic must not cross into C++.
+    let stored = catch_unwind(AssertUnwindSafe(|| store.set(&key, value))).unwrap_or(false);
+    c_int::from(!stored)
+}
+
+unsafe extern "C" fn store_get(
+    context: *mut c_void,
+    key: *const c_char,
+    key_len: usize,
+    value: *mut u8,
+    value_len: *mut usize,
+) -> c_int {
+    // SAFETY: as in `store_set`.
+    let (store, key) = unsafe { store_and_key(context, key, key_len) };
+    let Some(found) = catch_unwind(AssertUnwindSafe(|| store.get(&key))).ok().flatten() else {
+        return 1;
+    };
+    // SAFETY: C++ passes the address of its own size_t.
+    let capacity = unsafe { &mut *value_len };
+    if found.len() > *capacity {
+        return 1;
+    }
+    *capacity = found.len();
+    // SAFETY: `value` has room for the capacity, which was checked; the buffers do not overlap.
+    unsafe { std::ptr::copy_nonoverlapping(found.as_ptr(), value, found.len()) };
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Unused;
+
+    impl Store for Unused {
+        fn set(&self, _key: &str, _value: &[u8]) -> bool {
+            true
+        }
+        fn get(&self, _key: &str) -> Option<Vec<u8>> {
+            None
+        }
+    }
+
+    #[test]
+    fn joining_without_a_gpu_is_a_clear_error() {
+        if tch::Cuda::is_available() {
+            println!("skipped: this machine has a GPU");
+            return;
+        }
+        let error = Group::join(0, 1, 0, Box::new(Unused), Duration::from_secs(1)).err().unwrap();
+        assert!(matches!(error, Error::NoCuda(_)), "{error}");
+    }
+}

@@ -1,0 +1,88 @@
+/* The contract between Rust and libtorch, where tch has no binding.
+ *
+ * Every function returns a status: 0 is success; otherwise tf_last_error() holds the message of
+ * this thread's last failure until its next call. No C++ exception crosses this line. Tensors are
+ * `at::Tensor*` as in torch-sys; those returned belong to the caller. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef void *tf_tensor;
+
+enum { TF_OK = 0, TF_ERROR = 1, TF_NO_CUDA = 2 };
+
+const char *tf_last_error(void);
+
+/* Gradients of `outputs` (weighted by `grad_outputs`) with respect to `inputs`; an input that the
+ * outputs do not depend on is an error. Frees the graph. */
+int tf_grad(const tf_tensor *outputs, const tf_tensor *grad_outputs, size_t outputs_len,
+            const tf_tensor *inputs, size_t inputs_len, tf_tensor *grads);
+
+struct tf_adamw {
+  double learning_rate;
+  double beta1;
+  double beta2;
+  double weight_decay;
+  double epsilon;
+};
+
+/* One fused AdamW update in place. Gradients are divided by `grad_divisor`; when `found_nonfinite`
+ * is 1 nothing changes. `step` counts from 1 (fp32 scalar). All on one device, fp32. */
+int tf_fused_adamw(const tf_tensor *params, const tf_tensor *grads, const tf_tensor *exp_avgs,
+                   const tf_tensor *exp_avg_sqs, size_t len, tf_tensor step,
+                   tf_tensor grad_divisor, tf_tensor found_nonfinite,
+                   const struct tf_adamw *options);
+
+/* Euclidean norm of each tensor, as fp32 scalars. */
+int tf_foreach_norm(const tf_tensor *tensors, size_t len, tf_tensor *norms);
+
+/* Whether CPU matrix products in bf16 run on hardware instructions. */
+int tf_cpu_bf16_matmul_is_native(int *native);
+
+/* Only deterministic algorithms from here on; an op that has none raises an error. */
+int tf_set_deterministic(int on);
+
+/* Address of a dense CPU tensor's first element. */
+int tf_data_ptr(tf_tensor tensor, void **data);
+
+/* GPU memory of the caching allocator, bytes. TF_NO_CUDA without one. */
+struct tf_cuda_memory {
+  int64_t allocated;
+  int64_t allocated_peak;
+  int64_t reserved;
+  int64_t reserved_peak;
+};
+int tf_cuda_memory(int device, struct tf_cuda_memory *memory);
+int tf_cuda_reset_peak(int device);
+
+/* Store callbacks of the NCCL bootstrap. `key` is not terminated. A failing callback returns
+ * non-zero. `get` blocks until the key exists and fills `value` (at most *value_len bytes). */
+struct tf_store {
+  void *context;
+  int (*set)(void *context, const char *key, size_t key_len, const uint8_t *value,
+             size_t value_len);
+  int (*get)(void *context, const char *key, size_t key_len, uint8_t *value, size_t *value_len);
+};
+
+typedef struct tf_nccl tf_nccl;
+typedef struct tf_work tf_work;
+
+/* Joins a group of `world` ranks on `device`. The store must outlive the group. */
+int tf_nccl_join(int rank, int world, int device, const struct tf_store *store,
+                 int64_t timeout_ms, tf_nccl **group);
+int tf_nccl_all_gather(tf_nccl *group, tf_tensor output, tf_tensor input, tf_work **work);
+int tf_nccl_reduce_scatter(tf_nccl *group, tf_tensor output, tf_tensor input, tf_work **work);
+int tf_nccl_all_reduce(tf_nccl *group, tf_tensor tensor, tf_work **work);
+/* Orders the current stream after the operation, and frees the handle whatever happens. */
+int tf_nccl_wait(tf_work *work);
+/* From any thread: fails what is under way. */
+int tf_nccl_abort(tf_nccl *group);
+void tf_nccl_free(tf_nccl *group);
+
+#ifdef __cplusplus
+}
+#endif
