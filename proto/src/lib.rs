@@ -14,6 +14,8 @@ pub mod ids;
 pub mod job;
 /// Model shapes, read from a Hugging Face `config.json`.
 pub mod model;
+/// gRPC messages, clients and servers.
+pub mod rpc;
 /// Who holds which elements of which parameter.
 pub mod shard_plan;
 

@@ -10,3 +10,7 @@ pub mod comm;
 pub mod data;
 /// The training loop of one rank.
 pub mod train;
+/// The node daemon: owns slots, runs ranks as child processes.
+pub mod daemon;
+/// The process of one rank: session to its daemon, task.
+pub mod rank;
