@@ -1,0 +1,18 @@
+//! `coordinator validate`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Arguments of `coordinator validate`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The job file.
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> ExitCode {
+    tracing::debug!(config = %args.config.display(), "validate");
+    ExitCode::SUCCESS
+}
