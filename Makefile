@@ -1,0 +1,63 @@
+# The verbs of this project; CI calls these and nothing else.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# torch-sys reads LIBTORCH from the environment; the .libtorch link that setup makes is the one place to say it.
+unexport LIBTORCH
+SETUP = VENV='$(VENV)' LIBTORCH='$(LIBTORCH)' CUDA='$(CUDA)' PYTHON='$(PYTHON)' scripts/setup
+HAS_NEXTEST = command -v cargo-nextest >/dev/null
+# Tests that take minutes live in modules named `long`.
+LONG = ::long::
+
+.PHONY: help build setup programs demo test test-long lint fmt bench audit clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n%s\n' 'VENV=DIR or LIBTORCH=DIR reuse a torch 2.11.0; CUDA=0 leaves the CUDA compiler out.'
+
+setup: ## name what is missing, make .venv and the .libtorch link
+	@$(SETUP)
+
+build: setup ## release programs in target/release
+	cargo build --release -p tunefleet-coordinator -p tunefleet-worker
+
+demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="path url ..." adds repositories
+	@scripts/demo $(DEMO_REPOS)
+
+programs: ## debug programs, which the end-to-end tests start
+	cargo build --workspace --bins
+
+test: setup-tests programs ## everything but the long tests
+	if $(HAS_NEXTEST); then cargo nextest run --workspace; \
+	else cargo test --workspace --lib --bins --tests -- --skip '$(LONG)'; fi
+
+test-long: setup-tests programs ## the tests that take minutes; SAMPLE=1 runs a bounded sample
+	export TUNEFLEET_LONG_SAMPLE='$(SAMPLE)'; \
+	if $(HAS_NEXTEST); then cargo nextest run --workspace --profile long; \
+	else cargo test --workspace --lib --bins --tests -- '$(LONG)'; fi
+
+.PHONY: setup-tests
+setup-tests:
+	@$(SETUP) --tests
+
+lint: setup ## formatting, clippy, licences and sources, the coordinator without torch
+	cargo fmt --all --check
+	scripts/check-no-torch
+	scripts/check-text
+	cargo clippy --workspace --all-targets -- -D warnings
+	if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
+	else echo 'lint: cargo-deny is not installed, licences and bans are unchecked (cargo install --locked cargo-deny)' >&2; fi
+
+fmt: ## format everything
+	cargo fmt --all
+
+bench: setup-tests ## throughput beside transformers and PyTorch FSDP2, in alternating pairs
+	@scripts/bench
+
+audit: ## known advisories; needs an advisory database
+	cargo deny check advisories
+
+clean: ## remove what was built and what the demo made; .venv stays
+	cargo clean
+	rm -rf demo
