@@ -10,7 +10,6 @@ def main():
     import torch
 
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")
     model = peer.build_model(args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     tokens = peer.batches(args)
