@@ -14,3 +14,5 @@ pub mod train;
 pub mod daemon;
 /// The process of one rank: session to its daemon, task.
 pub mod rank;
+/// What the daemon shows to Prometheus.
+pub mod metrics;

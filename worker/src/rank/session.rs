@@ -1,0 +1,240 @@
+//! The session to the daemon: events go up, a start, a stop or an abort comes down.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use nix::sys::signal::{Signal, raise};
+use tokio::net::UnixStream;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Endpoint;
+use tunefleet_proto::rpc::rank_done::Outcome as Told;
+use tunefleet_proto::rpc::{
+    Assignment, DaemonMessage, Evaluated, Finished, RankDone, RankEvent, RankFailed, Ready, Saved,
+    StartRanks, StepDone, Token, daemon_message, rank_event, ranks_client,
+};
+
+use super::Error;
+use crate::comm::Communicator;
+use crate::train::{Event, Host, Outcome};
+
+/// How long the main thread has to end by itself once the rank was aborted.
+const ABORT_GRACE: Duration = Duration::from_secs(1);
+/// How long the last events may take to reach the daemon.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
+/// A live session and the assignment that it began with.
+pub(super) struct Session {
+    /// What this rank is to do.
+    pub assignment: Assignment,
+    /// The daemon, as a task sees it.
+    pub host: Daemon,
+    start: mpsc::Receiver<StartRanks>,
+    ended: mpsc::Receiver<()>,
+}
+
+/// Forwards a task's events, and tells it when to stop.
+pub(super) struct Daemon {
+    outbox: tokio::sync::mpsc::UnboundedSender<RankEvent>,
+    shared: Arc<Shared>,
+}
+
+/// What both threads see.
+#[derive(Default)]
+struct Shared {
+    stop_requested: AtomicBool,
+    closing: AtomicBool,
+    /// Set once: why the rank has to end.
+    abort: Mutex<Option<String>>,
+    group: Mutex<Option<Arc<dyn Communicator>>>,
+}
+
+impl Session {
+    /// Dials the daemon and waits for the assignment.
+    pub fn open(socket: PathBuf, token: Token) -> Result<Self, Error> {
+        let (outbox, events) = tokio::sync::mpsc::unbounded_channel();
+        let (assignment_sender, assignment) = mpsc::channel();
+        let (start_sender, start) = mpsc::channel();
+        let (ended_sender, ended) = mpsc::channel();
+        let shared = Arc::new(Shared::default());
+        let for_thread = Arc::clone(&shared);
+        let error_at = {
+            let socket = socket.clone();
+            move |cause: String| Error::Session { socket, cause }
+        };
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return Err(error_at(error.to_string())),
+        };
+        let work = move || {
+            runtime.block_on(async {
+                match dial(&socket, token, events).await {
+                    Ok((first, inbound)) => {
+                        let _ = assignment_sender.send(Ok(first));
+                        let cause = listen(inbound, &for_thread, &start_sender).await;
+                        for_thread.end(&cause, start_sender).await;
+                    }
+                    Err(cause) => {
+                        let _ = assignment_sender.send(Err(cause));
+                    }
+                }
+            });
+            let _ = ended_sender.send(());
+        };
+        if let Err(error) = std::thread::Builder::new().name("session".to_owned()).spawn(work) {
+            return Err(error_at(error.to_string()));
+        }
+        match assignment.recv() {
+            Ok(Ok(assignment)) => Ok(Session { assignment, host: Daemon { outbox, shared }, start, ended }),
+            Ok(Err(cause)) => Err(error_at(cause)),
+            Err(_) => Err(error_at("its thread ended".to_owned())),
+        }
+    }
+
+    /// Tells that this rank listens at `address`, and waits until all its peers do.
+    pub fn wait_for_start(&self, address: String) -> Result<StartRanks, Error> {
+        self.host.send(rank_event::Body::Ready(Ready { address }));
+        self.start.recv().map_err(|_| Error::Aborted(self.host.shared.abort_reason()))
+    }
+
+    /// From now on an abort of this rank aborts its group.
+    pub fn watch_over(&self, group: Arc<dyn Communicator>) {
+        *lock(&self.host.shared.group) = Some(group);
+    }
+
+    /// Tells how the task went, and waits until the daemon has heard it.
+    pub fn close(self, result: &Result<Outcome, Error>) {
+        let outcome = match result {
+            Ok(Outcome::Finished) => Told::Finished(Finished {}),
+            Ok(Outcome::Stopped(step)) => Told::StoppedAtStep(*step),
+            Err(error) => {
+                Told::Failed(RankFailed { message: error.to_string(), consequence: error.is_consequence() })
+            }
+        };
+        let Session { host, ended, .. } = self;
+        host.shared.closing.store(true, Ordering::Release);
+        host.send(rank_event::Body::Done(RankDone { outcome: Some(outcome) }));
+        drop(host);
+        let _ = ended.recv_timeout(FLUSH_LIMIT);
+    }
+}
+
+impl Daemon {
+    fn send(&self, body: rank_event::Body) {
+        // A closed channel means that the session is over: its thread ends this process.
+        let _ = self.outbox.send(RankEvent { body: Some(body) });
+    }
+}
+
+impl Host for Daemon {
+    fn report(&self, event: Event) {
+        self.send(match event {
+            Event::Section(name) => rank_event::Body::Section(name.to_owned()),
+            Event::Step(report) => rank_event::Body::Step(StepDone {
+                step: report.step,
+                loss: report.loss,
+                grad_norm: report.grad_norm,
+                learning_rate: report.learning_rate,
+                tokens: report.tokens,
+                tokens_per_second: report.tokens_per_second,
+                step_seconds: report.step_seconds,
+            }),
+            Event::Evaluated { step, loss } => rank_event::Body::Evaluated(Evaluated { step, loss }),
+            Event::Saved { step, path, pause_seconds } => {
+                rank_event::Body::Saved(Saved { step, path: path.display().to_string(), pause_seconds })
+            }
+        });
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.shared.stop_requested.load(Ordering::Acquire)
+    }
+}
+
+impl Shared {
+    fn abort_reason(&self) -> String {
+        lock(&self.abort).clone().unwrap_or_else(|| "the daemon is gone".to_owned())
+    }
+
+    /// The session is over. Unless the task is done, this process has no business any more.
+    async fn end(&self, cause: &str, start: mpsc::Sender<StartRanks>) {
+        if self.closing.load(Ordering::Acquire) {
+            return;
+        }
+        *lock(&self.abort) = Some(cause.to_owned());
+        drop(start);
+        if let Some(group) = lock(&self.group).as_ref() {
+            group.abort(cause);
+        }
+        tokio::time::sleep(ABORT_GRACE).await;
+        // Exit handlers of libraries may wait for threads that are stuck: they are not asked.
+        eprintln!("error: aborted: {cause}");
+        let _ = raise(Signal::SIGKILL);
+    }
+}
+
+type Inbound = Streaming<DaemonMessage>;
+
+async fn dial(
+    socket: &Path,
+    token: Token,
+    events: tokio::sync::mpsc::UnboundedReceiver<RankEvent>,
+) -> Result<(Assignment, Inbound), String> {
+    let path = socket.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let path = path.clone();
+        async move { UnixStream::connect(path).await.map(TokioIo::new) }
+    });
+    // The address is not used: the connector knows where to go.
+    let endpoint = Endpoint::from_static("http://daemon");
+    let channel = endpoint.connect_with_connector(connector).await.map_err(|e| chain(&e))?;
+    let mut client: ranks_client::RanksClient<_> = tunefleet_proto::rpc::ranks_client(channel, token);
+    let response = client.session(UnboundedReceiverStream::new(events)).await.map_err(|e| chain(&e))?;
+    let mut inbound = response.into_inner();
+    match inbound.message().await {
+        Ok(Some(DaemonMessage { body: Some(daemon_message::Body::Assignment(assignment)) })) => {
+            Ok((assignment, inbound))
+        }
+        Ok(_) => Err("the daemon sent no assignment".to_owned()),
+        Err(status) => Err(chain(&status)),
+    }
+}
+
+/// Handles commands until there are no more; tells why.
+async fn listen(mut inbound: Inbound, shared: &Shared, start: &mpsc::Sender<StartRanks>) -> String {
+    loop {
+        let body = match inbound.message().await {
+            Ok(Some(message)) => message.body,
+            Ok(None) | Err(_) => return "the daemon is gone".to_owned(),
+        };
+        match body {
+            Some(daemon_message::Body::Start(peers)) => {
+                let _ = start.send(peers);
+            }
+            Some(daemon_message::Body::StopAtCheckpoint(_)) => {
+                shared.stop_requested.store(true, Ordering::Release);
+            }
+            Some(daemon_message::Body::Abort(abort)) => return abort.reason,
+            // Sent once, before; or by a newer daemon.
+            Some(daemon_message::Body::Assignment(_)) | None => {}
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error with its causes: a transport's own message is only "transport error".
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}

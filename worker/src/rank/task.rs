@@ -1,0 +1,42 @@
+//! What a rank does: one arm for each kind of task.
+
+use tch::Device;
+use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::rpc::Stage;
+use tunefleet_proto::shard_plan::ShardPlan;
+
+use super::Error;
+use super::group::Listener;
+use super::session::Session;
+use crate::train::{self, Outcome};
+
+/// Runs the session's assignment.
+pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
+    let assignment = &session.assignment;
+    let stage = assignment.task.as_ref().map_or(Stage::Unspecified, |task| task.stage());
+    let spec: JobSpec = parse("job spec", &assignment.spec_json)?;
+    tch::set_num_threads(i32::try_from(assignment.threads.max(1)).unwrap_or(i32::MAX));
+    let device = match assignment.cuda_device {
+        Some(index) => Device::Cuda(index as usize),
+        None => Device::Cpu,
+    };
+
+    let listener = Listener::open(assignment)?;
+    let start = session.wait_for_start(listener.address())?;
+    match stage {
+        Stage::Train => {
+            let plan: ShardPlan = parse("shard plan", &assignment.shard_plan_json)?;
+            let group = listener.join(assignment, &start)?;
+            session.watch_over(group.clone());
+            Ok(train::run(&spec, &plan, group.as_ref(), device, assignment.resume, &session.host)?)
+        }
+        Stage::Tokenizer | Stage::InitModel | Stage::Export => Ok(Outcome::Finished),
+        Stage::Collect | Stage::Unspecified => {
+            Err(Error::Assignment(format!("a worker has no task {:?}", stage.name())))
+        }
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Error> {
+    serde_json::from_str(json).map_err(|error| Error::Assignment(format!("{what}: {error}")))
+}
