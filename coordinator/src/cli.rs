@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{init, plan, validate};
+use crate::{init, jobs, launch, plan, serve, validate};
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
@@ -25,16 +25,42 @@ enum Verb {
     Validate(validate::Args),
     /// Counts parameters, memory and steps of a job before anything runs.
     Plan(plan::Args),
+    /// Runs a job file's missing stages, up to an exported model.
+    Launch(launch::Args),
+    /// Runs the control plane for jobs and workers of many machines.
+    Serve(serve::Args),
+    /// Shows all jobs of a coordinator.
+    List(jobs::ListArgs),
+    /// Shows one job.
+    Status(jobs::StatusArgs),
+    /// Prints the logs of a job's ranks.
+    Logs(jobs::LogsArgs),
+    /// Stops a job, with a checkpoint where it trains.
+    Cancel(jobs::CancelArgs),
+    /// Starts a job again from its newest checkpoint.
+    Resume(jobs::ResumeArgs),
 }
 
-/// Exit codes other than 0; clap's own usage errors exit with 2.
+/// Exit codes; clap's own usage errors exit with 2.
 pub mod exit {
+    /// All is well.
+    pub const OK: u8 = 0;
     /// The job or command failed.
     pub const FAILED: u8 = 1;
+    /// The command line makes no sense.
+    pub const USAGE: u8 = 2;
     /// The job does not fit the machines there are.
     pub const NO_CAPACITY: u8 = 3;
+    /// There is no such job.
+    pub const NOT_FOUND: u8 = 4;
+    /// The coordinator cannot be reached, or refuses the token.
+    pub const UNREACHABLE: u8 = 5;
     /// The job file is wrong.
     pub const BAD_CONFIG: u8 = 78;
+    /// Interrupted by the user.
+    pub const INTERRUPTED: u8 = 130;
+    /// Told to stop by the system, with a checkpoint saved.
+    pub const PREEMPTED: u8 = 143;
 }
 
 /// Parses the command line and runs the verb.
@@ -49,6 +75,13 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Init(args) => init::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Plan(args) => plan::run(args),
+        Verb::Launch(args) => launch::run(args),
+        Verb::Serve(args) => serve::run(args),
+        Verb::List(args) => jobs::list(args),
+        Verb::Status(args) => jobs::status(args),
+        Verb::Logs(args) => jobs::logs(args),
+        Verb::Cancel(args) => jobs::cancel(args),
+        Verb::Resume(args) => jobs::resume(args),
     }
 }
 

@@ -1,0 +1,238 @@
+//! The state machine under every order of events that a generator can think of.
+
+use proptest::prelude::*;
+use tunefleet_proto::rpc::JobState;
+
+use super::*;
+
+const WORLD: u32 = 3;
+
+fn worker(index: u32) -> WorkerName {
+    WorkerName::from(format!("w{}", index % 2).as_str())
+}
+
+fn clean() -> Exit {
+    Exit { code: Some(0), ..Exit::default() }
+}
+
+fn killed() -> Exit {
+    Exit { signal: Some(9), ..Exit::default() }
+}
+
+/// A job at the moment when all its training ranks run.
+fn training() -> Job {
+    let mut job = Job::new(WORLD, 100);
+    job.apply(Input::Begin).unwrap();
+    for stage in [Stage::Collect, Stage::Tokenizer, Stage::InitModel] {
+        job.apply(Input::Inspected(stage, Ok(Verdict::Cached))).unwrap();
+    }
+    job.apply(Input::Inspected(Stage::Train, Ok(Verdict::Run { resume: false }))).unwrap();
+    job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect())).unwrap();
+    for rank in 0..WORLD {
+        job.apply(Input::Ready { stage: Stage::Train, rank, address: format!("a{rank}") }).unwrap();
+    }
+    job
+}
+
+fn end_rank(job: &mut Job, rank: u32, outcome: Option<Outcome>, exit: Exit) -> Vec<Effect> {
+    let stage = Stage::Train;
+    if let Some(outcome) = outcome {
+        job.apply(Input::Done { stage, rank, outcome }).unwrap();
+    }
+    job.apply(Input::Exited { stage, rank, exit }).unwrap()
+}
+
+#[test]
+fn a_job_whose_stages_are_all_cached_completes_without_a_slot() {
+    let mut job = Job::new(WORLD, 100);
+    let mut effects = job.apply(Input::Begin).unwrap();
+    for stage in Stage::ALL {
+        assert!(effects.contains(&Effect::Inspect(stage)), "{effects:?}");
+        effects = job.apply(Input::Inspected(stage, Ok(Verdict::Cached))).unwrap();
+    }
+    assert_eq!(job.end(), Some(&End::Completed));
+}
+
+#[test]
+fn ranks_start_together_when_the_last_one_is_ready() {
+    let mut job = Job::new(WORLD, 100);
+    job.phase = Phase::Waiting { stage: Stage::Train, resume: true };
+    let effects = job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect())).unwrap();
+    assert!(matches!(&effects[..], [Effect::StartTask { resume: true, .. }]));
+    for rank in [2, 0] {
+        let ready = Input::Ready { stage: Stage::Train, rank, address: format!("a{rank}") };
+        assert_eq!(job.apply(ready).unwrap(), []);
+    }
+    let ready = Input::Ready { stage: Stage::Train, rank: 1, address: "a1".to_owned() };
+    let effects = job.apply(ready).unwrap();
+    let [Effect::StartRanks { peers, .. }] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(peers, &["a0", "a1", "a2"]);
+}
+
+#[test]
+fn the_first_failed_rank_stops_the_others_and_is_named_once_all_are_gone() {
+    let mut job = training();
+    let noticed = Outcome::Failed { message: "rank 1 is gone".to_owned(), consequence: true };
+    let effects = end_rank(&mut job, 0, Some(noticed), Exit { code: Some(1), ..Exit::default() });
+    assert!(effects.iter().any(|e| matches!(e, Effect::Abort { stage: Stage::Train, .. })), "{effects:?}");
+    assert_eq!(job.state(), JobState::Stopping);
+    end_rank(&mut job, 1, None, killed());
+    let effects = end_rank(&mut job, 2, None, Exit { aborted: true, ..killed() });
+    assert!(effects.contains(&Effect::Release));
+    let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
+    assert_eq!((failure.rank, failure.exit.as_str()), (Some(1), "signal 9 (SIGKILL)"));
+    assert!(matches!(effects.last(), Some(Effect::Tell(Body::State(_)))), "the end is told last");
+}
+
+#[test]
+fn a_stop_saves_first_and_the_grace_period_ends_it() {
+    let mut job = training();
+    let effects = job.apply(Input::Stop { checkpoint: true }).unwrap();
+    assert!(effects.iter().any(|e| matches!(e, Effect::StopAtCheckpoint { .. })));
+    let mut slow = job.clone();
+    for rank in 0..WORLD {
+        end_rank(&mut job, rank, Some(Outcome::Stopped(42)), clean());
+    }
+    assert_eq!(job.end(), Some(&End::Stopped(42)));
+
+    let effects = slow.apply(Input::GraceOver).unwrap();
+    assert!(effects.iter().any(|e| matches!(e, Effect::Abort { .. })));
+    for rank in 0..WORLD {
+        end_rank(&mut slow, rank, None, Exit { aborted: true, ..killed() });
+    }
+    assert_eq!(slow.end(), Some(&End::Cancelled));
+}
+
+#[test]
+fn training_that_was_asked_to_stop_but_had_finished_does_not_export() {
+    let mut job = training();
+    job.apply(Input::Stop { checkpoint: true }).unwrap();
+    for rank in 0..WORLD {
+        end_rank(&mut job, rank, Some(Outcome::Finished), clean());
+    }
+    job.apply(Input::Recorded(Stage::Train, Ok(()))).unwrap();
+    assert_eq!(job.end(), Some(&End::Stopped(100)));
+}
+
+#[test]
+fn a_lost_worker_fails_the_ranks_that_ran_there() {
+    let mut job = training();
+    let effects = job.apply(Input::WorkerLost(worker(1))).unwrap();
+    let workers = BTreeSet::from([worker(0)]);
+    assert!(
+        effects.iter().any(|e| matches!(e, Effect::Abort { workers: told, .. } if *told == workers)),
+        "{effects:?}"
+    );
+    assert!(job.apply(Input::Exited { stage: Stage::Train, rank: 1, exit: killed() }).is_err(), "stale");
+    for rank in [0, 2] {
+        end_rank(&mut job, rank, None, Exit { aborted: true, ..killed() });
+    }
+    let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
+    assert!(failure.cause.contains("w1"), "{}", failure.cause);
+}
+
+/// What the world outside may answer to an effect.
+fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
+    match effect {
+        Effect::Inspect(stage) => {
+            let verdict = match pick % 8 {
+                0 => Ok(Verdict::Absent),
+                1 => Ok(Verdict::Cached),
+                2 => Err("cannot look".to_owned()),
+                other => Ok(Verdict::Run { resume: other % 2 == 0 }),
+            };
+            vec![Input::Inspected(*stage, verdict)]
+        }
+        Effect::Collect => vec![Input::Collected(if pick % 8 == 0 { Err("no".to_owned()) } else { Ok(()) })],
+        Effect::Record(stage) => vec![Input::Recorded(*stage, Ok(()))],
+        Effect::Place(stage) => {
+            let world = if *stage == Stage::Train { WORLD } else { 1 };
+            vec![Input::Placed(*stage, (0..world).map(worker).collect())]
+        }
+        Effect::StartTask { stage, ranks, .. } => (0..ranks.len() as u32)
+            .flat_map(|rank| {
+                let stage = *stage;
+                let outcome = if stopping { Outcome::Stopped(1) } else { Outcome::Finished };
+                let exit = if pick % 8 == 0 { killed() } else { clean() };
+                [
+                    Input::Ready { stage, rank, address: String::new() },
+                    Input::Done { stage, rank, outcome },
+                    Input::Exited { stage, rank, exit },
+                ]
+            })
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// An input out of nowhere: of another stage, a rank that is not there, a repeat.
+fn noise(pick: u8) -> Input {
+    let stage = Stage::ALL[usize::from(pick) % Stage::ALL.len()];
+    let rank = u32::from(pick) % (WORLD + 1);
+    match pick % 11 {
+        0 => Input::Begin,
+        1 => Input::Inspected(stage, Ok(Verdict::Cached)),
+        2 => Input::Collected(Ok(())),
+        3 => Input::Placed(stage, (0..rank).map(worker).collect()),
+        4 => Input::Ready { stage, rank, address: String::new() },
+        5 => Input::Done { stage, rank, outcome: Outcome::Finished },
+        6 => Input::Exited { stage, rank, exit: killed() },
+        7 => Input::WorkerLost(worker(rank)),
+        8 => Input::Recorded(stage, Ok(())),
+        9 => Input::Stop { checkpoint: pick % 2 == 0 },
+        _ => Input::GraceOver,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_order_of_events_breaks_a_job(steps in prop::collection::vec((any::<u8>(), any::<u8>()), 1..80)) {
+        let mut job = Job::new(WORLD, 100);
+        let mut pending = vec![Input::Begin];
+        let mut live: Option<Stage> = None;
+        for (choice, pick) in steps {
+            // Mostly what the world would answer, in an order of its own; now and then noise.
+            let input = if choice >= 40 && !pending.is_empty() {
+                let order = if choice % 4 == 0 { usize::from(pick) % pending.len() } else { 0 };
+                pending.remove(order)
+            } else {
+                noise(pick)
+            };
+            let before = job.clone();
+            let effects = match job.apply(input) {
+                Ok(effects) => effects,
+                Err(_) => {
+                    prop_assert_eq!(&job, &before, "a stale input changes nothing");
+                    continue;
+                }
+            };
+            prop_assert!(before.end().is_none(), "an end absorbs: {:?}", before);
+            let ends = effects.iter().filter(|e| matches!(e, Effect::Tell(Body::State(s)) if s.state().is_end()));
+            prop_assert_eq!(ends.count(), usize::from(job.end().is_some()), "an end is told once");
+            for effect in &effects {
+                match effect {
+                    Effect::StartTask { stage, ranks, .. } => {
+                        prop_assert_eq!(live, None, "one task at a time");
+                        prop_assert_eq!(ranks.len() as u32, job.world(*stage), "all ranks or none");
+                        live = Some(*stage);
+                    }
+                    Effect::StartRanks { stage, peers, .. } => {
+                        prop_assert_eq!(live, Some(*stage));
+                        prop_assert_eq!(peers.len() as u32, job.world(*stage), "none starts alone");
+                    }
+                    Effect::StopAtCheckpoint { stage, .. } | Effect::Abort { stage, .. } => {
+                        prop_assert_eq!(live, Some(*stage));
+                    }
+                    Effect::Release => prop_assert!(live.take().is_some()),
+                    _ => {}
+                }
+                pending.extend(answers(effect, pick, job.state() == JobState::Stopping));
+            }
+            if job.end().is_some() {
+                prop_assert_eq!(live, None, "no rank outlives its job");
+            }
+        }
+    }
+}

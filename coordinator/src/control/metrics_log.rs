@@ -1,0 +1,80 @@
+//! `<output>/metrics.jsonl`: one JSON object for each logged value of a job. Numbers are written
+//! so that reading them back gives the same bits.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+
+use serde_json::json;
+use tunefleet_proto::ids::Attempt;
+use tunefleet_proto::rpc::job_event::Body;
+
+use super::events::unix_ms;
+
+/// File name inside the job's output directory.
+pub const FILE: &str = "metrics.jsonl";
+
+/// An open log. Each line is written at once and whole, so that a kill loses none.
+pub struct MetricsLog(File);
+
+impl MetricsLog {
+    /// Opens the log of `output` for appending.
+    ///
+    /// # Errors
+    /// When the file cannot be made.
+    pub fn open(output: &Path) -> std::io::Result<Self> {
+        std::fs::create_dir_all(output)?;
+        Ok(MetricsLog(OpenOptions::new().create(true).append(true).open(output.join(FILE))?))
+    }
+
+    /// Appends the values of an event; one without values adds no line.
+    ///
+    /// # Errors
+    /// When the line cannot be written.
+    pub fn append(&mut self, attempt: Attempt, body: &Body) -> std::io::Result<()> {
+        let (attempt, unix_ms) = (attempt.0, unix_ms());
+        let line = match body {
+            Body::Step(step) => json!({
+                "kind": "step", "attempt": attempt, "unix_ms": unix_ms, "step": step.step,
+                "loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate,
+                "tokens": step.tokens, "tokens_per_second": step.tokens_per_second,
+                "step_seconds": step.step_seconds,
+            }),
+            Body::Evaluated(eval) => json!({
+                "kind": "eval", "attempt": attempt, "unix_ms": unix_ms, "step": eval.step, "loss": eval.loss,
+            }),
+            Body::Saved(saved) => json!({
+                "kind": "save", "attempt": attempt, "unix_ms": unix_ms, "step": saved.step,
+                "path": saved.path, "pause_seconds": saved.pause_seconds,
+            }),
+            _ => return Ok(()),
+        };
+        self.0.write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tunefleet_proto::rpc::{Evaluated, StepDone};
+
+    #[test]
+    fn losses_read_back_bit_for_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let losses = [0.1 + 0.2, 10.0f64.ln(), 1.0 / 3.0, 5e-324, f64::from(3.1415927f32)];
+        let mut log = MetricsLog::open(dir.path()).unwrap();
+        for (step, loss) in losses.into_iter().enumerate() {
+            let step = StepDone { step: step as u64, loss, ..StepDone::default() };
+            log.append(Attempt(1), &Body::Step(step)).unwrap();
+        }
+        log.append(Attempt(2), &Body::Evaluated(Evaluated { step: 5, loss: 2.5 })).unwrap();
+        log.append(Attempt(2), &Body::Note("no values".to_owned())).unwrap();
+        let text = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
+        let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), 6);
+        for (line, loss) in lines.iter().zip(losses) {
+            assert_eq!(line["loss"].as_f64().unwrap().to_bits(), loss.to_bits());
+        }
+        assert_eq!((&lines[5]["kind"], &lines[5]["attempt"]), (&"eval".into(), &2.into()));
+    }
+}

@@ -1,0 +1,19 @@
+//! The control plane: takes jobs, finds slots, drives stages, tells those who watch.
+//!
+//! `job` (what follows from a fact), `rank` (how ranks end), `placement` and `workers` (where
+//! ranks run) and `stage` (what is done already) know no protocol. `plane` is the one task that
+//! owns all jobs and workers; `service` is gRPC in front of it. State is kept in memory.
+
+mod events;
+mod job;
+mod metrics_log;
+mod placement;
+mod plane;
+mod rank;
+mod service;
+mod stage;
+mod workers;
+
+pub use metrics_log::FILE as METRICS_LOG_FILE;
+pub use plane::Plane;
+pub use service::{ServeError, Server, bind};

@@ -1,0 +1,651 @@
+//! The one task that owns all jobs and workers: it takes messages in order, asks the state
+//! machine of the job, and carries out what follows. A state changes before a command goes out.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+use tonic::Status;
+use tunefleet_proto::ids::{Attempt, JobId};
+use tunefleet_proto::job::{DatasetSpec, DeviceKind, JobSpec};
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::rpc::job_event::Body;
+use tunefleet_proto::rpc::{
+    Abort, Continuation, CoordinatorMessage, JobStatus, RankReport, Register, Stage, StartRanks, StartTask,
+    StopAtCheckpoint, TaskId, Waiting, WorkerMessage, coordinator_message, rank_event, worker_message,
+};
+use tunefleet_proto::shard_plan::ShardPlan;
+
+use super::events::EventLog;
+use super::job::{Effect, End, Input, Job};
+use super::metrics_log::MetricsLog;
+use super::placement::{Room, WorkerName, place};
+use super::stage;
+use super::workers::{Epoch, Joined, Workers};
+use crate::metrics;
+
+/// Messages under way to the plane before senders have to wait.
+const WINDOW: usize = 1024;
+/// How often silent workers are looked for.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the plane is asked or told.
+pub(super) enum Message {
+    Submit {
+        spec: Box<JobSpec>,
+        continuation: Continuation,
+        reply: oneshot::Sender<Result<Attempt, Status>>,
+    },
+    Resume {
+        job: String,
+        reply: oneshot::Sender<Result<JobStatus, Status>>,
+    },
+    Cancel {
+        job: String,
+        grace: Duration,
+        reply: oneshot::Sender<Result<JobStatus, Status>>,
+    },
+    Status {
+        job: String,
+        reply: oneshot::Sender<Result<JobStatus, Status>>,
+    },
+    List {
+        reply: oneshot::Sender<Vec<JobStatus>>,
+    },
+    Events {
+        job: String,
+        reply: oneshot::Sender<Result<Arc<EventLog>, Status>>,
+    },
+    Join {
+        register: Register,
+        commands: mpsc::UnboundedSender<CoordinatorMessage>,
+        reply: oneshot::Sender<Result<Epoch, Status>>,
+    },
+    Said {
+        worker: WorkerName,
+        epoch: Epoch,
+        message: WorkerMessage,
+    },
+    /// An answer of work done outside, or a timer.
+    Happened {
+        job: JobId,
+        attempt: Attempt,
+        input: Input,
+    },
+}
+
+/// A handle to the plane's task.
+#[derive(Clone)]
+pub struct Plane {
+    messages: mpsc::Sender<Message>,
+}
+
+impl Plane {
+    /// Starts the task.
+    pub fn start() -> Self {
+        let (messages, inbox) = mpsc::channel(WINDOW);
+        let state =
+            State { jobs: BTreeMap::new(), workers: Workers::default(), messages: messages.downgrade() };
+        tokio::spawn(state.run(inbox));
+        Plane { messages }
+    }
+
+    /// Sends a message.
+    pub(super) async fn tell(&self, message: Message) -> Result<(), Status> {
+        self.messages.send(message).await.map_err(|_| Status::unavailable("the coordinator is stopping"))
+    }
+
+    /// Sends a message and waits for the answer.
+    pub(super) async fn ask<T>(
+        &self,
+        message: impl FnOnce(oneshot::Sender<T>) -> Message,
+    ) -> Result<T, Status> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(message(reply)).await?;
+        answer.await.map_err(|_| Status::unavailable("the coordinator is stopping"))
+    }
+}
+
+struct State {
+    jobs: BTreeMap<JobId, Entry>,
+    workers: Workers,
+    /// For answers of work done outside; weak, so that the task ends with its last handle.
+    messages: mpsc::WeakSender<Message>,
+}
+
+/// A job, its live or last attempt, and what is shown of it.
+struct Entry {
+    spec: Arc<JobSpec>,
+    attempt: Attempt,
+    continuation: Continuation,
+    job: Job,
+    /// Taken at submission: the order in which jobs get slots.
+    submitted: Instant,
+    stage_began: Instant,
+    slots: Vec<WorkerName>,
+    cuda: bool,
+    events: Arc<EventLog>,
+    log: MetricsLog,
+    /// Keeps other coordinators out of the output directory while the attempt lives.
+    lock: Option<File>,
+    step: u64,
+    loss: f64,
+    tokens_per_second: f64,
+    detail: String,
+    waiting: Option<Waiting>,
+}
+
+impl State {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            tokio::select! {
+                message = inbox.recv() => match message {
+                    Some(message) => self.handle(message),
+                    None => return,
+                },
+                _ = tick.tick() => self.lose_silent_workers(),
+            }
+            self.place_waiting();
+            metrics::workers(self.workers.len());
+            metrics::jobs(self.jobs.values().map(|entry| entry.job.state()));
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        // An asker that is gone needs no answer.
+        match message {
+            Message::Submit { spec, continuation, reply } => {
+                let _ = reply.send(self.submit(*spec, continuation));
+            }
+            Message::Resume { job, reply } => {
+                let _ = reply.send(self.resume(&JobId(job)));
+            }
+            Message::Cancel { job, grace, reply } => {
+                let _ = reply.send(self.cancel(&JobId(job), grace));
+            }
+            Message::Status { job, reply } => {
+                let id = JobId(job);
+                let _ = reply.send(self.entry(&id).map(|entry| entry.status(&id)));
+            }
+            Message::List { reply } => {
+                let _ = reply.send(self.jobs.iter().map(|(id, entry)| entry.status(id)).collect());
+            }
+            Message::Events { job, reply } => {
+                let _ = reply.send(self.entry(&JobId(job)).map(|entry| Arc::clone(&entry.events)));
+            }
+            Message::Join { register, commands, reply } => {
+                let _ = reply.send(self.join(register, commands));
+            }
+            Message::Said { worker, epoch, message } => {
+                if self.workers.heard(&worker, epoch, Instant::now()) {
+                    self.said(&worker, message);
+                }
+            }
+            Message::Happened { job, attempt, input } => {
+                if self.jobs.get(&job).is_some_and(|entry| entry.attempt == attempt) {
+                    self.apply(&job, input);
+                }
+            }
+        }
+    }
+
+    fn entry(&mut self, id: &JobId) -> Result<&mut Entry, Status> {
+        self.jobs.get_mut(id).ok_or_else(|| Status::not_found(format!("there is no job {id}")))
+    }
+
+    // ------------------------------------------------------------------------------------ jobs
+
+    fn submit(&mut self, spec: JobSpec, continuation: Continuation) -> Result<Attempt, Status> {
+        let id = JobId(spec.name.clone());
+        let mut events = None;
+        if let Some(known) = self.jobs.get(&id) {
+            if known.job.end().is_none() {
+                let state = known.job.state().name();
+                let message = format!("job {id} is {state}: cancel it first, or submit under another name");
+                return Err(Status::already_exists(message));
+            }
+            events = Some(Arc::clone(&known.events));
+        }
+        let cannot = |cause: std::io::Error| {
+            Status::failed_precondition(format!("output {}: {cause}", spec.output.display()))
+        };
+        let log = MetricsLog::open(&spec.output).map_err(cannot)?;
+        let lock = lock_output(&spec.output)?;
+        let attempt = new_attempt(&spec.output).map_err(cannot)?;
+        let events = events.unwrap_or_else(|| Arc::new(EventLog::new()));
+        events.reopen();
+        let entry = Entry {
+            job: Job::new(spec.train.ranks, spec.train.steps),
+            spec: Arc::new(spec),
+            attempt,
+            continuation,
+            submitted: Instant::now(),
+            stage_began: Instant::now(),
+            slots: Vec::new(),
+            cuda: false,
+            events,
+            log,
+            lock: Some(lock),
+            step: 0,
+            loss: f64::NAN,
+            tokens_per_second: 0.0,
+            detail: String::new(),
+            waiting: None,
+        };
+        metrics::attempt(&id.0, entry.spec.train.steps);
+        self.jobs.insert(id.clone(), entry);
+        self.apply(&id, Input::Begin);
+        Ok(attempt)
+    }
+
+    fn resume(&mut self, id: &JobId) -> Result<JobStatus, Status> {
+        let spec = (*self.entry(id)?.spec).clone();
+        self.submit(spec, Continuation::Resume)?;
+        Ok(self.entry(id)?.status(id))
+    }
+
+    fn cancel(&mut self, id: &JobId, grace: Duration) -> Result<JobStatus, Status> {
+        let attempt = self.entry(id)?.attempt;
+        let checkpoint = !grace.is_zero();
+        self.apply(id, Input::Stop { checkpoint });
+        if checkpoint {
+            let happened = Message::Happened { job: id.clone(), attempt, input: Input::GraceOver };
+            let messages = self.messages.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(grace).await;
+                answer(messages, happened).await;
+            });
+        }
+        Ok(self.entry(id)?.status(id))
+    }
+
+    fn apply(&mut self, id: &JobId, input: Input) {
+        let Some(entry) = self.jobs.get_mut(id) else { return };
+        match entry.job.apply(input) {
+            Ok(effects) => effects.into_iter().for_each(|effect| self.carry_out(id, effect)),
+            Err(stale) => tracing::debug!("job {id}: {stale}"),
+        }
+    }
+
+    fn carry_out(&mut self, id: &JobId, effect: Effect) {
+        let Some(entry) = self.jobs.get_mut(id) else { return };
+        let task =
+            |stage: Stage| Some(TaskId { job: id.0.clone(), attempt: entry.attempt.0, stage: stage.into() });
+        match effect {
+            Effect::Tell(body) => entry.tell(id, body),
+            Effect::Inspect(stage) => {
+                let (spec, continuation) = (Arc::clone(&entry.spec), entry.continuation);
+                let work = move || {
+                    let verdict = stage::prepare(&spec, continuation, stage);
+                    Input::Inspected(stage, verdict.map_err(|error| error.to_string()))
+                };
+                self.outside(id, work);
+            }
+            Effect::Collect => {
+                let spec = Arc::clone(&entry.spec);
+                self.outside(id, move || Input::Collected(collect(&spec)));
+            }
+            Effect::Record(stage) => {
+                let spec = Arc::clone(&entry.spec);
+                let work = move || {
+                    Input::Recorded(stage, stage::record(&spec, stage).map_err(|error| error.to_string()))
+                };
+                self.outside(id, work);
+            }
+            // After each message, as long as it waits.
+            Effect::Place(_) => {}
+            Effect::StartTask { stage, ranks, resume } => match entry.start_task(task(stage), &ranks, resume)
+            {
+                Ok(commands) => {
+                    for (worker, command) in commands {
+                        self.workers.send(&worker, coordinator_message::Body::StartTask(command));
+                    }
+                }
+                Err(cause) => {
+                    for (rank, _) in ranks.iter().enumerate() {
+                        let exit = super::rank::Exit { start_error: cause.clone(), ..Default::default() };
+                        self.apply(id, Input::Exited { stage, rank: rank as u32, exit });
+                    }
+                }
+            },
+            Effect::StartRanks { stage, workers, peers } => {
+                let secret = rand::random::<[u8; 32]>().to_vec();
+                let start = StartRanks { task: task(stage), peers, secret };
+                for worker in workers {
+                    self.workers.send(&worker, coordinator_message::Body::StartRanks(start.clone()));
+                }
+            }
+            Effect::StopAtCheckpoint { stage, workers } => {
+                let stop = StopAtCheckpoint { task: task(stage) };
+                for worker in workers {
+                    self.workers.send(&worker, coordinator_message::Body::StopAtCheckpoint(stop.clone()));
+                }
+            }
+            Effect::Abort { stage, workers, reason } => {
+                let abort = Abort { task: task(stage), reason };
+                for worker in workers {
+                    self.workers.send(&worker, coordinator_message::Body::Abort(abort.clone()));
+                }
+            }
+            Effect::Release => {
+                let slots = std::mem::take(&mut entry.slots);
+                self.workers.release(&slots);
+            }
+        }
+    }
+
+    /// Runs blocking work; its answer comes back as an input of this attempt.
+    fn outside(&self, id: &JobId, work: impl FnOnce() -> Input + Send + 'static) {
+        let Some(attempt) = self.jobs.get(id).map(|entry| entry.attempt) else { return };
+        let (messages, job) = (self.messages.clone(), id.clone());
+        tokio::spawn(async move {
+            match tokio::task::spawn_blocking(work).await {
+                Ok(input) => answer(messages, Message::Happened { job, attempt, input }).await,
+                Err(error) => tracing::error!("job {job}: {error}"),
+            }
+        });
+    }
+
+    /// Gives slots to jobs that wait, the oldest first.
+    fn place_waiting(&mut self) {
+        let mut waiting: Vec<(Instant, JobId, Stage)> = Vec::new();
+        for (id, entry) in &self.jobs {
+            if let Some(stage) = entry.job.waiting() {
+                waiting.push((entry.submitted, id.clone(), stage));
+            }
+        }
+        waiting.sort();
+        for (_, id, stage) in waiting {
+            let Some(entry) = self.jobs.get_mut(&id) else { continue };
+            let rooms = self.workers.rooms();
+            let world = entry.job.world(stage);
+            let cuda = match entry.spec.train.device {
+                DeviceKind::Cpu => false,
+                DeviceKind::Cuda => true,
+                DeviceKind::Auto => rooms.values().any(|room| room.has_gpu),
+            };
+            let Some(ranks) = place(&rooms, world, cuda) else {
+                entry.wait(&id, waiting_for(world, cuda, &rooms));
+                continue;
+            };
+            entry.detail.clear();
+            entry.waiting = None;
+            entry.cuda = cuda;
+            entry.slots.clone_from(&ranks);
+            self.workers.take(&ranks);
+            self.apply(&id, Input::Placed(stage, ranks));
+        }
+    }
+
+    // --------------------------------------------------------------------------------- workers
+
+    fn join(
+        &mut self,
+        register: Register,
+        commands: mpsc::UnboundedSender<CoordinatorMessage>,
+    ) -> Result<Epoch, Status> {
+        let name = WorkerName::from(register.name.as_str());
+        let running = register.running.clone();
+        tracing::info!(
+            "worker {name} {}: {} slots, {} GPUs, {}",
+            register.version,
+            register.slots,
+            register.gpus,
+            register.metrics_url
+        );
+        let epoch = match self.workers.join(register, commands, Instant::now()) {
+            Joined::Welcome(epoch) => epoch,
+            Joined::Restarted(epoch) => {
+                self.lose(&name);
+                epoch
+            }
+            Joined::NameTaken => {
+                let message = format!("a worker named {name} is connected: give this one another --name");
+                return Err(Status::already_exists(message));
+            }
+        };
+        for task in running {
+            if !self.is_live(&task, &name) {
+                self.refuse(&name, task, "this attempt is over");
+            }
+        }
+        Ok(epoch)
+    }
+
+    fn is_live(&self, task: &TaskId, worker: &WorkerName) -> bool {
+        let entry = self.jobs.get(&JobId(task.job.clone()));
+        entry.is_some_and(|e| e.attempt.0 == task.attempt && e.job.runs_on(task.stage(), worker))
+    }
+
+    /// Tells a worker to end ranks that should not be.
+    fn refuse(&self, worker: &WorkerName, task: TaskId, reason: &str) {
+        let abort = Abort { task: Some(task), reason: reason.to_owned() };
+        self.workers.send(worker, coordinator_message::Body::Abort(abort));
+    }
+
+    fn said(&mut self, worker: &WorkerName, message: WorkerMessage) {
+        let (task, rank) = match &message.body {
+            Some(worker_message::Body::Report(report)) => (report.task.clone(), report.rank),
+            Some(worker_message::Body::Exited(exited)) => (exited.task.clone(), exited.rank),
+            Some(worker_message::Body::Heartbeat(_) | worker_message::Body::Register(_)) | None => return,
+        };
+        let Some(task) = task else { return };
+        if !self.is_live(&task, worker) {
+            tracing::debug!("worker {worker}: stale message of {} a{}", task.job, task.attempt);
+            if let Some(worker_message::Body::Report(_)) = message.body {
+                self.refuse(worker, task, "this attempt is over");
+            }
+            return;
+        }
+        let (id, stage) = (JobId(task.job.clone()), task.stage());
+        match message.body {
+            Some(worker_message::Body::Report(report)) => self.reported(&id, stage, report),
+            Some(worker_message::Body::Exited(exited)) => {
+                self.apply(&id, Input::Exited { stage, rank, exit: exited.into() });
+            }
+            _ => {}
+        }
+    }
+
+    fn reported(&mut self, id: &JobId, stage: Stage, report: RankReport) {
+        let rank = report.rank;
+        let body = match report.event.and_then(|event| event.body) {
+            Some(rank_event::Body::Ready(ready)) => {
+                return self.apply(id, Input::Ready { stage, rank, address: ready.address });
+            }
+            Some(rank_event::Body::Done(done)) => {
+                let Some(outcome) = done.outcome else { return };
+                return self.apply(id, Input::Done { stage, rank, outcome: outcome.into() });
+            }
+            // Losses are those of all ranks: one of them is enough to tell.
+            _ if rank != 0 => return,
+            Some(rank_event::Body::Section(name)) => Body::Section(name),
+            Some(rank_event::Body::Step(step)) => Body::Step(step),
+            Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),
+            Some(rank_event::Body::Saved(saved)) => Body::Saved(saved),
+            None => return,
+        };
+        if let Some(entry) = self.jobs.get_mut(id) {
+            entry.tell(id, body);
+        }
+    }
+
+    fn lose_silent_workers(&mut self) {
+        for name in self.workers.forget_lost(Instant::now()) {
+            tracing::warn!("worker {name} is lost: not heard of for too long");
+            self.lose(&name);
+        }
+    }
+
+    fn lose(&mut self, worker: &WorkerName) {
+        let ids: Vec<JobId> = self.jobs.keys().cloned().collect();
+        for id in ids {
+            if self.jobs.get(&id).is_some_and(|entry| entry.job.end().is_none()) {
+                self.apply(&id, Input::WorkerLost(worker.clone()));
+            }
+        }
+    }
+}
+
+impl Entry {
+    /// Notes, counts and shows an event.
+    fn tell(&mut self, id: &JobId, mut body: Body) {
+        let mut last = false;
+        match &mut body {
+            Body::Stage(changed) => {
+                let began = std::mem::replace(&mut self.stage_began, Instant::now());
+                changed.output = stage::output_dir(&self.spec, changed.stage()).display().to_string();
+                changed.seconds = began.elapsed().as_secs_f64();
+            }
+            Body::State(changed) => {
+                last = changed.state().is_end();
+                if last {
+                    self.lock = None;
+                    self.detail = match self.job.end() {
+                        Some(End::Failed(failure)) => failure.cause.clone(),
+                        _ => String::new(),
+                    };
+                }
+                metrics::attempt_ended(&id.0, changed.state());
+            }
+            Body::Step(step) => {
+                self.step = step.step;
+                self.loss = step.loss;
+                self.tokens_per_second = step.tokens_per_second;
+                metrics::step(&id.0, step);
+            }
+            Body::Evaluated(evaluated) => metrics::evaluated(&id.0, evaluated),
+            Body::Saved(saved) => metrics::saved(&id.0, saved),
+            Body::Note(_) | Body::Waiting(_) | Body::Section(_) => {}
+        }
+        if let Err(error) = self.log.append(self.attempt, &body) {
+            tracing::warn!("job {id}: {}: {error}", super::METRICS_LOG_FILE);
+        }
+        self.events.push(id, self.attempt, body, last);
+    }
+
+    /// Says what the job waits for, when that has changed.
+    fn wait(&mut self, id: &JobId, waiting: Waiting) {
+        let detail = format!("waits for {} slots, {} are free", waiting.needed, waiting.free);
+        if self.waiting != Some(waiting) {
+            self.tell(id, Body::Waiting(waiting));
+            self.waiting = Some(waiting);
+            self.detail = detail;
+        }
+    }
+
+    /// One command for each worker that has ranks of the task.
+    fn start_task(
+        &self,
+        task: Option<TaskId>,
+        ranks: &[WorkerName],
+        resume: bool,
+    ) -> Result<Vec<(WorkerName, StartTask)>, String> {
+        let is_train = task.as_ref().is_some_and(|task| task.stage() == Stage::Train);
+        let spec_json = serde_json::to_string(&*self.spec).map_err(|error| error.to_string())?;
+        let shard_plan_json = if is_train { shard_plan(&self.spec)? } else { String::new() };
+        let mut of_worker: BTreeMap<&WorkerName, Vec<u32>> = BTreeMap::new();
+        for (rank, worker) in ranks.iter().enumerate() {
+            of_worker.entry(worker).or_default().push(rank as u32);
+        }
+        let log_dir = attempt_dir(&self.spec.output, self.attempt).display().to_string();
+        let command = |ranks| StartTask {
+            task: task.clone(),
+            spec_json: spec_json.clone(),
+            shard_plan_json: shard_plan_json.clone(),
+            world: self.slots.len() as u32,
+            ranks,
+            resume,
+            log_dir: log_dir.clone(),
+            cuda: self.cuda,
+            threads: if is_train { self.spec.workers.threads_per_rank.unwrap_or(0) } else { 0 },
+        };
+        Ok(of_worker.into_iter().map(|(worker, ranks)| (worker.clone(), command(ranks))).collect())
+    }
+
+    fn status(&self, id: &JobId) -> JobStatus {
+        JobStatus {
+            job: id.0.clone(),
+            attempt: self.attempt.0,
+            state: self.job.state().into(),
+            stage: self.job.stage().into(),
+            step: self.step,
+            steps: self.spec.train.steps,
+            loss: self.loss,
+            tokens_per_second: self.tokens_per_second,
+            output: self.spec.output.display().to_string(),
+            detail: self.detail.clone(),
+        }
+    }
+}
+
+fn waiting_for(needed: u32, needs_gpu: bool, rooms: &BTreeMap<WorkerName, Room>) -> Waiting {
+    let usable: Vec<&Room> = rooms.values().filter(|room| room.has_gpu || !needs_gpu).collect();
+    Waiting {
+        needed,
+        free: usable.iter().map(|room| room.free).sum(),
+        total: usable.iter().map(|room| room.total).sum(),
+        workers: rooms.len() as u32,
+        needs_gpu,
+    }
+}
+
+async fn answer(messages: mpsc::WeakSender<Message>, message: Message) {
+    if let Some(messages) = messages.upgrade() {
+        let _ = messages.send(message).await;
+    }
+}
+
+fn collect(spec: &JobSpec) -> Result<(), String> {
+    match &spec.dataset {
+        DatasetSpec::Collect(_collect) => Err("unfinished".to_owned()),
+        DatasetSpec::Existing(_) => Ok(()),
+    }
+}
+
+/// The layout of the job's model over its ranks.
+fn shard_plan(spec: &JobSpec) -> Result<String, String> {
+    let path = spec.model_dir().join("config.json");
+    let at = |cause: String| format!("{}: {cause}", path.display());
+    let text = std::fs::read_to_string(&path).map_err(|error| at(error.to_string()))?;
+    let config = ModelConfig::from_json(&text).map_err(|error| at(error.to_string()))?;
+    serde_json::to_string(&ShardPlan::new(&config, spec.train.ranks)).map_err(|error| at(error.to_string()))
+}
+
+fn attempt_dir(output: &Path, attempt: Attempt) -> std::path::PathBuf {
+    output.join("logs").join(format!("attempt-{}", attempt.0))
+}
+
+/// The first attempt number that has no logs yet, and a directory for them: numbers go on where
+/// an earlier coordinator stopped.
+fn new_attempt(output: &Path) -> std::io::Result<Attempt> {
+    let logs = output.join("logs");
+    std::fs::create_dir_all(&logs)?;
+    let mut newest = 0;
+    for entry in std::fs::read_dir(&logs)? {
+        let name = entry?.file_name();
+        let number = name.to_str().and_then(|name| name.strip_prefix("attempt-")?.parse::<u32>().ok());
+        newest = newest.max(number.unwrap_or(0));
+    }
+    let attempt = Attempt(newest.saturating_add(1));
+    std::fs::create_dir_all(attempt_dir(output, attempt))?;
+    Ok(attempt)
+}
+
+/// One live attempt for each output directory, whichever coordinator runs it.
+fn lock_output(output: &Path) -> Result<File, Status> {
+    let path = output.join(".lock");
+    let at = |cause: String| Status::failed_precondition(format!("{}: {cause}", path.display()));
+    let file = File::create(&path).map_err(|error| at(error.to_string()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(at("another job runs in this directory: wait for it, or set another `output`".to_owned()))
+        }
+        Err(std::fs::TryLockError::Error(error)) => Err(at(error.to_string())),
+    }
+}

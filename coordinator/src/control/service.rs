@@ -1,0 +1,237 @@
+//! gRPC in front of the plane: checks what comes in, and turns calls into messages.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::{Request, Response, Status, Streaming};
+use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::rpc::control_server::Control;
+use tunefleet_proto::rpc::workers_server::Workers;
+use tunefleet_proto::rpc::{
+    self, CancelRequest, CoordinatorMessage, JobEvent, JobStatus, ListRequest, ListResponse, Registered,
+    ResumeRequest, StatusRequest, SubmitRequest, SubmitResponse, Token, WatchRequest, WorkerMessage,
+    coordinator_message, worker_message,
+};
+
+use super::placement::WorkerName;
+use super::plane::{Message, Plane};
+
+/// How often a worker tells that it is alive.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a new session may take to say who it is.
+const REGISTER_LIMIT: Duration = Duration::from_secs(5);
+/// Events under way to one watcher.
+const WATCH_WINDOW: usize = 64;
+/// Longest name of a worker.
+const MAX_NAME: usize = 100;
+/// Most slots that a worker may claim.
+const MAX_SLOTS: u32 = 1024;
+/// Calls that one connection may have under way.
+const CALLS_PER_CONNECTION: usize = 256;
+
+/// Why the control plane does not listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The address is taken, not ours, or not allowed.
+    #[error("listening on {address}: {cause}: {hint}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        cause: std::io::Error,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// Everybody on the network could run programs here.
+    #[error("listening on {0} without a token: pass --token-file, or listen on 127.0.0.1")]
+    Open(SocketAddr),
+    /// The transport failed.
+    #[error("serving: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// A bound control plane.
+pub struct Server {
+    listener: TcpListener,
+    address: SocketAddr,
+    token: Option<Token>,
+}
+
+impl Server {
+    /// Binds `address`; port 0 takes any free one.
+    ///
+    /// # Errors
+    /// See [`ServeError`].
+    pub async fn bind(address: SocketAddr, token: Option<Token>) -> Result<Self, ServeError> {
+        if token.is_none() && !address.ip().is_loopback() {
+            return Err(ServeError::Open(address));
+        }
+        let listener = bind(address).await?;
+        let address = listener.local_addr().unwrap_or(address);
+        Ok(Server { listener, address, token })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until the future is dropped.
+    ///
+    /// # Errors
+    /// When the transport fails.
+    pub async fn serve(self, plane: Plane) -> Result<(), ServeError> {
+        let service = Service { plane };
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
+            .add_service(rpc::control_server(service.clone(), self.token.clone()))
+            .add_service(rpc::workers_server(service, self.token))
+            .serve_with_incoming(TcpListenerStream::new(self.listener))
+            .await?;
+        Ok(())
+    }
+}
+
+/// Binds a listener and says what to do when that fails.
+///
+/// # Errors
+/// [`ServeError::Listen`].
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|cause| {
+        let hint = match cause.kind() {
+            std::io::ErrorKind::AddrInUse => {
+                "another program listens there: stop it, choose another port, or port 0 for any free one"
+            }
+            std::io::ErrorKind::PermissionDenied => "choose a port above 1023",
+            _ => "choose an address of this machine",
+        };
+        ServeError::Listen { address, cause, hint }
+    })
+}
+
+#[derive(Clone)]
+struct Service {
+    plane: Plane,
+}
+
+type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Control for Service {
+    type WatchStream = Events<JobEvent>;
+
+    async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
+        let request = request.into_inner();
+        let continuation = request.continuation();
+        let spec: JobSpec = serde_json::from_str(&request.spec_json)
+            .map_err(|error| Status::invalid_argument(format!("job spec: {error}")))?;
+        let spec = Box::new(check(spec)?);
+        let job = spec.name.clone();
+        let submit = |reply| Message::Submit { spec, continuation, reply };
+        let attempt = self.plane.ask(submit).await??;
+        Ok(Response::new(SubmitResponse { job, attempt: attempt.0 }))
+    }
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let WatchRequest { job, from_sequence } = request.into_inner();
+        let events = self.plane.ask(|reply| Message::Events { job, reply }).await??;
+        let (sender, receiver) = tokio::sync::mpsc::channel(WATCH_WINDOW);
+        tokio::spawn(async move {
+            let mut sequence = from_sequence.saturating_sub(1);
+            while let Some(event) = events.next_after(sequence).await {
+                sequence = event.sequence;
+                if sender.send(Ok(event)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn list(&self, _request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let jobs = self.plane.ask(|reply| Message::List { reply }).await?;
+        Ok(Response::new(ListResponse { jobs }))
+    }
+
+    async fn status(&self, request: Request<StatusRequest>) -> Result<Response<JobStatus>, Status> {
+        let job = request.into_inner().job;
+        Ok(Response::new(self.plane.ask(|reply| Message::Status { job, reply }).await??))
+    }
+
+    async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<JobStatus>, Status> {
+        let CancelRequest { job, grace_ms } = request.into_inner();
+        let grace = Duration::from_millis(grace_ms);
+        Ok(Response::new(self.plane.ask(|reply| Message::Cancel { job, grace, reply }).await??))
+    }
+
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<JobStatus>, Status> {
+        let job = request.into_inner().job;
+        Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await??))
+    }
+}
+
+/// What a job spec must hold for the control plane itself; the job file's own checks are stricter.
+fn check(spec: JobSpec) -> Result<JobSpec, Status> {
+    let refuse = |rule: &str| Err(Status::invalid_argument(format!("job {:?}: {rule}", spec.name)));
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if spec.name.is_empty() || spec.name.len() > MAX_NAME || !spec.name.bytes().all(legal) {
+        return refuse("a name is 1 to 100 letters, digits, '-', '_' or '.'");
+    }
+    if !spec.output.is_absolute() {
+        return refuse("`output` must be an absolute path");
+    }
+    if spec.train.ranks == 0 || spec.train.ranks > MAX_SLOTS {
+        return refuse("`train.ranks` must be from 1 to 1024");
+    }
+    Ok(spec)
+}
+
+#[tonic::async_trait]
+impl Workers for Service {
+    type SessionStream = Events<CoordinatorMessage>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let mut messages = request.into_inner();
+        let first = tokio::time::timeout(REGISTER_LIMIT, messages.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no registration"))??;
+        let Some(worker_message::Body::Register(register)) = first.and_then(|message| message.body) else {
+            return Err(Status::invalid_argument("a session begins with a registration"));
+        };
+        if register.name.is_empty() || register.name.len() > MAX_NAME {
+            return Err(Status::invalid_argument("a worker's name has 1 to 100 characters"));
+        }
+        if register.slots == 0 || register.slots > MAX_SLOTS {
+            return Err(Status::invalid_argument("a worker has 1 to 1024 slots"));
+        }
+        let worker = WorkerName::from(register.name.as_str());
+        let (commands, outgoing) = tokio::sync::mpsc::unbounded_channel();
+        let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u64;
+        let settings = coordinator_message::Body::Registered(Registered { heartbeat_interval_ms });
+        // Before the plane knows the channel, so that this is the first message.
+        let _ = commands.send(CoordinatorMessage { body: Some(settings) });
+        let epoch = self.plane.ask(|reply| Message::Join { register, commands, reply }).await??;
+        let plane = self.plane.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = messages.message().await {
+                if plane.tell(Message::Said { worker: worker.clone(), epoch, message }).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outgoing).map(Ok))))
+    }
+}
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;

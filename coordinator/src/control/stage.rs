@@ -1,0 +1,393 @@
+//! Whether a stage has to run: each leaves `<output>/stages/<stage>.json`, with the digest of its
+//! settings and of its inputs' content. Digests chain: a new dataset means a new tokenizer.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tunefleet_proto::job::{DatasetSpec, JobSpec, ModelSpec, Precision, Schedule, TokenizerSpec};
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::rpc::{Continuation, Stage};
+use tunefleet_proto::{checkpoint, dataset};
+
+use super::job::Verdict;
+
+/// Directory of the stages' records inside the job's output.
+const RECORDS_DIR: &str = "stages";
+const RECORD_VERSION: u32 = 1;
+/// Of a weights file, so much of its beginning and end is hashed: whole files are too large.
+const SAMPLE_BYTES: u64 = 1 << 20;
+
+/// Why a stage cannot be judged or begun.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operation on a file.
+    #[error("{what} {path}: {cause}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A file that should be ours and is not.
+    #[error("{path}: not readable as {what}: {cause}")]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// What it should be.
+        what: &'static str,
+        /// What the parser said.
+        cause: String,
+    },
+    /// A preset that does not exist.
+    #[error(transparent)]
+    Model(#[from] tunefleet_proto::model::Error),
+    /// The repositories could not be looked at.
+    #[error("{0}")]
+    Collect(String),
+    /// Training stopped before its last step.
+    #[error(
+        "{dir} holds the unfinished training of an earlier attempt (step {step} of {steps}): \
+         pass --resume to continue it, or --fresh to discard it"
+    )]
+    Unfinished {
+        /// The checkpoints.
+        dir: PathBuf,
+        /// Updates done.
+        step: u64,
+        /// Updates asked for.
+        steps: u64,
+    },
+    /// Checkpoints of other settings or other data.
+    #[error(
+        "{dir} holds checkpoints of another model, dataset, tokenizer or training settings: \
+         pass --fresh to discard them, or set another `output`"
+    )]
+    Foreign {
+        /// The checkpoints.
+        dir: PathBuf,
+    },
+    /// A stage said that it is done and its output is not there.
+    #[error("{stage} ended without its output {path}")]
+    NoOutput {
+        /// Which stage.
+        stage: &'static str,
+        /// What is missing.
+        path: PathBuf,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    version: u32,
+    stage: String,
+    digest: String,
+    complete: bool,
+}
+
+/// Decides whether the stage has to run, and clears the way when it has: from then on, until
+/// [`record`], its output does not count as done.
+///
+/// # Errors
+/// See [`Error`].
+pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Result<Verdict, Error> {
+    if !is_asked_for(spec, stage) {
+        return Ok(Verdict::Absent);
+    }
+    let dir = output_dir(spec, stage);
+    if stage == Stage::Train && continuation == Continuation::Fresh && dir.exists() {
+        std::fs::remove_dir_all(&dir).map_err(io("removing", &dir))?;
+    }
+    let found = read_record(spec, stage)?;
+    if stage == Stage::Collect && continuation == Continuation::Resume && is_training(spec)? {
+        // What is being trained on stays pinned, whatever has been pushed since.
+        if found.as_ref().is_some_and(|found| found.complete) && missing_output(spec, stage).is_none() {
+            return Ok(Verdict::Cached);
+        }
+    }
+    let digest = digest(spec, stage)?;
+    let same = found.as_ref().is_some_and(|found| found.digest == digest);
+    let complete = found.as_ref().is_some_and(|found| found.complete);
+    if same && complete && missing_output(spec, stage).is_none() {
+        return Ok(Verdict::Cached);
+    }
+    let mut resume = false;
+    if stage == Stage::Train
+        && let Some(step) = newest_checkpoint(&dir)?
+    {
+        if !same {
+            return Err(Error::Foreign { dir });
+        }
+        if continuation != Continuation::Resume {
+            return Err(Error::Unfinished { dir, step, steps: spec.train.steps });
+        }
+        resume = true;
+    }
+    write_record(spec, stage, digest, false)?;
+    Ok(Verdict::Run { resume })
+}
+
+/// Notes that the stage is complete, after a look at its output.
+///
+/// # Errors
+/// [`Error::NoOutput`] when it is not there, and see [`Error`].
+pub fn record(spec: &JobSpec, stage: Stage) -> Result<(), Error> {
+    if let Some(path) = missing_output(spec, stage) {
+        return Err(Error::NoOutput { stage: stage.name(), path });
+    }
+    // The digest of the inputs that it began with, which a later change must not rewrite.
+    let digest = match read_record(spec, stage)? {
+        Some(begun) => begun.digest,
+        None => digest(spec, stage)?,
+    };
+    write_record(spec, stage, digest, true)
+}
+
+/// Where a stage leaves its output.
+pub fn output_dir(spec: &JobSpec, stage: Stage) -> PathBuf {
+    match stage {
+        Stage::Collect => spec.dataset_dir(),
+        Stage::Tokenizer => spec.tokenizer_dir(),
+        Stage::InitModel => spec.model_dir(),
+        Stage::Train => spec.checkpoints_dir(),
+        Stage::Export => spec.export_dir(),
+        Stage::Unspecified => spec.output.clone(),
+    }
+}
+
+fn is_asked_for(spec: &JobSpec, stage: Stage) -> bool {
+    match stage {
+        Stage::Collect => matches!(spec.dataset, DatasetSpec::Collect(_)),
+        Stage::Tokenizer => matches!(spec.tokenizer, TokenizerSpec::Train { .. }),
+        Stage::InitModel => matches!(spec.model, ModelSpec::Init { .. }),
+        Stage::Train => true,
+        Stage::Export => spec.export.enabled,
+        Stage::Unspecified => false,
+    }
+}
+
+/// The first file of a complete output that is not there.
+fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
+    let dir = output_dir(spec, stage);
+    let file = match stage {
+        Stage::Collect => dir.join(dataset::MANIFEST_FILE),
+        Stage::Tokenizer => dir.join("tokenizer.json"),
+        Stage::InitModel | Stage::Export => dir.join("config.json"),
+        Stage::Train => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
+        Stage::Unspecified => return None,
+    };
+    if !file.is_file() {
+        return Some(file);
+    }
+    let weights_missing = matches!(stage, Stage::InitModel | Stage::Export)
+        && weight_files(&dir).map_or(true, |w| w.is_empty());
+    let segments_missing = || {
+        let manifest = dataset_manifest(&dir).ok()?;
+        let segments = manifest.train.iter().chain(&manifest.validation);
+        segments.map(|segment| dir.join(&segment.file)).find(|path| !path.is_file())
+    };
+    match stage {
+        _ if weights_missing => Some(dir.join("*.safetensors")),
+        Stage::Collect => segments_missing(),
+        _ => None,
+    }
+}
+
+/// Whether an earlier attempt left checkpoints of a training that is not complete.
+fn is_training(spec: &JobSpec) -> Result<bool, Error> {
+    let complete = read_record(spec, Stage::Train)?.is_some_and(|record| record.complete);
+    Ok(!complete && newest_checkpoint(&spec.checkpoints_dir())?.is_some())
+}
+
+/// What the stage's output follows from.
+fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
+    match stage {
+        Stage::Collect => match &spec.dataset {
+            DatasetSpec::Collect(collect) => collect_digest(collect),
+            DatasetSpec::Existing(dir) => Ok(dataset_manifest(dir)?.digest()),
+        },
+        Stage::Tokenizer => {
+            Ok(chain(stage, &(&spec.tokenizer, dataset_manifest(&spec.dataset_dir())?.digest())))
+        }
+        Stage::InitModel => match &spec.model {
+            ModelSpec::Init { preset, seed } => {
+                let tokenizer = match spec.tokenizer {
+                    TokenizerSpec::FromModel => None,
+                    _ => Some(file_digest(&tokenizer_file(spec))?),
+                };
+                Ok(chain(stage, &(ModelConfig::preset(preset)?.to_json(""), seed, tokenizer)))
+            }
+            ModelSpec::Existing(dir) => model_digest(dir),
+        },
+        Stage::Train => {
+            let inputs = (
+                dataset_manifest(&spec.dataset_dir())?.digest(),
+                file_digest(&tokenizer_file(spec))?,
+                model_digest(&spec.model_dir())?,
+            );
+            Ok(chain(stage, &(inputs, &spec.data, TrainIdentity::of(spec))))
+        }
+        Stage::Export => {
+            let last = spec.checkpoints_dir().join(checkpoint::dir_name(spec.train.steps));
+            let weights = file_digest(&last.join(checkpoint::MANIFEST_FILE))?;
+            Ok(chain(stage, &(weights, file_digest(&tokenizer_file(spec))?, &spec.export)))
+        }
+        Stage::Unspecified => Ok(String::new()),
+    }
+}
+
+fn collect_digest(collect: &tunefleet_proto::job::CollectSpec) -> Result<String, Error> {
+    Ok(chain(Stage::Collect, collect))
+}
+
+/// The training settings that decide the weights. How often something is logged or saved, on how
+/// many ranks and in how many pieces a step is computed may change between attempts.
+#[derive(Serialize)]
+struct TrainIdentity {
+    step_sequences: u64,
+    steps: u64,
+    precision: Precision,
+    learning_rate: f64,
+    schedule: Schedule,
+    warmup_steps: u64,
+    weight_decay: f64,
+    betas: (f64, f64),
+    epsilon: f64,
+    max_grad_norm: f64,
+    dropout: Option<f64>,
+    seed: u64,
+}
+
+impl TrainIdentity {
+    fn of(spec: &JobSpec) -> Self {
+        let train = &spec.train;
+        TrainIdentity {
+            step_sequences: spec.step_sequences(),
+            steps: train.steps,
+            precision: train.precision,
+            learning_rate: train.learning_rate,
+            schedule: train.schedule,
+            warmup_steps: train.warmup_steps,
+            weight_decay: train.weight_decay,
+            betas: train.betas,
+            epsilon: train.epsilon,
+            max_grad_norm: train.max_grad_norm,
+            dropout: train.dropout,
+            seed: train.seed,
+        }
+    }
+}
+
+fn chain(stage: Stage, inputs: &impl Serialize) -> String {
+    // Plain data with string keys: this cannot fail, and an empty text would only cause a rerun.
+    let json = serde_json::to_string(inputs).unwrap_or_default();
+    tunefleet_proto::digest_hex(format!("{}\n{json}", stage.name()).as_bytes())
+}
+
+fn tokenizer_file(spec: &JobSpec) -> PathBuf {
+    let path = spec.tokenizer_dir();
+    if path.is_file() { path } else { path.join("tokenizer.json") }
+}
+
+fn dataset_manifest(dir: &Path) -> Result<dataset::Manifest, Error> {
+    let path = dir.join(dataset::MANIFEST_FILE);
+    let text = std::fs::read_to_string(&path).map_err(io("reading", &path))?;
+    serde_json::from_str(&text).map_err(|e| Error::Format {
+        path,
+        what: "a dataset manifest",
+        cause: e.to_string(),
+    })
+}
+
+fn file_digest(path: &Path) -> Result<String, Error> {
+    Ok(tunefleet_proto::digest_hex(&std::fs::read(path).map_err(io("reading", path))?))
+}
+
+/// Shape and weights of a Hugging Face directory.
+fn model_digest(dir: &Path) -> Result<String, Error> {
+    let mut hasher = Sha256::new();
+    hasher.update(file_digest(&dir.join("config.json"))?);
+    for path in weight_files(dir)? {
+        hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+        let sample = || -> std::io::Result<Vec<u8>> {
+            let mut file = File::open(&path)?;
+            let bytes = file.metadata()?.len();
+            let mut sample = bytes.to_le_bytes().to_vec();
+            file.by_ref().take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+            file.seek(SeekFrom::Start(bytes.saturating_sub(SAMPLE_BYTES)))?;
+            file.take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+            Ok(sample)
+        };
+        hasher.update(sample().map_err(io("reading", &path))?);
+    }
+    Ok(tunefleet_proto::hex(&hasher.finalize()))
+}
+
+fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut files: Vec<PathBuf> = entries(dir)?
+        .into_iter()
+        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Updates in the newest complete checkpoint.
+fn newest_checkpoint(dir: &Path) -> Result<Option<u64>, Error> {
+    if !dir.exists() {
+        return Ok(None);
+    }
+    let complete = |path: &PathBuf| path.join(checkpoint::MANIFEST_FILE).is_file();
+    let steps = entries(dir)?.into_iter().filter(complete);
+    Ok(steps.filter_map(|path| checkpoint::step_of_dir_name(path.file_name()?.to_str()?)).max())
+}
+
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let list = || -> std::io::Result<Vec<PathBuf>> {
+        std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
+    };
+    list().map_err(io("listing", dir))
+}
+
+fn record_path(spec: &JobSpec, stage: Stage) -> PathBuf {
+    spec.output.join(RECORDS_DIR).join(format!("{}.json", stage.name()))
+}
+
+fn read_record(spec: &JobSpec, stage: Stage) -> Result<Option<Record>, Error> {
+    let path = record_path(spec, stage);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            let record: Record = serde_json::from_str(&text).map_err(|e| Error::Format {
+                path,
+                what: "a stage record",
+                cause: e.to_string(),
+            })?;
+            Ok((record.version == RECORD_VERSION).then_some(record))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io("reading", &path)(error)),
+    }
+}
+
+fn write_record(spec: &JobSpec, stage: Stage, digest: String, complete: bool) -> Result<(), Error> {
+    let record = Record { version: RECORD_VERSION, stage: stage.name().to_owned(), digest, complete };
+    let text = serde_json::to_string_pretty(&record).unwrap_or_default() + "\n";
+    let path = record_path(spec, stage);
+    let incomplete = path.with_extension("json.incomplete");
+    let write = || {
+        std::fs::create_dir_all(spec.output.join(RECORDS_DIR))?;
+        std::fs::write(&incomplete, text)?;
+        std::fs::rename(&incomplete, &path)
+    };
+    write().map_err(io("writing", &path))
+}
+
+fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |cause| Error::Io { what, path, cause }
+}

@@ -1,0 +1,183 @@
+//! The verbs that ask a running coordinator about its jobs: `list`, `status`, `cancel`, `resume`, `logs`.
+
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+use tunefleet_proto::rpc::{CancelRequest, JobStatus, ListRequest, ResumeRequest, Stage, StatusRequest};
+
+use crate::cli::exit;
+use crate::connect::{self, Connect, Failure};
+
+/// Command line of `coordinator list`.
+#[derive(Debug, clap::Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    connect: Connect,
+    /// One JSON document instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Command line of `coordinator status`.
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// Name of the job.
+    job: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// One JSON document instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Command line of `coordinator cancel`.
+#[derive(Debug, clap::Args)]
+pub struct CancelArgs {
+    /// Name of the job.
+    job: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// Seconds that saving a checkpoint may take; 0 stops at once, with none.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    grace: u32,
+}
+
+/// Command line of `coordinator resume`.
+#[derive(Debug, clap::Args)]
+pub struct ResumeArgs {
+    /// Name of the job.
+    job: String,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Command line of `coordinator logs`.
+#[derive(Debug, clap::Args)]
+pub struct LogsArgs {
+    /// Name of the job.
+    job: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// Rank whose log is shown; the logs of all when absent.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// Attempt whose logs are shown; the last when absent.
+    #[arg(long)]
+    attempt: Option<u32>,
+}
+
+/// Runs `coordinator list`.
+pub fn list(args: ListArgs) -> ExitCode {
+    connect::block_on(async {
+        let jobs = args.connect.client().await?.list(ListRequest {}).await?.into_inner().jobs;
+        if args.json {
+            return show(&Value::from_iter(jobs.iter().map(to_json)));
+        }
+        table(&jobs)
+    })
+}
+
+/// Runs `coordinator status`.
+pub fn status(args: StatusArgs) -> ExitCode {
+    connect::block_on(async {
+        let request = StatusRequest { job: args.job };
+        let status = args.connect.client().await?.status(request).await?.into_inner();
+        if args.json { show(&to_json(&status)) } else { table(&[status]) }
+    })
+}
+
+/// Runs `coordinator cancel`.
+pub fn cancel(args: CancelArgs) -> ExitCode {
+    connect::block_on(async {
+        let request = CancelRequest { job: args.job, grace_ms: u64::from(args.grace) * 1000 };
+        let status = args.connect.client().await?.cancel(request).await?.into_inner();
+        table(&[status])
+    })
+}
+
+/// Runs `coordinator resume`.
+pub fn resume(args: ResumeArgs) -> ExitCode {
+    connect::block_on(async {
+        let request = ResumeRequest { job: args.job };
+        let status = args.connect.client().await?.resume(request).await?.into_inner();
+        table(&[status])
+    })
+}
+
+/// Runs `coordinator logs`.
+pub fn logs(args: LogsArgs) -> ExitCode {
+    connect::block_on(async {
+        let request = StatusRequest { job: args.job };
+        let status = args.connect.client().await?.status(request).await?.into_inner();
+        let attempt = args.attempt.unwrap_or(status.attempt);
+        let dir = Path::new(&status.output).join("logs").join(format!("attempt-{attempt}"));
+        let missing = |error| Failure::new(exit::NOT_FOUND, format!("{}: {error}", dir.display()));
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(missing)? {
+            files.push(entry.map_err(missing)?.path());
+        }
+        if let Some(rank) = args.rank {
+            files.retain(|path| path.ends_with(format!("rank-{rank}.log")));
+        }
+        if files.is_empty() {
+            return Err(Failure::new(exit::NOT_FOUND, format!("{}: no such log", dir.display())));
+        }
+        files.sort();
+        let mut out = std::io::stdout().lock();
+        for path in files {
+            let text = std::fs::read(&path).map_err(missing)?;
+            let _ = writeln!(out, "==> {} <==", path.display());
+            let _ = out.write_all(&text);
+        }
+        Ok(0)
+    })
+}
+
+fn to_json(status: &JobStatus) -> Value {
+    json!({
+        "job": status.job,
+        "attempt": status.attempt,
+        "state": status.state().name(),
+        "stage": (status.stage() != Stage::Unspecified).then(|| status.stage().name()),
+        "step": status.step,
+        "steps": status.steps,
+        "loss": status.loss,
+        "tokens_per_second": status.tokens_per_second,
+        "output": status.output,
+        "detail": status.detail,
+    })
+}
+
+fn show(value: &Value) -> Result<u8, Failure> {
+    // A reader that has gone away wants no more.
+    let _ = writeln!(std::io::stdout(), "{value:#}");
+    Ok(0)
+}
+
+fn table(jobs: &[JobStatus]) -> Result<u8, Failure> {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(
+        out,
+        "{:<24} {:>7} {:<10} {:<10} {:>13} {:>9}  DETAIL",
+        "JOB", "ATTEMPT", "STATE", "STAGE", "STEP", "LOSS"
+    );
+    for job in jobs {
+        let step = format!("{}/{}", job.step, job.steps);
+        let loss = if job.loss.is_nan() { "-".to_owned() } else { format!("{:.4}", job.loss) };
+        let stage = if job.stage() == Stage::Unspecified { "-" } else { job.stage().name() };
+        let _ = writeln!(
+            out,
+            "{:<24} {:>7} {:<10} {:<10} {:>13} {:>9}  {}",
+            job.job,
+            job.attempt,
+            job.state().name(),
+            stage,
+            step,
+            loss,
+            job.detail
+        );
+    }
+    Ok(0)
+}

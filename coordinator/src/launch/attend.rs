@@ -1,0 +1,155 @@
+//! Watches a job until it ends, and passes on what the user asks by Ctrl-C.
+
+use std::path::{Path, PathBuf};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::rpc::job_event::Body;
+use tunefleet_proto::rpc::{
+    CancelRequest, ControlClient, JobState, StateChanged, SubmitResponse, Waiting, WatchRequest,
+};
+
+use super::screen::Screen;
+use super::summary;
+use crate::cli::exit;
+use crate::connect::Failure;
+
+/// How long a checkpoint may take once the job was asked to stop.
+const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
+
+/// Whose the coordinator is.
+pub enum Owner {
+    /// This process's: it ends with the job.
+    Embedded,
+    /// Somebody else's: the job goes on without this process.
+    Remote {
+        /// Where it is.
+        url: String,
+    },
+}
+
+/// One job, as seen from the terminal.
+pub struct Attendance<'a> {
+    client: ControlClient,
+    job: String,
+    attempt: u32,
+    spec: &'a JobSpec,
+    config: PathBuf,
+    owner: Owner,
+    screen: Screen,
+}
+
+impl<'a> Attendance<'a> {
+    /// Attends the attempt that was just submitted.
+    pub fn new(
+        client: ControlClient,
+        submitted: SubmitResponse,
+        spec: &'a JobSpec,
+        config: &Path,
+        owner: Owner,
+    ) -> Self {
+        let SubmitResponse { job, attempt } = submitted;
+        Attendance { client, job, attempt, spec, config: config.to_owned(), owner, screen: Screen::new(spec) }
+    }
+
+    /// Shows progress until the job ends or the user leaves; the exit code.
+    pub async fn until_end(mut self) -> Result<u8, Failure> {
+        let handle = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
+        let mut interrupt = handle(SignalKind::interrupt())?;
+        let mut terminate = handle(SignalKind::terminate())?;
+        let mut asked: Option<u8> = None;
+        let request = WatchRequest { job: self.job.clone(), from_sequence: 0 };
+        let mut events = self.client.watch(request).await?.into_inner();
+        loop {
+            let event = tokio::select! {
+                event = events.message() => event?,
+                code = told_to_stop(&mut interrupt, &mut terminate) => {
+                    if let Owner::Remote { url } = &self.owner {
+                        self.screen.close();
+                        eprintln!("detached: {} goes on; stop it with", self.job);
+                        eprintln!("  coordinator cancel {} --coordinator {url}", self.job);
+                        return Ok(exit::INTERRUPTED);
+                    }
+                    self.ask_to_stop(asked.is_some()).await?;
+                    asked.get_or_insert(code);
+                    continue;
+                }
+            };
+            let Some(event) = event else {
+                return Err(Failure::new(exit::UNREACHABLE, "the coordinator ended the stream of events"));
+            };
+            if event.attempt != self.attempt {
+                continue;
+            }
+            match event.body {
+                Some(Body::State(state)) if state.state().is_end() => return Ok(self.ended(&state, asked)),
+                Some(Body::Waiting(waiting)) if matches!(self.owner, Owner::Embedded) => {
+                    // The only worker is on its way, or it is all there will ever be.
+                    if waiting.workers > 0 && waiting.total < waiting.needed {
+                        return Err(no_capacity(&waiting));
+                    }
+                }
+                Some(body) => self.screen.show(body),
+                None => {}
+            }
+        }
+    }
+
+    async fn ask_to_stop(&mut self, again: bool) -> Result<(), Failure> {
+        let grace_ms = if again { 0 } else { STOP_GRACE_MS };
+        self.screen.say(if again {
+            "stopping at once"
+        } else {
+            "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
+        });
+        self.client.cancel(CancelRequest { job: self.job.clone(), grace_ms }).await?;
+        Ok(())
+    }
+
+    fn ended(&mut self, state: &StateChanged, asked: Option<u8>) -> u8 {
+        self.screen.close();
+        let again = summary::Command { config: &self.config, coordinator: self.coordinator() };
+        match state.state() {
+            JobState::Completed => {
+                summary::completed(&self.job, self.spec, &self.screen.totals, &again);
+                exit::OK
+            }
+            JobState::Stopped => {
+                eprintln!("{} stopped after step {}, with a checkpoint; go on with", self.job, state.step);
+                eprintln!("  {}", again.launch("--resume"));
+                asked.unwrap_or(exit::PREEMPTED)
+            }
+            JobState::Cancelled => {
+                eprintln!("{} was cancelled", self.job);
+                asked.unwrap_or(exit::FAILED)
+            }
+            _ => {
+                let failure = state.failure.clone().unwrap_or_default();
+                summary::failed(&self.job, &failure, self.screen.totals.has_checkpoint, &again);
+                exit::FAILED
+            }
+        }
+    }
+
+    fn coordinator(&self) -> Option<&str> {
+        match &self.owner {
+            Owner::Embedded => None,
+            Owner::Remote { url } => Some(url),
+        }
+    }
+}
+
+fn no_capacity(waiting: &Waiting) -> Failure {
+    let gpu = if waiting.needs_gpu { " with a GPU" } else { "" };
+    let (needed, total) = (waiting.needed, waiting.total);
+    let hint = "lower train.ranks, raise workers.slots, or launch on a coordinator with more workers";
+    Failure::new(exit::NO_CAPACITY, format!("{needed} slots{gpu} are needed and there are {total}: {hint}"))
+}
+
+/// The exit code of the signal that came.
+async fn told_to_stop(interrupt: &mut Signal, terminate: &mut Signal) -> u8 {
+    tokio::select! {
+        _ = interrupt.recv() => exit::INTERRUPTED,
+        _ = terminate.recv() => exit::PREEMPTED,
+    }
+}

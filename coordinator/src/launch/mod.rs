@@ -1,0 +1,119 @@
+//! `coordinator launch`: a job file from repositories to an exported model, in one command.
+//!
+//! Without a coordinator to talk to, [`embedded`] starts one in this process, with a local worker
+//! as its child. From there on both cases are the same: the job is submitted and watched over gRPC.
+
+mod attend;
+mod embedded;
+mod screen;
+mod summary;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tunefleet_proto::job::{self, JobSpec};
+use tunefleet_proto::rpc::{self, Continuation, SubmitRequest};
+
+use crate::cli::exit;
+use crate::connect::{self, Failure};
+use attend::{Attendance, Owner};
+use embedded::Embedded;
+
+/// Command line of `coordinator launch`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The job file.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Overrides a value of the job file, e.g. `train.steps=100`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Continue unfinished training from its newest checkpoint.
+    #[arg(long, conflicts_with = "fresh")]
+    resume: bool,
+    /// Discard the checkpoints of an earlier attempt.
+    #[arg(long)]
+    fresh: bool,
+    /// Submit, print the job's name and leave; needs a running coordinator.
+    #[arg(long)]
+    detach: bool,
+    /// A running coordinator to submit to, instead of one inside this process.
+    #[arg(long, value_name = "URL", env = "TUNEFLEET_COORDINATOR")]
+    coordinator: Option<String>,
+    /// File that holds that coordinator's token; else it is taken from TUNEFLEET_TOKEN.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The `worker` program; else the one beside this program, else the one on PATH.
+    #[arg(long, value_name = "FILE")]
+    worker_bin: Option<PathBuf>,
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> ExitCode {
+    connect::block_on(launch(args))
+}
+
+async fn launch(args: Args) -> Result<u8, Failure> {
+    let (text, spec) = load(&args)?;
+    let remote = args.coordinator.clone().or_else(|| spec.workers.coordinator.clone());
+    let continuation = match (args.resume, args.fresh) {
+        (true, _) => Continuation::Resume,
+        (_, true) => Continuation::Fresh,
+        _ => Continuation::Unspecified,
+    };
+    let spec_json =
+        serde_json::to_string(&spec).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
+    let submit = SubmitRequest { spec_json, job_file: text, continuation: continuation.into() };
+    match remote {
+        Some(url) => attached(&args, &url, &spec, submit).await,
+        None if args.detach => {
+            let hint = "--detach needs a running coordinator: pass --coordinator URL";
+            Err(Failure::new(exit::USAGE, hint))
+        }
+        None => alone(&args, &spec, submit).await,
+    }
+}
+
+/// On a coordinator that was there before and stays.
+async fn attached(args: &Args, url: &str, spec: &JobSpec, submit: SubmitRequest) -> Result<u8, Failure> {
+    let token = connect::token(args.token_file.as_deref())?;
+    let mut client = rpc::control_client(connect::channel(url).await?, token);
+    let submitted = client.submit(submit).await?.into_inner();
+    if args.detach {
+        let _ = writeln!(std::io::stdout(), "{}", submitted.job);
+        return Ok(exit::OK);
+    }
+    let owner = Owner::Remote { url: url.to_owned() };
+    Attendance::new(client, submitted, spec, &args.config, owner).until_end().await
+}
+
+/// With a coordinator and a worker of its own, which end with it.
+async fn alone(args: &Args, spec: &JobSpec, submit: SubmitRequest) -> Result<u8, Failure> {
+    let mut embedded = Embedded::start(spec, args.worker_bin.as_deref()).await?;
+    let mut client = embedded.client().await?;
+    let outcome = match client.submit(submit).await {
+        Ok(submitted) => {
+            let submitted = submitted.into_inner();
+            let attendance = Attendance::new(client, submitted, spec, &args.config, Owner::Embedded);
+            tokio::select! {
+                outcome = attendance.until_end() => outcome,
+                failure = embedded.worker_ended() => Err(failure),
+            }
+        }
+        Err(status) => Err(status.into()),
+    };
+    embedded.stop().await;
+    outcome
+}
+
+fn load(args: &Args) -> Result<(String, JobSpec), Failure> {
+    let path = args.config.display();
+    let text = std::fs::read_to_string(&args.config)
+        .map_err(|error| Failure::new(exit::BAD_CONFIG, format!("{path}: {error}")))?;
+    let cwd = std::env::current_dir()
+        .map_err(|error| Failure::new(exit::FAILED, format!("current directory: {error}")))?;
+    let spec = job::load(&args.config, &text, &args.set, &cwd)
+        .map_err(|faults| Failure::new(exit::BAD_CONFIG, faults.to_string()))?;
+    Ok((text, spec))
+}

@@ -1,0 +1,62 @@
+//! `coordinator serve`: the control plane as a program of its own.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::exit;
+use crate::connect::{self, Failure};
+use crate::control::{self, Plane, ServeError, Server};
+use crate::metrics;
+
+/// Command line of `coordinator serve`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Address to listen on; port 0 takes any free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
+    listen: SocketAddr,
+    /// File that holds the token which every caller must show; needed unless --listen is a loopback
+    /// address. TUNEFLEET_TOKEN does the same.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Where Prometheus metrics are served.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    metrics: SocketAddr,
+}
+
+impl From<ServeError> for Failure {
+    fn from(error: ServeError) -> Self {
+        Failure::new(exit::FAILED, error.to_string())
+    }
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> ExitCode {
+    connect::block_on(serve(args))
+}
+
+async fn serve(args: Args) -> Result<u8, Failure> {
+    let token = connect::token(args.token_file.as_deref())?;
+    let server = Server::bind(args.listen, token).await?;
+    let metrics_url = serve_metrics(args.metrics).await?;
+    eprintln!("coordinator listens on http://{}, metrics on {metrics_url}", server.address());
+    let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
+    let mut terminate = stop(SignalKind::terminate())?;
+    let mut interrupt = stop(SignalKind::interrupt())?;
+    tokio::select! {
+        served = server.serve(Plane::start()) => served?,
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(0)
+}
+
+/// Serves this process's metrics; their URL.
+pub async fn serve_metrics(address: SocketAddr) -> Result<String, Failure> {
+    let listener = control::bind(address).await?;
+    let address = listener.local_addr().unwrap_or(address);
+    metrics::serve(listener).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
+    Ok(format!("http://{address}/metrics"))
+}
