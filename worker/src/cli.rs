@@ -5,6 +5,7 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tunefleet_worker::data::train_tokenizer;
 use tunefleet_worker::{daemon, rank};
 
 /// Trains, evaluates and serves code-completion models.
@@ -19,6 +20,8 @@ struct Cli {
 enum Verb {
     /// Owns this machine's slots: dials a coordinator and runs the ranks that it places here.
     Daemon(daemon::Args),
+    /// Learns a vocabulary.
+    Tokenizer(train_tokenizer::Args),
     /// One rank of one attempt; started by the daemon.
     #[command(hide = true)]
     Rank(rank::Args),
@@ -52,6 +55,7 @@ pub fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
+        Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::Rank(args) => Ok(rank::run(args)?),
     }
 }

@@ -1,0 +1,265 @@
+//! `tokenizer.json`: text to tokens and back, and the control tokens of infilling.
+//!
+//! File text is untrusted: a literal `<fim_prefix>` in a document is text, not control.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tunefleet_proto::digest_hex;
+
+use super::guarded;
+
+/// File name of a tokenizer inside a directory.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// Settings beside it; only `eos_token` is read.
+pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// Largest file that is read.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+/// End of text where `tokenizer_config.json` does not name it.
+const DEFAULT_EOS: &str = "<|endoftext|>";
+/// Prefix, middle, suffix and pad markers as model families spell them; StarCoder's first.
+const MARKER_FAMILIES: [[&str; 4]; 3] = [
+    ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"],
+    ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"],
+    ["<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"],
+];
+
+/// Why a tokenizer cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file is missing, unreadable or cannot be written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Not a tokenizer.
+    #[error("{}: {problem}; it must be a tokenizer.json of Hugging Face tokenizers", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Infilling was asked for with a vocabulary that cannot express it.
+    #[error(
+        "{}: no fill-in-the-middle tokens: {missing} must each be one special token; \
+         use a tokenizer that has them, train one, or set data.fim_rate to 0",
+        path.display()
+    )]
+    NoFimTokens {
+        /// The file.
+        path: PathBuf,
+        /// The markers that are absent or not one token.
+        missing: String,
+    },
+    /// No token ends a document.
+    #[error("{}: end-of-text token `{token}` is not in the vocabulary; name another as eos_token in {TOKENIZER_CONFIG_FILE} beside it", path.display())]
+    NoEos {
+        /// The file.
+        path: PathBuf,
+        /// The name looked for.
+        token: String,
+    },
+    /// The tokenizer failed on a text.
+    #[error("{}: cannot encode or decode: {problem}", path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        problem: String,
+    },
+    /// The vocabulary asked for has no room for what it must hold.
+    #[error(
+        "a vocabulary of {asked} tokens is too small; special tokens and bytes alone are {least}, raise it"
+    )]
+    VocabularyTooSmall {
+        /// What was asked for.
+        asked: u32,
+        /// The least that works.
+        least: usize,
+    },
+    /// Training failed.
+    #[error("tokenizer training failed: {0}")]
+    Training(String),
+    /// The texts to train on cannot be read.
+    #[error(transparent)]
+    Dataset(#[from] super::documents::Error),
+}
+
+/// Ids of the control tokens of infilling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FimTokens {
+    /// Before the prefix.
+    pub prefix: u32,
+    /// Before the middle.
+    pub middle: u32,
+    /// Before the suffix.
+    pub suffix: u32,
+    /// Fills a short sequence.
+    pub pad: u32,
+}
+
+/// A loaded `tokenizer.json`.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    path: PathBuf,
+    /// Special tokens in the input become control tokens.
+    control: tokenizers::Tokenizer,
+    /// The same vocabulary; special tokens in the input are text.
+    plain: tokenizers::Tokenizer,
+    fim: Result<FimTokens, String>,
+    eos: u32,
+    vocab_size: u64,
+    digest: String,
+}
+
+impl Tokenizer {
+    /// Loads a `tokenizer.json`, or the one in a directory.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let path = if path.is_dir() { path.join(TOKENIZER_FILE) } else { path.to_owned() };
+        let bytes = read_limited(&path)?;
+        let eos = eos_name(&path)?;
+        let control =
+            parse(&bytes, &eos).map_err(|problem| Error::Invalid { path: path.clone(), problem })?;
+        let Some(eos) = control.token_to_id(&eos) else {
+            return Err(Error::NoEos { path, token: eos });
+        };
+        let mut plain = control.clone();
+        plain.set_encode_special_tokens(true);
+        let vocab_size = control.get_vocab(true).into_values().max().map_or(0, |id| u64::from(id) + 1);
+        let fim = find_markers(&control);
+        Ok(Tokenizer { path, control, plain, fim, eos, vocab_size, digest: digest_hex(&bytes) })
+    }
+
+    /// The markers of infilling.
+    ///
+    /// # Errors
+    /// [`Error::NoFimTokens`] when the vocabulary lacks one.
+    pub fn fim(&self) -> Result<FimTokens, Error> {
+        self.fim.clone().map_err(|missing| Error::NoFimTokens { path: self.path.clone(), missing })
+    }
+
+    /// Ends a document.
+    pub fn eos(&self) -> u32 {
+        self.eos
+    }
+
+    /// Highest id plus one: the rows that an embedding needs.
+    pub fn vocab_size(&self) -> u64 {
+        self.vocab_size
+    }
+
+    /// SHA-256 of the file.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Tokens of a file; special tokens spelt out in it are text.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot express the text.
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.encode(&self.plain, text, false)
+    }
+
+    /// Tokens of a file as the original made them: special tokens spelt out in it become control tokens.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot express the text.
+    pub fn encode_document_as_seed(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.encode(&self.control, text, true)
+    }
+
+    /// Tokens of a prompt; special tokens in it are control tokens.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot express the text.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
+        self.encode(&self.control, text, false)
+    }
+
+    fn encode(&self, inner: &tokenizers::Tokenizer, text: &str, frame: bool) -> Result<Vec<u32>, Error> {
+        let encoding = guarded(|| inner.encode_fast(text, frame));
+        encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| self.text_error(problem))
+    }
+
+    /// Text of `tokens`, byte for byte: no clean-up of spaces. Bytes that are no UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// When the decoder refuses the tokens.
+    pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String, Error> {
+        guarded(|| self.control.decode(tokens, skip_special)).map_err(|problem| self.text_error(problem))
+    }
+
+    fn text_error(&self, problem: String) -> Error {
+        Error::Text { path: self.path.clone(), problem }
+    }
+}
+
+fn read_limited(path: &Path) -> Result<Vec<u8>, Error> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let mut bytes = Vec::new();
+    File::open(path).map_err(io)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        let problem = format!("larger than {MAX_FILE_BYTES} bytes");
+        return Err(Error::Invalid { path: path.to_owned(), problem });
+    }
+    Ok(bytes)
+}
+
+/// `eos_token` of the settings beside the tokenizer: a string, or an object with `content`.
+fn eos_name(tokenizer: &Path) -> Result<String, Error> {
+    let path = tokenizer.with_file_name(TOKENIZER_CONFIG_FILE);
+    if !path.exists() {
+        return Ok(DEFAULT_EOS.to_owned());
+    }
+    let config: Value = serde_json::from_slice(&read_limited(&path)?)
+        .map_err(|error| Error::Invalid { path: path.clone(), problem: error.to_string() })?;
+    let token = config.get("eos_token");
+    let name = token.and_then(|token| token.get("content").unwrap_or(token).as_str());
+    Ok(name.unwrap_or(DEFAULT_EOS).to_owned())
+}
+
+/// Parses the file; the control tokens that we rely on are special whatever the file says.
+fn parse(bytes: &[u8], eos: &str) -> Result<tokenizers::Tokenizer, String> {
+    let mut json: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    for token in json.get_mut("added_tokens").and_then(Value::as_array_mut).into_iter().flatten() {
+        let is_control = token.get("content").and_then(Value::as_str).is_some_and(|content| {
+            content == eos || MARKER_FAMILIES.iter().any(|family| family.contains(&content))
+        });
+        if let (true, Some(special)) = (is_control, token.get_mut("special")) {
+            *special = Value::Bool(true);
+        }
+    }
+    let mut tokenizer = guarded(|| serde_json::from_value::<tokenizers::Tokenizer>(json))?;
+    // A limit left in the file by its last user must not cut documents.
+    tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The first family that is whole, else the markers of the first family that are missing.
+fn find_markers(tokenizer: &tokenizers::Tokenizer) -> Result<FimTokens, String> {
+    let single = |marker: &str| {
+        let id = tokenizer.token_to_id(marker)?;
+        let encoding = guarded(|| tokenizer.encode_fast(marker, false)).ok()?;
+        (encoding.get_ids() == [id]).then_some(id)
+    };
+    for family in MARKER_FAMILIES {
+        if let [Some(prefix), Some(middle), Some(suffix), Some(pad)] = family.map(single) {
+            return Ok(FimTokens { prefix, middle, suffix, pad });
+        }
+    }
+    let [starcoder, ..] = MARKER_FAMILIES;
+    let missing: Vec<&str> = starcoder.into_iter().filter(|marker| single(marker).is_none()).collect();
+    Err(missing.join(", "))
+}
