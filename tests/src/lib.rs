@@ -1,1 +1,20 @@
-//! x
+//! Harness of the end-to-end tests: the two programs as users start them, on repositories, ports
+//! and directories of their own.
+#![forbid(unsafe_code)]
+
+/// A job file, its repositories and what the job makes of them.
+pub mod job;
+/// What a job logged: `<output>/metrics.jsonl`.
+pub mod metrics;
+/// A started program: its output, its processes, its end.
+pub mod process;
+/// Where the programs under test are.
+pub mod programs;
+/// Small git repositories.
+pub mod repository;
+
+/// Says why a test cannot run here and lets it pass; fails it with `CI=true`, where it must run.
+pub fn skip(reason: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "must run in CI: {reason}");
+    println!("skipped: {reason}");
+}

@@ -3,6 +3,11 @@
 //! Every rank must start the same operations in the same order: one thread per rank starts
 //! them, in the order of the block walk. Operations are asynchronous; [`Work::wait`] joins.
 
+/// One rank that plays all its peers.
+pub mod simulated;
+/// Over TCP, for CPUs.
+pub mod tcp;
+
 use tch::Tensor;
 use tunefleet_proto::ids::Rank;
 
@@ -16,7 +21,7 @@ pub struct Tag {
 }
 
 /// What can go wrong in a collective.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// A peer's connection closed or failed; the peer is probably gone.
     #[error("rank {peer} is gone during {what}: {cause}")]
@@ -27,6 +32,16 @@ pub enum Error {
         what: String,
         /// What the connection said.
         cause: String,
+    },
+    /// Ranks started different operations.
+    #[error("ranks are out of step: this rank is at {ours}, rank {peer} at {theirs}")]
+    Desynchronised {
+        /// The peer.
+        peer: u32,
+        /// What this rank expected.
+        ours: String,
+        /// What the peer sent.
+        theirs: String,
     },
     /// [`Communicator::abort`] was called.
     #[error("aborted: {0}")]

@@ -1,0 +1,70 @@
+//! Processes that die, and what `launch --resume` makes of it.
+
+use nix::sys::signal::Signal;
+use tunefleet_tests::job::Job;
+use tunefleet_tests::process::Running;
+
+const STEPS: u64 = 60;
+const CHECKPOINT_EVERY: u64 = 10;
+
+fn job() -> Job {
+    Job::builder().steps(STEPS).checkpoint_every(CHECKPOINT_EVERY).train("dropout: 0.1").build()
+}
+
+/// Starts the job and returns once `step` steps are logged.
+fn until_step(job: &Job, arguments: &[&str], step: u64) -> Running {
+    let mut launch = job.launch(arguments);
+    launch.wait_until(&format!("step {step}"), || job.metrics().last_step() >= step);
+    launch
+}
+
+/// The job's losses, which must be those of a run that nothing disturbed.
+fn assert_as_if_undisturbed(job: &Job) {
+    let twin = job.twin();
+    twin.run(&[]).expect(0);
+    let (disturbed, undisturbed) = (job.metrics().losses(), twin.metrics().losses());
+    assert_eq!(undisturbed.len() as u64, STEPS);
+    assert_eq!(disturbed, undisturbed);
+}
+
+#[test]
+fn after_a_killed_rank_and_a_resume_the_losses_are_those_of_an_undisturbed_run() {
+    let job = job();
+    let launch = until_step(&job, &[], CHECKPOINT_EVERY + 5);
+    let ranks = launch.ranks();
+    assert_eq!(ranks.len(), 2, "{ranks:?}");
+    ranks[1].kill();
+    launch.wait().expect(1).says(&["SIGKILL", "--resume"]);
+    assert!(job.metrics().last_step() < STEPS, "it had ended before the kill");
+
+    job.run(&["--resume"]).expect(0);
+    assert_as_if_undisturbed(&job);
+}
+
+#[test]
+fn after_everything_was_killed_twice_the_losses_are_those_of_an_undisturbed_run() {
+    let job = job();
+    until_step(&job, &[], CHECKPOINT_EVERY + 5).kill_everything();
+    assert!(job.metrics().last_step() < STEPS, "it had ended before the kill");
+    until_step(&job, &["--resume"], 3 * CHECKPOINT_EVERY + 5).kill_everything();
+    assert!(job.metrics().last_step() < STEPS, "it had ended before the second kill");
+
+    job.run(&["--resume"]).expect(0);
+    assert_as_if_undisturbed(&job);
+    assert_eq!(job.metrics().attempts(), 3);
+}
+
+#[test]
+fn ctrl_c_saves_a_checkpoint_and_leaves_nothing_running() {
+    let job = job();
+    let launch = until_step(&job, &[], 5);
+    launch.signal(Signal::SIGINT);
+    // It would not return while a descendant holds its output.
+    launch.wait().expect(130).says(&["--resume"]);
+    let stopped_at = job.metrics().last_step();
+    assert!((5..STEPS).contains(&stopped_at), "stopped at step {stopped_at}");
+    assert_eq!(job.checkpoints().last(), Some(&stopped_at), "a checkpoint of the last step must exist");
+
+    job.run(&["--resume"]).expect(0);
+    assert_as_if_undisturbed(&job);
+}
