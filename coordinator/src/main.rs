@@ -7,8 +7,12 @@ mod cli;
 mod connect;
 /// The control plane: jobs, workers, stages.
 mod control;
+/// What this machine has.
+mod hardware;
 /// `coordinator init`: a job file for the user's own code.
 mod init;
+/// The arguments that name a job file, and reading it.
+mod job_file;
 /// The verbs that ask about jobs.
 mod jobs;
 /// `coordinator launch`: a job from repositories to an exported model.

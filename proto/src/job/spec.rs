@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::ModelConfig;
+
 /// A whole job. A stage that is absent was not asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct JobSpec {
@@ -307,4 +309,26 @@ impl JobSpec {
             * u64::from(self.train.micro_batch_sequences)
             * u64::from(self.train.accumulate_micro_batches)
     }
+
+    /// How the job contradicts the model that it trains, which its file alone does not tell.
+    pub fn misfit(&self, model: &ModelConfig) -> Option<String> {
+        let vocab_size = match self.tokenizer {
+            TokenizerSpec::Train { vocab_size } => vocab_size,
+            TokenizerSpec::Existing(_) | TokenizerSpec::FromModel => 0,
+        };
+        sequence_misfit(self.data.sequence_tokens, model).or_else(|| vocab_misfit(vocab_size, model))
+    }
+}
+
+pub(super) fn sequence_misfit(sequence_tokens: u32, model: &ModelConfig) -> Option<String> {
+    let most = model.max_positions;
+    (u64::from(sequence_tokens) > most)
+        .then(|| format!("data.sequence_tokens is {sequence_tokens}, but the model has {most} positions"))
+}
+
+pub(super) fn vocab_misfit(vocab_size: u32, model: &ModelConfig) -> Option<String> {
+    let most = model.vocab_size;
+    (u64::from(vocab_size) > most).then(|| {
+        format!("tokenizer.train.vocab_size is {vocab_size}, but the model's embedding has {most} rows")
+    })
 }

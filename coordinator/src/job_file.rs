@@ -1,0 +1,89 @@
+//! The arguments that name a job file, and reading it.
+
+use std::path::PathBuf;
+
+use tunefleet_proto::job::{self, Diagnostics, JobSpec};
+use tunefleet_proto::model::ModelConfig;
+
+/// Which job file, and what to change in it.
+#[derive(Debug, Clone, clap::Args)]
+pub struct JobArgs {
+    /// The job file.
+    #[arg(long, value_name = "JOB")]
+    pub config: PathBuf,
+    /// Set a key of the job file, e.g. train.steps=100; key+=value adds to a list. Relative paths
+    /// start at the current directory.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Why there is no job.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The job file cannot be read.
+    #[error("{path}: {cause}")]
+    Read {
+        /// The job file.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The job file is wrong.
+    #[error(transparent)]
+    Faults(#[from] Diagnostics),
+    /// The model's config cannot be read.
+    #[error("model.path: {path}: {cause}; give a Hugging Face model directory")]
+    ReadModel {
+        /// The config.
+        path: PathBuf,
+        /// What the system said.
+        cause: std::io::Error,
+    },
+    /// The model's config cannot be used.
+    #[error("model.path: {path}: {cause}")]
+    Model {
+        /// The config.
+        path: PathBuf,
+        /// Which rule it breaks.
+        cause: tunefleet_proto::model::Error,
+    },
+    /// The job contradicts the model that it starts from.
+    #[error("{0}")]
+    Misfit(String),
+}
+
+impl JobArgs {
+    /// The job that they describe.
+    ///
+    /// # Errors
+    /// Every fault of the file at once, with line and column.
+    pub fn load(&self) -> Result<JobSpec, Error> {
+        let read = |cause| Error::Read { path: self.config.clone(), cause };
+        let text = std::fs::read_to_string(&self.config).map_err(read)?;
+        let cwd = std::env::current_dir().map_err(read)?;
+        Ok(job::load(&self.config, &text, &self.set, &cwd)?)
+    }
+}
+
+/// The shape of the job's model: its preset's, or what the model's `config.json` says.
+///
+/// # Errors
+/// A config that cannot be read or used, or that the job contradicts.
+pub fn model_config(spec: &JobSpec) -> Result<ModelConfig, Error> {
+    let config = match &spec.model {
+        job::ModelSpec::Init { preset, .. } => ModelConfig::preset(preset)
+            .map_err(|cause| Error::Model { path: PathBuf::from(preset), cause })?,
+        job::ModelSpec::Existing(dir) => {
+            let path = dir.join("config.json");
+            let text = match std::fs::read_to_string(&path) {
+                Ok(text) => text,
+                Err(cause) => return Err(Error::ReadModel { path, cause }),
+            };
+            ModelConfig::from_json(&text).map_err(|cause| Error::Model { path, cause })?
+        }
+    };
+    match spec.misfit(&config) {
+        Some(misfit) => Err(Error::Misfit(misfit)),
+        None => Ok(config),
+    }
+}

@@ -1,0 +1,132 @@
+//! The memory of one rank, item by item, as the block walk of the worker allocates it.
+//!
+//! Names: S = a rank's fp32 elements, E and K = elements of the embeddings' unit and of the largest
+//! block, c = bytes of a computed element, B x T = sequences x tokens of a micro-batch.
+
+use serde::Serialize;
+use tunefleet_proto::job::{JobSpec, Precision};
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::shard_plan::ShardPlan;
+
+/// Rows of logits that exist at once; the worker computes the loss in chunks of so many tokens.
+const LOGITS_ROWS_CPU: u64 = 256;
+const LOGITS_ROWS_CUDA: u64 = 4096;
+/// Gathered blocks at once: one is computed with while the other fills.
+const GATHER_SLOTS: u64 = 2;
+/// Gradient buffers at once: one travels while the other is filled.
+const REDUCE_LANES: u64 = 2;
+/// Program, libraries, allocator; a CUDA context with its kernels takes more. Measured, rounded up.
+const ALLOWANCE_CPU: u64 = 400 << 20;
+const ALLOWANCE_CUDA: u64 = 3 << 29;
+
+/// One item.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Item {
+    /// What it holds.
+    pub what: &'static str,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// All items of one rank of `spec`; every rank has the same.
+pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: bool) -> Vec<Item> {
+    let world = u64::from(plan.world);
+    let alone = world == 1;
+    let train = &spec.train;
+    let c: u64 = bytes_of(train.precision);
+    let shard = plan.shard_elements();
+    let elements: Vec<u64> = plan.units.iter().map(|unit| unit.elements).collect();
+    let (embed, blocks) = elements.split_first().map_or((0, &[][..]), |(embed, blocks)| (*embed, blocks));
+    let block = blocks.iter().copied().max().unwrap_or(0);
+    let block_count = blocks.len() as u64;
+
+    let gathered = match (alone, train.precision) {
+        // Alone and in fp32, the master weights are what is computed with.
+        (true, Precision::Fp32) => 0,
+        (true, Precision::Bf16) => c * elements.iter().sum::<u64>(),
+        (false, _) if train.recompute => c * (embed + GATHER_SLOTS.min(block_count) * block),
+        // Kept activations refer to the gathered weights until the backward pass.
+        (false, _) => c * (embed + blocks.iter().sum::<u64>()),
+    };
+    let in_flight = if alone { 0 } else { REDUCE_LANES * 4 * (block + block / world) + 4 * embed };
+
+    let tokens = u64::from(train.micro_batch_sequences) * u64::from(spec.data.sequence_tokens);
+    let (d, inner) = (config.hidden_size, config.intermediate_size);
+    // Both norms, QKV, attention, its projection, both sums, and the MLP before and after its
+    // activation.
+    let kept_per_token = 7 * d + 2 * config.kv_heads * config.head_dim() + 2 * inner;
+    // In the backward pass, a gradient of the widest layer and one of the residual stream besides.
+    let backward_per_token = 2 * (inner + d);
+    let graphs = if train.recompute { 1 } else { block_count };
+
+    let rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { LOGITS_ROWS_CPU });
+    // Log-probabilities and gradient in fp32; a copy where products are in less.
+    let bytes_per_logit = if train.precision == Precision::Fp32 { 8 } else { 10 };
+
+    let item = |what, bytes| Item { what, bytes };
+    let items = vec![
+        item("master weights, fp32", 4 * shard),
+        item("Adam moments, fp32", 8 * shard),
+        item("gradient shard, fp32", 4 * shard),
+        item("gathered weights", gathered),
+        item("gradients of one block", c * block),
+        item("gradients being reduced, fp32", in_flight),
+        item("block inputs", block_count * tokens * d * c),
+        item("activations of blocks (estimate)", tokens * c * (graphs * kept_per_token + backward_per_token)),
+        item("logits and their gradient", rows * config.vocab_size * bytes_per_logit),
+        item("program and libraries (allowance)", if on_gpu { ALLOWANCE_CUDA } else { ALLOWANCE_CPU }),
+    ];
+    items.into_iter().filter(|item| item.bytes > 0).collect()
+}
+
+/// Bytes of one element.
+pub fn bytes_of(precision: Precision) -> u64 {
+    match precision {
+        Precision::Fp32 => 4,
+        Precision::Bf16 => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tunefleet_proto::job;
+
+    use super::*;
+
+    fn starcoder(overrides: &[&str]) -> Vec<Item> {
+        let text = "dataset: d\nmodel: {init: {preset: starcoder}}\ntrain: {ranks: 8}\n";
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let spec = job::load(Path::new("/j.yaml"), text, &overrides, Path::new("/")).unwrap();
+        let config = ModelConfig::preset("starcoder").unwrap();
+        of_rank(&spec, &config, &ShardPlan::new(&config, spec.train.ranks), true)
+    }
+
+    fn bytes(items: &[Item], what: &str) -> f64 {
+        items.iter().filter(|item| item.what.starts_with(what)).map(|item| item.bytes as f64).sum()
+    }
+
+    #[test]
+    fn starcoder_on_eight_gpus_needs_what_was_worked_out_by_hand() {
+        let items = starcoder(&[]);
+        let gb = |what| bytes(&items, what) / 1e9;
+        assert!((gb("master weights") + gb("Adam moments") - 23.28).abs() < 0.03);
+        assert!((gb("gradient shard") - 7.76).abs() < 0.01);
+        // The embeddings, and two blocks of 0.76 GB.
+        assert!((gb("gathered weights") - (0.70 + 2.0 * 0.755)).abs() < 0.02);
+        assert!((gb("block inputs") - 1.007).abs() < 0.001);
+        let total: f64 = items.iter().map(|item| item.bytes as f64).sum::<f64>() / 1e9;
+        assert!((36.0..46.0).contains(&total), "{total} GB: fits 80 GB with room");
+    }
+
+    #[test]
+    fn more_ranks_shrink_the_state_and_keeping_activations_costs() {
+        let (eight, four) = (starcoder(&[]), starcoder(&["train.ranks=4"]));
+        let ratio = bytes(&four, "Adam moments") / bytes(&eight, "Adam moments");
+        assert!((ratio - 2.0).abs() < 1e-4);
+        let kept = starcoder(&["train.recompute=false"]);
+        assert!(bytes(&kept, "activations") > 10.0 * bytes(&eight, "activations"));
+        assert!(bytes(&kept, "gathered") > 10.0 * bytes(&eight, "gathered"));
+    }
+}

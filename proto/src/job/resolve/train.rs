@@ -1,0 +1,126 @@
+//! `data` and `train`: how files become batches, and batches weights.
+
+use super::{ABOVE_0, BELOW_1, MAX_RANKS, Resolver};
+use crate::job::file::{DataFile, TrainFile};
+use crate::job::read::{At, Field};
+use crate::job::spec::{
+    DataSpec, DeviceKind, FimLevel, Packing, Precision, Schedule, TrainSpec, sequence_misfit,
+};
+use crate::model::ModelConfig;
+
+const MAX_STEPS: u64 = 1_000_000_000;
+
+impl Resolver<'_> {
+    pub(super) fn data(&mut self, data: &DataFile, shape: Option<&ModelConfig>) -> DataSpec {
+        let positions = shape.and_then(|shape| u32::try_from(shape.max_positions).ok());
+        let default = positions.map_or(2048, |most| most.min(2048));
+        let sequence_tokens =
+            self.within("data.sequence_tokens", &data.sequence_tokens, 8..=1 << 20, default);
+        if let (Some(at), Some(misfit)) =
+            (data.sequence_tokens.given(), shape.and_then(|shape| sequence_misfit(sequence_tokens, shape)))
+        {
+            self.sink.report(&at.place, misfit);
+        }
+        let packing = data.packing.or(Packing::Continuous);
+        let fim_level = match (packing, data.fim_level.given()) {
+            (Packing::SeedCompatible, Some(At { value: FimLevel::Window, place })) => {
+                let message = "data.fim_level window contradicts data.packing seed_compatible, whose token \
+                               streams rearrange whole documents: write fim_level: document";
+                self.sink.report(place, message);
+                FimLevel::Document
+            }
+            (_, Some(at)) => at.value,
+            (Packing::SeedCompatible, None) => FimLevel::Document,
+            (Packing::Continuous, None) => FimLevel::Window,
+        };
+        DataSpec {
+            sequence_tokens,
+            fim_rate: self.within("data.fim_rate", &data.fim_rate, 0.0..=1.0, 0.5),
+            fim_spm_rate: self.within("data.fim_spm_rate", &data.fim_spm_rate, 0.0..=1.0, 0.5),
+            fim_level,
+            packing,
+            seed: data.seed.or(0),
+        }
+    }
+
+    pub(super) fn train(&mut self, train: &TrainFile, held_out: bool) -> TrainSpec {
+        let steps = self.within("train.steps", &train.steps, 1..=MAX_STEPS, 2000);
+        let warmup_steps =
+            self.within("train.warmup_steps", &train.warmup_steps, 0..=MAX_STEPS, (steps / 10).min(30));
+        if let Some(at) = train.warmup_steps.given()
+            && warmup_steps > steps
+        {
+            let steps_are = match train.steps.given() {
+                Some(at) => format!("train.steps is {steps} ({})", at.place),
+                None => format!("train.steps is {steps} by default"),
+            };
+            let message =
+                format!("train.warmup_steps is {warmup_steps}, but {steps_are}: warm-up would never end");
+            self.sink.report(&at.place, message);
+        }
+        let default = if held_out { 100 } else { 0 };
+        let eval_every_steps =
+            self.within("train.eval_every_steps", &train.eval_every_steps, 0..=MAX_STEPS, default);
+        if let Some(at) = train.eval_every_steps.given()
+            && eval_every_steps > 0
+            && !held_out
+        {
+            let message = format!(
+                "train.eval_every_steps is {eval_every_steps}, but collect.validation_fraction is 0: no file \
+                 is held out to evaluate on"
+            );
+            self.sink.report(&at.place, message);
+        }
+        let dropout =
+            train.dropout.given().map(|_| self.within("train.dropout", &train.dropout, 0.0..=BELOW_1, 0.0));
+        TrainSpec {
+            ranks: self.within("train.ranks", &train.ranks, 1..=MAX_RANKS, 1),
+            device: train.device.or(DeviceKind::Auto),
+            precision: train.precision.or(Precision::Bf16),
+            steps,
+            micro_batch_sequences: self.within(
+                "train.micro_batch_sequences",
+                &train.micro_batch_sequences,
+                1..=65_536,
+                1,
+            ),
+            accumulate_micro_batches: self.within(
+                "train.accumulate_micro_batches",
+                &train.accumulate_micro_batches,
+                1..=65_536,
+                2,
+            ),
+            learning_rate: self.within("train.learning_rate", &train.learning_rate, ABOVE_0..=1.0, 5e-5),
+            schedule: train.schedule.or(Schedule::Cosine),
+            warmup_steps,
+            weight_decay: self.within("train.weight_decay", &train.weight_decay, 0.0..=1.0, 0.01),
+            betas: self.betas(&train.betas),
+            epsilon: self.within("train.epsilon", &train.epsilon, ABOVE_0..=1.0, 1e-8),
+            max_grad_norm: self.within("train.max_grad_norm", &train.max_grad_norm, 0.0..=1e9, 1.0),
+            dropout,
+            recompute: train.recompute.or(true),
+            seed: train.seed.or(42),
+            log_every_steps: self.within("train.log_every_steps", &train.log_every_steps, 1..=MAX_STEPS, 25),
+            eval_every_steps,
+            eval_sequences: self.within("train.eval_sequences", &train.eval_sequences, 1..=1 << 20, 64),
+            checkpoint_every_steps: self.within(
+                "train.checkpoint_every_steps",
+                &train.checkpoint_every_steps,
+                0..=MAX_STEPS,
+                500,
+            ),
+            keep_checkpoints: self.within("train.keep_checkpoints", &train.keep_checkpoints, 1..=1000, 2),
+        }
+    }
+
+    fn betas(&mut self, field: &Field<[f64; 2]>) -> (f64, f64) {
+        let default = (0.9, 0.999);
+        let Some(At { value: [beta1, beta2], place }) = field.given() else { return default };
+        if ![beta1, beta2].into_iter().all(|beta| (0.0..1.0).contains(beta)) {
+            let message = format!("train.betas must each be 0 to below 1, got [{beta1}, {beta2}]");
+            self.sink.report(place, message);
+            return default;
+        }
+        (*beta1, *beta2)
+    }
+}
