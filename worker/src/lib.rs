@@ -4,12 +4,22 @@
 //! processes that host it.
 #![forbid(unsafe_code)]
 
+/// The decoder: plain functions of tensors.
+pub mod model;
 /// Collectives between ranks.
 pub mod comm;
 /// Dataset segments -> documents -> tokens -> sequences.
 pub mod data;
 /// The training loop of one rank.
 pub mod train;
+/// Weights on disk: safetensors, checkpoints, Hugging Face directories.
+pub mod checkpoint;
+/// `init-model`: random weights.
+pub mod init_model;
+/// `export`: checkpoint to Hugging Face directory.
+pub mod export;
+/// `generate`: completions from a model directory.
+pub mod generate;
 /// The node daemon: owns slots, runs ranks as child processes.
 pub mod daemon;
 /// The process of one rank: session to its daemon, task.

@@ -3,6 +3,8 @@
 //! Every rank must start the same operations in the same order: one thread per rank starts
 //! them, in the order of the block walk. Operations are asynchronous; [`Work::wait`] joins.
 
+/// GPU ranks.
+pub mod nccl;
 /// One rank that plays all its peers.
 pub mod simulated;
 /// Over TCP, for CPUs.

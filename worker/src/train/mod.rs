@@ -1,11 +1,44 @@
 //! The training loop of one rank.
+//!
+//! libtorch's own failures (an out-of-memory error above all) arise as panics of tch; the rank
+//! process turns them into an error at its border, see `rank`.
 
-use std::path::PathBuf;
+/// Which sequences a rank sees when.
+pub mod batches;
+/// A rank's fp32 state, and the gathered weights.
+pub mod units;
+/// Gradients on their way to the shards.
+pub mod reduce;
+/// Forward, loss and backward, block by block.
+pub mod walk;
+/// Seeds by position.
+pub mod rng;
+/// The learning rate of a step.
+pub mod schedule;
+/// Norm, clipping and AdamW.
+pub mod optimizer;
 
+mod meter;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::checkpoint::{DataPosition, Manifest};
+use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::comm::Communicator;
+use crate::checkpoint::{hugging_face, load, save};
+use crate::comm::{Communicator, Tag};
+use crate::data::{Sequences, Split};
+use crate::model::numerics::Numerics;
+use batches::Batches;
+use meter::Meter;
+use optimizer::{StepStatus, StepValues};
+use rng::Seeds;
+use walk::{MicroPosition, Walk, WalkOptions};
 
 /// What a rank tells about itself; the host process forwards it.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,6 +107,31 @@ pub enum Error {
     /// A collective failed.
     #[error(transparent)]
     Comm(#[from] crate::comm::Error),
+    /// Weights could not be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] crate::checkpoint::Error),
+    /// The data could not be read.
+    #[error(transparent)]
+    Data(#[from] crate::data::Error),
+    /// A kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] tunefleet_kernels::Error),
+    /// Settings that do not fit the model, the data or the checkpoint.
+    #[error("{0}")]
+    Mismatch(String),
+    /// Loss or gradients are not finite; the update was withheld on all ranks.
+    #[error(
+        "step {step}: loss {loss}, gradient norm {grad_norm}: not finite; no rank was updated. \
+         Lower train.learning_rate or look at the data of this step, then launch --resume"
+    )]
+    NonFinite {
+        /// The step.
+        step: u64,
+        /// Its mean loss.
+        loss: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
 }
 
 /// Trains from the newest sound checkpoint under `spec.checkpoints_dir()` when `resume` is set,
@@ -82,12 +140,276 @@ pub enum Error {
 /// # Errors
 /// See [`Error`]; the message says what to do next.
 pub fn run(
-    _spec: &JobSpec,
-    _plan: &ShardPlan,
-    _comm: &dyn Communicator,
-    _device: tch::Device,
-    _resume: bool,
-    _host: &dyn Host,
+    spec: &JobSpec,
+    plan: &ShardPlan,
+    comm: &dyn Communicator,
+    device: Device,
+    resume: bool,
+    host: &dyn Host,
 ) -> Result<Outcome, Error> {
-    Ok(Outcome::Finished)
+    host.report(Event::Section("setup"));
+    let mut run = Run::set_up(spec, plan, comm, device, resume)?;
+    let outcome = run.train(host)?;
+    Ok(outcome)
+}
+
+/// One rank's run between set-up and outcome.
+struct Run<'a> {
+    spec: &'a JobSpec,
+    walk: Walk<'a>,
+    training: Sequences,
+    validation: Option<Sequences>,
+    rank: Rank,
+    device: Device,
+    /// Updates done.
+    step: u64,
+    /// Sequences consumed by them.
+    consumed: u64,
+    /// Mean loss of the last step that was read.
+    loss: f64,
+    saved_step: Option<u64>,
+}
+
+impl<'a> Run<'a> {
+    fn set_up(
+        spec: &'a JobSpec,
+        plan: &ShardPlan,
+        comm: &'a dyn Communicator,
+        device: Device,
+        resume: bool,
+    ) -> Result<Self, Error> {
+        tunefleet_kernels::device::set_deterministic(true)?;
+        let rank = comm.rank();
+        let mut config = hugging_face::read_config(&spec.model_dir())?;
+        if let Some(p) = spec.train.dropout {
+            config.dropout = Dropout { attention: p, embedding: p, residual: p };
+        }
+        if *plan != ShardPlan::new(&config, rank.world) {
+            return Err(Error::Mismatch(format!(
+                "the shard plan of this attempt is not that of {} on {} ranks; both sides must run the same version",
+                spec.model_dir().display(),
+                rank.world
+            )));
+        }
+        let open = |split| {
+            let (dataset, tokenizer) = (spec.dataset_dir(), spec.tokenizer_dir());
+            Sequences::open(&spec.data, &dataset, &tokenizer, split, &spec.output.join("tokens"))
+        };
+        let training = open(Split::Train)?;
+        let validation =
+            if spec.train.eval_every_steps > 0 { Some(open(Split::Validation)?) } else { None };
+        check_fit(spec, &config, &training)?;
+
+        let numerics = Numerics::new(device, spec.train.precision);
+        let (shards, step, consumed) = if resume {
+            let (dir, manifest) = agree_on_checkpoint(spec, comm, device)?;
+            check_data(&dir, &manifest.data, &training)?;
+            let shards = load::load(&dir, &manifest, plan, rank.rank, numerics)?;
+            (shards, manifest.step, manifest.data.sequences)
+        } else {
+            (hugging_face::load(&spec.model_dir(), plan, rank.rank, numerics)?, 0, 0)
+        };
+        let options = WalkOptions { recompute: spec.train.recompute, poison: false };
+        let seeds = Seeds::new(spec.train.seed);
+        let walk = Walk::new(config, plan.clone(), shards, numerics, comm, seeds, options);
+        let saved_step = resume.then_some(step);
+        Ok(Run { spec, walk, training, validation, rank, device, step, consumed, loss: f64::NAN, saved_step })
+    }
+
+    fn train(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
+        let train = &self.spec.train;
+        let mut meter = Meter::start(self.step, self.consumed);
+        // On a GPU the host runs one step ahead: what a step found is read after the next began.
+        let mut unread: Option<(u64, StepStatus)> = None;
+        while self.step < train.steps {
+            host.report(Event::Section("step"));
+            let learning_rate = schedule::learning_rate(train, self.step + 1);
+            let status = self.one_step(learning_rate)?;
+            self.step += 1;
+            if let Some((step, status)) = unread.replace((self.step, status)) {
+                self.check(step, &status)?;
+            }
+            let last = self.step == train.steps;
+            let step = self.step;
+            let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
+            let stop = self.stop_agreed(host)?;
+            let save = last || stop || due(train.checkpoint_every_steps);
+            if (due(train.log_every_steps) || save)
+                && let Some((step, status)) = unread.take()
+            {
+                let values = self.check(step, &status)?;
+                if due(train.log_every_steps) {
+                    let sequences = self.consumed;
+                    host.report(Event::Step(meter.report(self.spec, step, sequences, learning_rate, values)));
+                }
+            }
+            if due(train.eval_every_steps) && !stop {
+                host.report(Event::Section("evaluate"));
+                let loss = meter.pause(|| self.evaluate())?;
+                if let Some(loss) = loss {
+                    host.report(Event::Evaluated { step: self.step, loss });
+                }
+            }
+            if save {
+                host.report(Event::Section("save"));
+                meter.pause(|| self.save(host))?;
+            }
+            if stop && !last {
+                return Ok(Outcome::Stopped(self.step));
+            }
+        }
+        if self.saved_step != Some(self.step) {
+            self.save(host)?;
+        }
+        Ok(Outcome::Finished)
+    }
+
+    /// One optimizer update.
+    fn one_step(&mut self, learning_rate: f64) -> Result<StepStatus, Error> {
+        let train = &self.spec.train;
+        let batches = Batches::new(&self.training, train, self.rank, self.device);
+        let (micro_batches, own_targets) = batches.step(self.consumed)?;
+        self.consumed += batches.step_sequences();
+
+        // The loss is a mean over all targets of the whole step: not a mean of means.
+        let targets = Tensor::from(own_targets as f64).to_device(self.device);
+        self.walk.comm().all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
+        let scale = targets.reciprocal().to_kind(Kind::Float);
+
+        self.walk.begin_step()?;
+        let mut loss_sum = Tensor::zeros([], (Kind::Double, self.device));
+        for (micro, batch) in micro_batches.iter().enumerate() {
+            let position = MicroPosition { step: self.step + 1, micro: micro as u32 };
+            loss_sum += self.walk.train_micro_batch(batch, position, &scale)?;
+        }
+        self.walk.finish_step()?;
+        optimizer::update(&mut self.walk, train, self.step + 1, learning_rate, &loss_sum, &targets)
+    }
+
+    fn check(&mut self, step: u64, status: &StepStatus) -> Result<StepValues, Error> {
+        let values = status.read();
+        if values.nonfinite {
+            return Err(Error::NonFinite { step, loss: values.loss, grad_norm: values.grad_norm });
+        }
+        self.loss = values.loss;
+        Ok(values)
+    }
+
+    /// Whether any rank was asked to stop: all ranks get the same answer at the same step.
+    fn stop_agreed(&self, host: &dyn Host) -> Result<bool, Error> {
+        if self.rank.world == 1 {
+            return Ok(host.stop_requested());
+        }
+        let asked = Tensor::from(f64::from(u8::from(host.stop_requested()))).to_device(self.device);
+        self.walk.comm().all_reduce(&asked, Tag { unit: None, what: "stop request" })?.wait()?;
+        Ok(asked.double_value(&[]) > 0.0)
+    }
+
+    /// Mean loss per counted validation target; `None` without validation data.
+    fn evaluate(&mut self) -> Result<Option<f64>, Error> {
+        let Some(sequences) = &self.validation else { return Ok(None) };
+        let train = &self.spec.train;
+        let (limit, micro) = (train.eval_sequences.into(), train.micro_batch_sequences.into());
+        let rounds = batches::validation(sequences, limit, micro, self.rank, self.device)?;
+        let mut sums = Tensor::zeros([2], (Kind::Double, self.device));
+        for (batch, targets) in &rounds {
+            let loss = self.walk.evaluate(batch)?;
+            let targets = Tensor::from(*targets as f64).to_device(self.device);
+            sums += Tensor::stack(&[loss, targets], 0);
+        }
+        self.walk.comm().all_reduce(&sums, Tag { unit: None, what: "validation loss" })?.wait()?;
+        let sums = sums.to_device(Device::Cpu);
+        let (loss, targets) = (sums.double_value(&[0]), sums.double_value(&[1]));
+        Ok((targets > 0.0).then(|| loss / targets))
+    }
+
+    fn save(&mut self, host: &dyn Host) -> Result<(), Error> {
+        let started = Instant::now();
+        let state = save::State {
+            step: self.step,
+            seed: self.spec.train.seed,
+            data: DataPosition {
+                dataset_digest: self.training.dataset_digest().to_owned(),
+                tokenizer_digest: self.training.tokenizer_digest().to_owned(),
+                sequences: self.consumed,
+            },
+            loss: self.loss,
+        };
+        let dir = self.spec.checkpoints_dir();
+        let keep = self.spec.train.keep_checkpoints as usize;
+        let walk = &self.walk;
+        let path = save::save(&dir, walk.plan(), walk.shards(), &state, keep, walk.comm(), self.device)?;
+        self.saved_step = Some(self.step);
+        host.report(Event::Saved { step: self.step, path, pause_seconds: started.elapsed().as_secs_f64() });
+        Ok(())
+    }
+}
+
+/// Rank 0 chooses the checkpoint, so that all ranks load the same one.
+fn agree_on_checkpoint(
+    spec: &JobSpec,
+    comm: &dyn Communicator,
+    device: Device,
+) -> Result<(PathBuf, Manifest), Error> {
+    let dir = spec.checkpoints_dir();
+    let found = if comm.rank().rank == 0 { Some(load::newest_sound(&dir)) } else { None };
+    let step = match &found {
+        Some(Ok((_, manifest))) => manifest.step as i64,
+        Some(Err(_)) => -1,
+        None => 0,
+    };
+    let agreed = Tensor::from(step).to_device(device);
+    comm.all_reduce(&agreed, Tag { unit: None, what: "checkpoint choice" })?.wait()?;
+    match (found, agreed.int64_value(&[])) {
+        (Some(found), _) => Ok(found?),
+        (None, step) if step >= 0 => {
+            let path = dir.join(tunefleet_proto::checkpoint::dir_name(step as u64));
+            let manifest = load::read_manifest(&path)?;
+            Ok((path, manifest))
+        }
+        (None, _) => {
+            let detail = "; rank 0 says why".to_owned();
+            Err(crate::checkpoint::Error::NoCheckpoint { path: dir, detail }.into())
+        }
+    }
+}
+
+fn check_data(dir: &Path, saved: &DataPosition, training: &Sequences) -> Result<(), Error> {
+    for (what, saved, now) in [
+        ("dataset", saved.dataset_digest.as_str(), training.dataset_digest()),
+        ("tokenizer", saved.tokenizer_digest.as_str(), training.tokenizer_digest()),
+    ] {
+        if saved != now {
+            return Err(Error::Mismatch(format!(
+                "{}: was trained on another {what} (digest {saved}, the job's is {now}); \
+                 restore it, or start over with launch --fresh",
+                dir.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn check_fit(spec: &JobSpec, config: &ModelConfig, training: &Sequences) -> Result<(), Error> {
+    let sequence_tokens = u64::from(spec.data.sequence_tokens);
+    if sequence_tokens > config.max_positions {
+        return Err(Error::Mismatch(format!(
+            "data.sequence_tokens ({sequence_tokens}) must be at most the model's positions ({})",
+            config.max_positions
+        )));
+    }
+    if training.vocab_size() > config.vocab_size {
+        return Err(Error::Mismatch(format!(
+            "the tokenizer has {} tokens, the model's embedding {}: they do not belong together",
+            training.vocab_size(),
+            config.vocab_size
+        )));
+    }
+    if training.len_per_epoch() == 0 {
+        return Err(Error::Mismatch(format!(
+            "{}: too little text for one sequence of {sequence_tokens} tokens; collect more or lower data.sequence_tokens",
+            spec.dataset_dir().display()
+        )));
+    }
+    Ok(())
 }

@@ -1,0 +1,242 @@
+//! Whole training steps of a random model, one per line on stdin: our side of the throughput
+//! comparison. Protocol and flags are those of `tests/bench/peer.py`.
+#![forbid(unsafe_code)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::{Parser, ValueEnum};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::device::{cuda_memory, set_deterministic};
+use tunefleet_proto::ids::{Attempt, JobId, Rank};
+use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
+use tunefleet_proto::model::{Dropout, ModelConfig};
+use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_worker::comm::tcp::TcpListener;
+use tunefleet_worker::comm::{Communicator, Solo, Tag};
+use tunefleet_worker::model::numerics::Numerics;
+use tunefleet_worker::train::optimizer;
+use tunefleet_worker::train::rng::Seeds;
+use tunefleet_worker::train::units::Shard;
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum On {
+    Cpu,
+    Cuda,
+}
+
+#[derive(Debug, Parser)]
+struct Args {
+    #[arg(long, default_value = "bench")]
+    preset: String,
+    #[arg(long, default_value_t = 512)]
+    sequence: i64,
+    #[arg(long, default_value_t = 4)]
+    batch: i64,
+    #[arg(long)]
+    layers: Option<u64>,
+    #[arg(long)]
+    recompute: bool,
+    #[arg(long, default_value = "bf16", value_parser = tunefleet_worker::export::parse_dtype)]
+    precision: Precision,
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: On,
+    #[arg(long, default_value_t = 1)]
+    ranks: u32,
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Set by the parent process of several ranks.
+    #[arg(long, hide = true)]
+    rank: Option<u32>,
+}
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Outcome<()> {
+    let args = Args::parse();
+    match args.rank {
+        None if args.ranks > 1 => relay(&args),
+        None => steps(&args, &Solo),
+        Some(rank) => {
+            let listener = TcpListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))?;
+            reply(&json!({ "address": listener.addr().to_string() }))?;
+            let mut line = String::new();
+            std::io::stdin().read_line(&mut line)?;
+            let peers: Vec<SocketAddr> = serde_json::from_str(&line)?;
+            let rank = Rank { rank, world: args.ranks };
+            let deadline = Instant::now() + Duration::from_secs(60);
+            let job = JobId("bench".to_owned());
+            steps(&args, &listener.join(rank, &peers, &[1; 32], &job, Attempt(1), deadline)?)
+        }
+    }
+}
+
+/// Runs the steps that stdin asks for as one rank.
+fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
+    let cores = std::thread::available_parallelism()?.get();
+    tch::set_num_threads(args.threads.unwrap_or((cores / args.ranks as usize).max(1)) as i32);
+    let device = match args.device {
+        On::Cpu => Device::Cpu,
+        On::Cuda => Device::Cuda(0),
+    };
+    set_deterministic(true)?;
+    let config = shape(args)?;
+    let rank = comm.rank();
+    let plan = ShardPlan::new(&config, rank.world);
+    let numerics = Numerics::new(device, args.precision);
+    tch::manual_seed(i64::from(rank.rank));
+    let shards = plan.units.iter().map(|unit| fresh(unit, rank.world, numerics)).collect();
+    let options = WalkOptions { recompute: args.recompute, poison: false };
+    let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    let spec = spec(args);
+    reply(&json!({ "ready": true, "parameters": config.parameter_count(), "rss_bytes": memory("VmRSS") }))?;
+
+    for (index, line) in std::io::stdin().lines().enumerate() {
+        if line?.trim() != "go" {
+            return Err("unknown request, expected go".into());
+        }
+        let begin = Instant::now();
+        let size = [args.batch, args.sequence];
+        let tokens_bt = Tensor::randint(config.vocab_size as i64, size, (Kind::Int64, device));
+        let targets_bt = tokens_bt.roll([-1], [1]);
+        let _ = targets_bt.narrow(1, args.sequence - 1, 1).fill_(-100);
+        let step = index as u64 + 1;
+        let loss = one_step(&mut walk, &spec, step, &Batch { tokens_bt, targets_bt })?;
+        let tokens = args.batch * args.sequence * i64::from(args.ranks);
+        reply(&json!({
+            "seconds": begin.elapsed().as_secs_f64(), "tokens": tokens, "loss": loss,
+            "peak_rss_bytes": memory("VmHWM"),
+            "peak_device_bytes": cuda_memory(0).ok().map(|m| m.allocated_peak),
+        }))?;
+    }
+    Ok(())
+}
+
+fn one_step(walk: &mut Walk<'_>, spec: &TrainSpec, step: u64, batch: &Batch) -> Outcome<f64> {
+    let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
+    walk.comm().all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
+    let scale = targets.reciprocal().to_kind(Kind::Float);
+    walk.begin_step()?;
+    let loss = walk.train_micro_batch(batch, MicroPosition { step, micro: 0 }, &scale)?;
+    walk.finish_step()?;
+    Ok(optimizer::update(walk, spec, step, spec.learning_rate, &loss, &targets)?.read().loss)
+}
+
+/// Starts the ranks, and passes each request on to all of them; rank 0 answers.
+fn relay(args: &Args) -> Outcome<()> {
+    let program = std::env::current_exe()?;
+    let mut ranks = Vec::new();
+    for rank in 0..args.ranks {
+        let mut child = Command::new(&program)
+            .args(std::env::args().skip(1))
+            .args(["--rank", &rank.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let output = BufReader::new(child.stdout.take().ok_or("no stdout")?);
+        ranks.push((child, output));
+    }
+    let read = |output: &mut BufReader<_>| -> Outcome<Value> {
+        let mut line = String::new();
+        output.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
+    };
+    let mut addresses = Vec::new();
+    for (_, output) in &mut ranks {
+        addresses.push(read(output)?["address"].clone());
+    }
+    let all = json!(addresses).to_string();
+    let send = |child: &mut Child, text: &str| -> Outcome<()> {
+        Ok(writeln!(child.stdin.as_mut().ok_or("no stdin")?, "{text}")?)
+    };
+    for (child, _) in &mut ranks {
+        send(child, &all)?;
+    }
+    let mut answer = |request: Option<&str>| -> Outcome<()> {
+        if let Some(request) = request {
+            for (child, _) in &mut ranks {
+                send(child, request)?;
+            }
+        }
+        let answers: Vec<Value> =
+            ranks.iter_mut().map(|(_, output)| read(output)).collect::<Outcome<_>>()?;
+        reply(&answers[0])
+    };
+    answer(None)?;
+    for line in std::io::stdin().lines() {
+        answer(Some(&line?))?;
+    }
+    for (mut child, _) in ranks {
+        drop(child.stdin.take());
+        child.wait()?;
+    }
+    Ok(())
+}
+
+fn shape(args: &Args) -> Outcome<ModelConfig> {
+    let none = Dropout { attention: 0.0, embedding: 0.0, residual: 0.0 };
+    let mut config = match args.preset.as_str() {
+        "bench" => ModelConfig {
+            layers: 6,
+            hidden_size: 384,
+            heads: 6,
+            intermediate_size: 1536,
+            max_positions: 512,
+            ..ModelConfig::preset("starcoderbase-1b")?
+        },
+        name => ModelConfig::preset(name)?,
+    };
+    config.dropout = none;
+    config.layers = args.layers.unwrap_or(config.layers);
+    config.max_positions = config.max_positions.max(args.sequence as u64);
+    Ok(config)
+}
+
+fn fresh(unit: &tunefleet_proto::shard_plan::Unit, world: u32, numerics: Numerics) -> Shard {
+    let shard = Shard::zeros(unit, world, numerics);
+    let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
+    shard
+}
+
+fn spec(args: &Args) -> TrainSpec {
+    TrainSpec {
+        ranks: args.ranks,
+        device: DeviceKind::Auto,
+        precision: args.precision,
+        steps: 1000,
+        micro_batch_sequences: args.batch as u32,
+        accumulate_micro_batches: 1,
+        learning_rate: 1e-4,
+        schedule: Schedule::Constant,
+        warmup_steps: 0,
+        weight_decay: 0.1,
+        betas: (0.9, 0.999),
+        epsilon: 1e-8,
+        max_grad_norm: 1.0,
+        dropout: None,
+        recompute: args.recompute,
+        seed: 0,
+        log_every_steps: 1,
+        eval_every_steps: 0,
+        eval_sequences: 0,
+        checkpoint_every_steps: 0,
+        keep_checkpoints: 1,
+    }
+}
+
+fn reply(value: &Value) -> Outcome<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{value}")?;
+    Ok(out.flush()?)
+}
+
+/// A field of `/proc/self/status` in bytes.
+fn memory(field: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}

@@ -1,0 +1,157 @@
+//! Shards from a Hugging Face model directory: each rank reads only its own slices.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use tch::Tensor;
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::shard_plan::{ShardPlan, Unit};
+
+use super::Error;
+use super::safetensors::Reader;
+use crate::model::numerics::Numerics;
+use crate::train::units::Shard;
+
+/// The file of a model that is not split.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// The index of a model that is.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Where a model's shape stands.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// All safetensors files of a model directory.
+pub struct ModelFiles {
+    readers: Vec<Reader>,
+    /// Tensor name -> index into `readers`.
+    tensors: BTreeMap<String, usize>,
+}
+
+/// Reads a directory's `config.json`.
+///
+/// # Errors
+/// [`Error::Format`] with the rule that it breaks.
+pub fn read_config(dir: &Path) -> Result<ModelConfig, Error> {
+    let path = dir.join(CONFIG_FILE);
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    ModelConfig::from_json(&text).map_err(|e| Error::format(&path, e.to_string()))
+}
+
+impl ModelFiles {
+    /// Opens the file, or all files that the index names.
+    ///
+    /// # Errors
+    /// Files that are absent, truncated or name a tensor twice.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let index = dir.join(INDEX_FILE);
+        let names: BTreeSet<String> = if index.exists() {
+            let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
+            let value: serde_json::Value =
+                serde_json::from_str(&text).map_err(|e| Error::format(&index, e.to_string()))?;
+            let map = value["weight_map"].as_object();
+            let map = map.ok_or_else(|| Error::format(&index, "lacks the object weight_map"))?;
+            map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect()
+        } else {
+            [WEIGHTS_FILE.to_owned()].into()
+        };
+        let mut files = ModelFiles { readers: Vec::new(), tensors: BTreeMap::new() };
+        for name in names {
+            if name.contains(['/', '\\']) {
+                return Err(Error::format(&index, format!("file name {name:?} leaves the directory")));
+            }
+            let path = dir.join(name);
+            let reader = Reader::open(&path)?;
+            for tensor in reader.names() {
+                if files.tensors.insert(tensor.clone(), files.readers.len()).is_some() {
+                    return Err(Error::tensor(&path, &tensor, "stands in two files"));
+                }
+            }
+            files.readers.push(reader);
+        }
+        Ok(files)
+    }
+
+    fn reader(&self, name: &str) -> Option<&Reader> {
+        self.readers.get(*self.tensors.get(name)?)
+    }
+}
+
+/// This rank's shards of the weights in `dir`; moments are zero.
+///
+/// # Errors
+/// A missing, extra or misshapen tensor, by name; a value that is not finite.
+pub fn load(dir: &Path, plan: &ShardPlan, rank: u32, numerics: Numerics) -> Result<Vec<Shard>, Error> {
+    let files = ModelFiles::open(dir)?;
+    check_names(dir, &files, plan)?;
+    let mut shards = Vec::with_capacity(plan.units.len());
+    for unit in &plan.units {
+        let shard = Shard::zeros(unit, plan.world, numerics);
+        fill(dir, &files, unit, rank, plan.world, &shard.master)?;
+        shards.push(shard);
+    }
+    Ok(shards)
+}
+
+/// All weights in `dir` for computing with: one flat buffer per unit of a plan for one rank, in
+/// the dtype of `numerics`.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_weights(dir: &Path, plan: &ShardPlan, numerics: Numerics) -> Result<Vec<Tensor>, Error> {
+    let files = ModelFiles::open(dir)?;
+    check_names(dir, &files, plan)?;
+    let mut buffers = Vec::with_capacity(plan.units.len());
+    for unit in &plan.units {
+        let buffer = Tensor::zeros([unit.elements as i64], (numerics.kind, numerics.device));
+        fill(dir, &files, unit, 0, 1, &buffer)?;
+        buffers.push(buffer);
+    }
+    Ok(buffers)
+}
+
+/// Reads a rank's pieces of `unit` into its shard, casting on the way.
+fn fill(
+    dir: &Path,
+    files: &ModelFiles,
+    unit: &Unit,
+    rank: u32,
+    world: u32,
+    into: &Tensor,
+) -> Result<(), Error> {
+    for piece in unit.pieces(rank, world) {
+        let name = &piece.slot.hf_name;
+        let reader = files.reader(name).ok_or_else(|| Error::tensor(dir, name, "is in none of the files"))?;
+        let mut finite = true;
+        reader.read_f32(name, piece.range.clone(), |first, values| {
+            finite &= values.iter().all(|v| v.is_finite());
+            let offset = piece.shard_offset + (first - piece.range.start);
+            into.narrow(0, offset as i64, values.len() as i64).copy_(&Tensor::from_slice(values));
+        })?;
+        if !finite {
+            return Err(Error::tensor(dir, name, "holds a value that is not finite"));
+        }
+    }
+    Ok(())
+}
+
+/// Every parameter is there in its shape, and nothing else is.
+fn check_names(dir: &Path, files: &ModelFiles, plan: &ShardPlan) -> Result<(), Error> {
+    let mut unused: BTreeSet<&str> = files.tensors.keys().map(String::as_str).collect();
+    for slot in plan.units.iter().flat_map(|unit| &unit.parameters) {
+        let info = files.reader(&slot.hf_name).and_then(|reader| reader.info(&slot.hf_name));
+        let info = info.ok_or_else(|| Error::tensor(dir, &slot.hf_name, "is missing"))?;
+        let shape: Vec<u64> = info.shape.iter().map(|&n| n as u64).collect();
+        if shape != slot.shape {
+            let rule = format!("has shape {shape:?}, config.json asks for {:?}", slot.shape);
+            return Err(Error::tensor(dir, &slot.hf_name, rule));
+        }
+        unused.remove(slot.hf_name.as_str());
+    }
+    // Written by some versions: the tied head once more, and causal masks.
+    unused.retain(|name| {
+        *name != "lm_head.weight" && !name.ends_with(".attn.bias") && !name.ends_with(".attn.masked_bias")
+    });
+    match unused.first() {
+        Some(name) => Err(Error::tensor(dir, name, "is not a parameter of this model")),
+        None => Ok(()),
+    }
+}

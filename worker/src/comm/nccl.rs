@@ -1,0 +1,109 @@
+//! The communicator of GPU ranks: libtorch's NCCL group. Operations run on NCCL's own streams;
+//! waiting orders the compute stream after them and never stops the host.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::nccl::{self, Group, Store};
+use tunefleet_proto::ids::Rank;
+
+use super::{Communicator, Error, Tag, Work};
+
+/// A rank's membership in a group of GPUs.
+pub struct NcclCommunicator {
+    group: Group,
+    rank: Rank,
+    device: Device,
+    aborted: Arc<OnceLock<String>>,
+}
+
+impl NcclCommunicator {
+    /// Joins the group whose bootstrap values travel through `store`. `timeout` bounds every
+    /// collective.
+    ///
+    /// # Errors
+    /// [`Error::Join`] without a GPU, or when the group does not form.
+    pub fn join(rank: Rank, gpu: usize, store: Box<dyn Store>, timeout: Duration) -> Result<Self, Error> {
+        let device = i32::try_from(gpu).map_err(|_| Error::Join(format!("no GPU {gpu}")))?;
+        let group = Group::join(rank.rank, rank.world, device, store, timeout)
+            .map_err(|e| Error::Join(e.to_string()))?;
+        Ok(NcclCommunicator { group, rank, device: Device::Cuda(gpu), aborted: Arc::default() })
+    }
+
+    fn check(&self, op: &'static str, tensor: &Tensor, multiple: i64) -> Result<(), Error> {
+        let refuse = |rule: String, got: String| Err(Error::Tensor { op, rule, got });
+        if let Some(reason) = self.aborted.get() {
+            return Err(Error::Aborted(reason.clone()));
+        }
+        if tensor.device() != self.device {
+            return refuse(format!("tensor must be on {:?}", self.device), format!("{:?}", tensor.device()));
+        }
+        if !tensor.is_contiguous() {
+            return refuse("tensor must be contiguous".to_owned(), format!("strides {:?}", tensor.stride()));
+        }
+        if tensor.numel() as i64 % multiple != 0 {
+            return refuse(format!("elements must be a multiple of {multiple}"), tensor.numel().to_string());
+        }
+        Ok(())
+    }
+
+    fn work(&self, started: Result<nccl::Work, tunefleet_kernels::Error>) -> Result<Box<dyn Work>, Error> {
+        let work = started.map_err(|e| Error::Backend(e.to_string()))?;
+        Ok(Box::new(NcclWork { work, aborted: Arc::clone(&self.aborted) }))
+    }
+}
+
+struct NcclWork {
+    work: nccl::Work,
+    aborted: Arc<OnceLock<String>>,
+}
+
+impl Work for NcclWork {
+    fn wait(self: Box<Self>) -> Result<(), Error> {
+        let outcome = self.work.wait();
+        match self.aborted.get() {
+            Some(reason) => Err(Error::Aborted(reason.clone())),
+            None => outcome.map_err(|e| Error::Backend(e.to_string())),
+        }
+    }
+}
+
+impl Communicator for NcclCommunicator {
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn all_gather(&self, buffer: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.check("all-gather", buffer, self.rank.world.into())?;
+        let len = buffer.numel() as i64 / i64::from(self.rank.world);
+        let own = buffer.view([-1]).narrow(0, i64::from(self.rank.rank) * len, len);
+        self.work(self.group.all_gather(&buffer.view([-1]), &own))
+    }
+
+    fn reduce_scatter(&self, input: &Tensor, output: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.check("reduce-scatter", input, self.rank.world.into())?;
+        self.check("reduce-scatter", output, 1)?;
+        self.work(self.group.reduce_scatter(input, output))
+    }
+
+    fn all_reduce(&self, tensor: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.check("all-reduce", tensor, 1)?;
+        self.work(self.group.all_reduce(tensor))
+    }
+
+    fn barrier(&self) -> Result<(), Error> {
+        let token = Tensor::zeros([1], (Kind::Float, self.device));
+        self.all_reduce(&token, Tag { unit: None, what: "barrier" })?.wait()?;
+        // Reading the value is what makes the host wait.
+        let _ = token.double_value(&[0]);
+        Ok(())
+    }
+
+    fn abort(&self, reason: &str) {
+        let _ = self.aborted.set(reason.to_owned());
+        if let Err(error) = self.group.abort() {
+            tracing::warn!(%error, "aborting the NCCL group");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! A whole model on one device, for completing text token by token.
+
+use std::path::Path;
+
+use tch::Tensor;
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::shard_plan::ShardPlan;
+
+use crate::checkpoint::{Error, hugging_face};
+use crate::model::block::{self, BlockParams, BlockShape, KvCache};
+use crate::model::head::{self, HeadParams};
+use crate::model::{embed, numerics::Numerics};
+use crate::train::units;
+
+/// Weights, shape and how to compute.
+pub struct Decoder {
+    config: ModelConfig,
+    numerics: Numerics,
+    shape: BlockShape,
+    embed: Vec<Tensor>,
+    blocks: Vec<Vec<Tensor>>,
+}
+
+/// What one sequence has been shown so far.
+pub struct Context {
+    caches: Vec<KvCache>,
+    tokens: i64,
+}
+
+impl Decoder {
+    /// Loads a Hugging Face model directory.
+    ///
+    /// # Errors
+    /// Whatever its files break.
+    pub fn load(dir: &Path, numerics: Numerics) -> Result<Self, Error> {
+        let config = hugging_face::read_config(dir)?;
+        let plan = ShardPlan::new(&config, 1);
+        let buffers = hugging_face::load_weights(dir, &plan, numerics)?;
+        let mut views = plan.units.iter().zip(&buffers).map(|(unit, buffer)| units::views(unit, buffer));
+        let embed = views.next().unwrap_or_default();
+        // Widened once: a token's products are too small to pay for it each time.
+        let blocks = views.map(|views| numerics.for_products(views)).collect();
+        Ok(Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, blocks })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// An empty context with room for `max_tokens`.
+    pub fn context(&self, max_tokens: usize) -> Context {
+        let cache = |_| KvCache::new(&self.config, self.numerics, 1, max_tokens as i64);
+        Context { caches: (0..self.blocks.len()).map(cache).collect(), tokens: 0 }
+    }
+
+    /// Shows `tokens` (the whole prompt first, then one at a time); the next token's logits, fp32
+    /// `[V]` on the CPU.
+    pub fn next_logits(&self, context: &mut Context, tokens: &[u32]) -> Tensor {
+        tch::no_grad(|| {
+            let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
+            let tokens_bt = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.numerics.device);
+            let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_bt, context.tokens);
+            let mut x = x.to_kind(self.numerics.product_kind);
+            for (params, cache) in self.blocks.iter().zip(&mut context.caches) {
+                let params = BlockParams::new(params);
+                x = block::forward(&self.shape, &params, &x, Some((cache, context.tokens)));
+            }
+            context.tokens += ids.len() as i64;
+            let norms = self.embed.len() - 2;
+            let head = HeadParams {
+                norm_weight: &self.embed[norms],
+                norm_bias: &self.embed[norms + 1],
+                weight_vd: if self.config.tied_head { &self.embed[0] } else { &self.embed[2] },
+            };
+            let last = x.narrow(1, ids.len() as i64 - 1, 1).to_kind(self.numerics.kind);
+            let h = head::norm(&head, &last, self.config.norm_epsilon);
+            head::logits(self.numerics, head.weight_vd, &h).view([-1]).to_device(tch::Device::Cpu)
+        })
+    }
+}

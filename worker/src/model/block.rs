@@ -1,0 +1,169 @@
+//! One transformer block of the GPTBigCode family:
+//! `x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`.
+
+use tch::Tensor;
+use tunefleet_proto::model::{Activation, ModelConfig};
+
+use super::numerics::{Numerics, attention};
+
+/// What a block does, apart from its weights.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockShape {
+    heads: i64,
+    kv_heads: i64,
+    head_dim: i64,
+    hidden: i64,
+    norm_epsilon: f64,
+    activation: Activation,
+    /// On attention weights; 0 in evaluation.
+    attention_dropout: f64,
+    /// On both outputs of the block; 0 in evaluation.
+    residual_dropout: f64,
+}
+
+/// A block's weights, in the order of `ModelConfig::block_parameters`.
+pub struct BlockParams<'a> {
+    c_attn_weight: &'a Tensor,
+    c_proj_weight: &'a Tensor,
+    c_fc_weight: &'a Tensor,
+    mlp_proj_weight: &'a Tensor,
+    ln_1_weight: &'a Tensor,
+    ln_1_bias: &'a Tensor,
+    c_attn_bias: &'a Tensor,
+    c_proj_bias: &'a Tensor,
+    ln_2_weight: &'a Tensor,
+    ln_2_bias: &'a Tensor,
+    c_fc_bias: &'a Tensor,
+    mlp_proj_bias: &'a Tensor,
+}
+
+/// Keys and values of the tokens seen so far: two tensors `[B, K, S_max, C]`.
+pub struct KvCache {
+    k_bksc: Tensor,
+    v_bksc: Tensor,
+}
+
+impl BlockShape {
+    /// The shape of `config`'s blocks; dropout only when `training`.
+    pub fn new(config: &ModelConfig, training: bool) -> Self {
+        let dropout = |p: f64| if training { p } else { 0.0 };
+        BlockShape {
+            heads: config.heads as i64,
+            kv_heads: config.kv_heads as i64,
+            head_dim: config.head_dim() as i64,
+            hidden: config.hidden_size as i64,
+            norm_epsilon: config.norm_epsilon,
+            activation: config.activation,
+            attention_dropout: dropout(config.dropout.attention),
+            residual_dropout: dropout(config.dropout.residual),
+        }
+    }
+}
+
+impl<'a> BlockParams<'a> {
+    /// Names the 12 tensors of a block; the plan and the model agree on their order.
+    ///
+    /// # Panics
+    /// With another number of tensors, which is a programming error.
+    pub fn new(params: &'a [Tensor]) -> Self {
+        let [
+            c_attn_weight,
+            c_proj_weight,
+            c_fc_weight,
+            mlp_proj_weight,
+            ln_1_weight,
+            ln_1_bias,
+            c_attn_bias,
+            c_proj_bias,
+            ln_2_weight,
+            ln_2_bias,
+            c_fc_bias,
+            mlp_proj_bias,
+        ] = params
+        else {
+            panic!("a block has 12 parameters, got {}", params.len());
+        };
+        BlockParams {
+            c_attn_weight,
+            c_proj_weight,
+            c_fc_weight,
+            mlp_proj_weight,
+            ln_1_weight,
+            ln_1_bias,
+            c_attn_bias,
+            c_proj_bias,
+            ln_2_weight,
+            ln_2_bias,
+            c_fc_bias,
+            mlp_proj_bias,
+        }
+    }
+}
+
+impl KvCache {
+    /// Room for `max_tokens` of `batch` sequences.
+    pub fn new(config: &ModelConfig, numerics: Numerics, batch: i64, max_tokens: i64) -> Self {
+        let size = [batch, config.kv_heads as i64, max_tokens, config.head_dim() as i64];
+        let zeros = || Tensor::zeros(size, (numerics.product_kind, numerics.device));
+        KvCache { k_bksc: zeros(), v_bksc: zeros() }
+    }
+}
+
+/// The block's output, `[B, T, D]` like its input, in the dtype of input and weights;
+/// differentiable. With a cache, the T tokens come
+/// after `cached_tokens` earlier ones, and their keys and values are added to it.
+pub fn forward(
+    shape: &BlockShape,
+    params: &BlockParams<'_>,
+    x_btd: &Tensor,
+    cache: Option<(&mut KvCache, i64)>,
+) -> Tensor {
+    let p = params;
+    let norm = |x: &Tensor, weight: &Tensor, bias: &Tensor| {
+        x.layer_norm([shape.hidden], Some(weight), Some(bias), shape.norm_epsilon, true)
+    };
+    let dropout = |x: Tensor| match shape.residual_dropout {
+        0.0 => x,
+        probability => x.dropout(probability, true),
+    };
+
+    let normed_btd = norm(x_btd, p.ln_1_weight, p.ln_1_bias);
+    let qkv = normed_btd.linear(p.c_attn_weight, Some(p.c_attn_bias));
+    let attended_btd = attend(shape, &qkv, cache);
+    let x_btd = x_btd + dropout(attended_btd.linear(p.c_proj_weight, Some(p.c_proj_bias)));
+
+    let normed_btd = norm(&x_btd, p.ln_2_weight, p.ln_2_bias);
+    let inner_bti = normed_btd.linear(p.c_fc_weight, Some(p.c_fc_bias)).gelu(match shape.activation {
+        Activation::Gelu => "none",
+        Activation::GeluPytorchTanh => "tanh",
+    });
+    x_btd + dropout(inner_bti.linear(p.mlp_proj_weight, Some(p.mlp_proj_bias)))
+}
+
+/// Splits the fused projection (all query heads, then keys, then values) and attends.
+fn attend(
+    shape: &BlockShape,
+    qkv: &Tensor,
+    cache: Option<(&mut KvCache, i64)>,
+) -> Tensor {
+    let (batch, tokens) = (qkv.size()[0], qkv.size()[1]);
+    let kv_width = shape.kv_heads * shape.head_dim;
+    let heads = |x: &Tensor, count: i64| x.view([batch, tokens, count, shape.head_dim]).transpose(1, 2);
+    let q_bhtc = heads(&qkv.narrow(2, 0, shape.hidden).contiguous(), shape.heads);
+    let k_bktc = heads(&qkv.narrow(2, shape.hidden, kv_width).contiguous(), shape.kv_heads);
+    let v_bktc = heads(&qkv.narrow(2, shape.hidden + kv_width, kv_width).contiguous(), shape.kv_heads);
+    let attended_bhtc = match cache {
+        None => attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout),
+        Some((cache, cached_tokens)) => {
+            let seen = cached_tokens + tokens;
+            cache.k_bksc.narrow(2, cached_tokens, tokens).copy_(&k_bktc);
+            cache.v_bksc.narrow(2, cached_tokens, tokens).copy_(&v_bktc);
+            let (k_bksc, v_bksc) = (cache.k_bksc.narrow(2, 0, seen), cache.v_bksc.narrow(2, 0, seen));
+            // One token sees all; the first tokens see each other causally.
+            let causal = tokens > 1;
+            debug_assert!(!causal || cached_tokens == 0, "a second prompt piece needs an offset mask");
+            attention(&q_bhtc, &k_bksc, &v_bksc, causal, 0.0)
+        }
+    };
+    attended_bhtc.transpose(1, 2).reshape([batch, tokens, shape.hidden])
+}

@@ -1,0 +1,112 @@
+//! Final norm and output head, with the chunked loss: logits exist for a few hundred rows at a
+//! time, and their gradient overwrites them.
+
+use tch::{Device, Kind, Tensor};
+
+use super::numerics::Numerics;
+
+/// Targets with this value do not count, as in transformers.
+pub const IGNORED: i64 = -100;
+
+/// Rows of logits at a time on the CPU: 256 x 49,152 fp32 are 50 MB.
+const CPU_CHUNK_ROWS: i64 = 256;
+/// On a GPU: large products, and 4,096 x 49,152 fp32 are 805 MB.
+const CUDA_CHUNK_ROWS: i64 = 4096;
+
+/// The head's weights.
+pub struct HeadParams<'a> {
+    /// Final norm, `[D]`.
+    pub norm_weight: &'a Tensor,
+    /// Final norm, `[D]`.
+    pub norm_bias: &'a Tensor,
+    /// Output embedding; the token embedding where they are tied.
+    pub weight_vd: &'a Tensor,
+}
+
+/// The final norm; differentiable.
+pub fn norm(params: &HeadParams<'_>, x_btd: &Tensor, epsilon: f64) -> Tensor {
+    let width = params.norm_weight.size()[0];
+    x_btd.layer_norm([width], Some(params.norm_weight), Some(params.norm_bias), epsilon, true)
+}
+
+/// Logits in fp32, `[.., V]`, of normed states.
+pub fn logits(numerics: Numerics, weight_vd: &Tensor, h_btd: &Tensor) -> Tensor {
+    let kind = numerics.product_kind;
+    h_btd.to_kind(kind).matmul(&weight_vd.to_kind(kind).tr()).to_kind(Kind::Float)
+}
+
+/// Sum of the cross-entropy over rows that count (fp64 scalar on the device).
+pub fn loss_sum(numerics: Numerics, weight_vd: &Tensor, h_nd: &Tensor, targets_n: &Tensor) -> Tensor {
+    let weight_vd = weight_vd.to_kind(numerics.product_kind);
+    let mut sum = Tensor::zeros([], (Kind::Double, numerics.device));
+    for chunk in chunks(numerics, h_nd, targets_n) {
+        let log_probs_cv = logits(numerics, &weight_vd, &chunk.h_cd).log_softmax(-1, Kind::Float);
+        sum += chunk.loss(&log_probs_cv);
+    }
+    sum
+}
+
+/// [`loss_sum`], and its gradients times `scale` (fp32 scalar on the device): returns the sum and
+/// `dh_nd`, and adds the weight's gradient to `dweight_vd` (fp32).
+pub fn loss_sum_and_grads(
+    numerics: Numerics,
+    weight_vd: &Tensor,
+    h_nd: &Tensor,
+    targets_n: &Tensor,
+    scale: &Tensor,
+    dweight_vd: &Tensor,
+) -> (Tensor, Tensor) {
+    let kind = numerics.product_kind;
+    let weight_vd = weight_vd.to_kind(kind);
+    let mut sum = Tensor::zeros([], (Kind::Double, numerics.device));
+    let mut dh_chunks = Vec::new();
+    for chunk in chunks(numerics, h_nd, targets_n) {
+        let mut log_probs_cv = logits(numerics, &weight_vd, &chunk.h_cd).log_softmax(-1, Kind::Float);
+        sum += chunk.loss(&log_probs_cv);
+        // d(loss)/d(logits) = softmax - onehot, in place.
+        let mut dlogits_cv = log_probs_cv.exp_();
+        let minus_one = Tensor::full([1, 1], -1.0, (Kind::Float, numerics.device)).expand_as(&chunk.targets_c1);
+        let dlogits_cv = dlogits_cv.scatter_add_(1, &chunk.targets_c1, &minus_one).to_kind(kind);
+        // The row weight (0 where ignored) and the scale go onto the narrow side.
+        let row_scale_c1 = &chunk.counts_c1 * scale;
+        let scaled_h_cd = (chunk.h_cd.to_kind(Kind::Float) * &row_scale_c1).to_kind(kind);
+        let mut dweight_vd = dweight_vd.shallow_clone();
+        if kind == Kind::Float {
+            let _ = dweight_vd.addmm_(&dlogits_cv.tr(), &scaled_h_cd);
+        } else {
+            let _ = dweight_vd.g_add_(&dlogits_cv.tr().mm(&scaled_h_cd));
+        }
+        dh_chunks.push((dlogits_cv.mm(&weight_vd) * row_scale_c1).to_kind(kind));
+    }
+    (sum, Tensor::cat(&dh_chunks, 0))
+}
+
+struct Chunk {
+    h_cd: Tensor,
+    /// Ignored rows point at token 0 and count 0.
+    targets_c1: Tensor,
+    /// 1 where the row counts, else 0 (fp32).
+    counts_c1: Tensor,
+}
+
+impl Chunk {
+    fn loss(&self, log_probs_cv: &Tensor) -> Tensor {
+        let picked_c1 = log_probs_cv.gather(1, &self.targets_c1, false);
+        -(picked_c1 * &self.counts_c1).sum(Kind::Double)
+    }
+}
+
+fn chunks(numerics: Numerics, h_nd: &Tensor, targets_n: &Tensor) -> impl Iterator<Item = Chunk> {
+    let rows = h_nd.size()[0];
+    let step = if numerics.device == Device::Cpu { CPU_CHUNK_ROWS } else { CUDA_CHUNK_ROWS };
+    let (h_nd, targets_n) = (h_nd.shallow_clone(), targets_n.shallow_clone());
+    (0..rows).step_by(step as usize).map(move |first| {
+        let len = step.min(rows - first);
+        let targets_c1 = targets_n.narrow(0, first, len).unsqueeze(1);
+        Chunk {
+            h_cd: h_nd.narrow(0, first, len),
+            counts_c1: targets_c1.ne(IGNORED).to_kind(Kind::Float),
+            targets_c1: targets_c1.clamp_min(0),
+        }
+    })
+}

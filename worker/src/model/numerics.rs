@@ -1,0 +1,46 @@
+//! Dtype and device of the computation, and the products that depend on them.
+
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::job::Precision;
+
+/// How to compute.
+///
+/// On CPUs without bf16 matrix instructions libtorch multiplies bf16 several times slower than
+/// fp32. There, bf16 means: weights and the residual stream between blocks are rounded to bf16,
+/// and the inside of a block runs in fp32 on them. That is more accurate, and as fast as fp32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Numerics {
+    /// Where.
+    pub device: Device,
+    /// Dtype of gathered weights and of what is kept between blocks.
+    pub kind: Kind,
+    /// Dtype in which products run.
+    pub product_kind: Kind,
+}
+
+impl Numerics {
+    /// The fastest faithful way to compute in `precision` on `device`.
+    pub fn new(device: Device, precision: Precision) -> Self {
+        let kind = match precision {
+            Precision::Fp32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
+        };
+        let slow = device == Device::Cpu && !tunefleet_kernels::device::cpu_bf16_matmul_is_native();
+        Numerics { device, kind, product_kind: if slow { Kind::Float } else { kind } }
+    }
+
+    /// `tensors` in the dtype of products; the same tensors where that is theirs.
+    pub fn for_products(&self, tensors: Vec<Tensor>) -> Vec<Tensor> {
+        if self.product_kind == self.kind {
+            return tensors;
+        }
+        tensors.iter().map(|t| t.to_kind(self.product_kind)).collect()
+    }
+}
+
+/// Scaled dot-product attention, differentiable. `q_bhtc`, and `k_bksc`, `v_bksc` with H a
+/// multiple of K. Causal masks let query t see keys up to t. Takes libtorch's fused path where
+/// there is no dropout.
+pub fn attention(q_bhtc: &Tensor, k_bksc: &Tensor, v_bksc: &Tensor, causal: bool, dropout: f64) -> Tensor {
+    Tensor::scaled_dot_product_attention(q_bhtc, k_bksc, v_bksc, None::<&Tensor>, dropout, causal, None, true)
+}

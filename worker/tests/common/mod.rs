@@ -1,0 +1,113 @@
+//! What several tests of the engine share.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::job::Precision;
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_worker::checkpoint::hugging_face;
+use tunefleet_worker::comm::Communicator;
+use tunefleet_worker::model::numerics::Numerics;
+use tunefleet_worker::train::rng::Seeds;
+use tunefleet_worker::train::units;
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
+
+/// Root of the checkout.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+/// The interpreter that `make setup` fills; `None` (after saying so) without one, an error in CI.
+pub fn python() -> Option<PathBuf> {
+    let python = root().join(".venv/bin/python");
+    let ready = python.exists()
+        && Command::new(&python)
+            .args(["-c", "import torch, transformers, safetensors"])
+            .output()
+            .is_ok_and(|o| o.status.success());
+    if ready {
+        return Some(python);
+    }
+    assert!(std::env::var_os("CI").is_none(), "no .venv with transformers: run make setup");
+    println!("skipped: no .venv with torch and transformers; run make setup");
+    None
+}
+
+/// Runs one of the parity programs and returns its output.
+pub fn run_python(python: &Path, arguments: &[&str]) -> String {
+    let output = Command::new(python).current_dir(root()).args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{arguments:?}:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// The fixtures of `tests/parity/make_fixtures.py`, made where they are not there yet.
+pub fn fixtures() -> Option<PathBuf> {
+    let python = python()?;
+    let dir = root().join("target/parity");
+    run_python(&python, &["tests/parity/make_fixtures.py", "--out", dir.to_str().unwrap()]);
+    Some(dir)
+}
+
+/// All tensors of a safetensors file.
+pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
+    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+}
+
+/// A fixture's batch.
+pub fn batch(fixture: &HashMap<String, Tensor>) -> Batch {
+    Batch { tokens_bt: fixture["ids"].shallow_clone(), targets_bt: fixture["targets"].shallow_clone() }
+}
+
+/// A walk over the model in `dir` as `comm`'s rank.
+pub fn walk<'a>(
+    dir: &Path,
+    precision: Precision,
+    comm: &'a dyn Communicator,
+    options: WalkOptions,
+    edit: impl FnOnce(&mut ModelConfig),
+) -> Walk<'a> {
+    let mut config = hugging_face::read_config(dir).unwrap();
+    edit(&mut config);
+    let rank = comm.rank();
+    let plan = ShardPlan::new(&config, rank.world);
+    let numerics = Numerics::new(Device::Cpu, precision);
+    let shards = hugging_face::load(dir, &plan, rank.rank, numerics).unwrap();
+    Walk::new(config, plan, shards, numerics, comm, Seeds::new(3), options)
+}
+
+/// One step's loss and gradients (by Hugging Face name) of one batch in a world of one.
+pub fn loss_and_grads(walk: &mut Walk<'_>, batch: &Batch) -> (f64, HashMap<String, Tensor>) {
+    let count = batch.targets_bt.ne(-100).sum(Kind::Double);
+    walk.begin_step().unwrap();
+    let position = MicroPosition { step: 1, micro: 0 };
+    let scale = count.reciprocal().to_kind(Kind::Float);
+    let loss = walk.train_micro_batch(batch, position, &scale).unwrap();
+    walk.finish_step().unwrap();
+    let mut grads = HashMap::new();
+    for (unit, shard) in walk.plan().units.iter().zip(walk.shards()) {
+        for (slot, grad) in unit.parameters.iter().zip(units::views(unit, &shard.grad)) {
+            grads.insert(slot.hf_name.clone(), grad.copy());
+        }
+    }
+    ((loss / count).double_value(&[]), grads)
+}
+
+/// Frobenius norm, in fp64.
+pub fn norm(t: &Tensor) -> f64 {
+    t.to_kind(Kind::Double).square().sum(Kind::Double).double_value(&[]).sqrt()
+}
+
+/// Norm of a difference, in fp64.
+pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
+    norm(&(a.to_kind(Kind::Double) - b.to_kind(Kind::Double)))
+}
+
+/// Largest absolute difference.
+pub fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
+}

@@ -1,0 +1,271 @@
+//! What must not change the result: the number of ranks, recomputation, accumulation, memory
+//! that is used again. Ranks are threads here, joined by the TCP communicator on loopback.
+#![forbid(unsafe_code)]
+
+mod common;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::*;
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::ids::{Attempt, JobId, Rank};
+use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
+use tunefleet_worker::comm::tcp::TcpListener;
+use tunefleet_worker::comm::{Communicator, Solo, Tag};
+use tunefleet_worker::train::optimizer;
+use tunefleet_worker::train::units;
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
+
+const STEPS: u64 = 20;
+const SEQUENCE_TOKENS: i64 = 24;
+const LEARNING_RATE: f64 = 1e-3;
+const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
+const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
+
+/// A small model with random weights, biases included.
+fn model() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    tunefleet_worker::init_model::init("tiny", None, 5, Precision::Fp32, &path).unwrap();
+    (dir, path)
+}
+
+fn spec(ranks: u32, micro_batch: u32, accumulate: u32) -> TrainSpec {
+    TrainSpec {
+        ranks,
+        device: DeviceKind::Cpu,
+        precision: Precision::Fp32,
+        steps: STEPS,
+        micro_batch_sequences: micro_batch,
+        accumulate_micro_batches: accumulate,
+        learning_rate: LEARNING_RATE,
+        schedule: Schedule::Constant,
+        warmup_steps: 0,
+        weight_decay: 0.05,
+        betas: (0.9, 0.95),
+        epsilon: 1e-8,
+        max_grad_norm: 1.0,
+        dropout: None,
+        recompute: true,
+        seed: 3,
+        log_every_steps: 1,
+        eval_every_steps: 0,
+        eval_sequences: 0,
+        checkpoint_every_steps: 0,
+        keep_checkpoints: 1,
+    }
+}
+
+/// Sequence `index` of an endless stream: ragged, in that its tail may not count.
+fn sequence(index: u64) -> (Vec<i64>, Vec<i64>) {
+    let token = |i: i64| (index as i64 * 7919 + i * i * 31 + i * 17) % 1024;
+    let tokens: Vec<i64> = (0..SEQUENCE_TOKENS).map(token).collect();
+    let counted = SEQUENCE_TOKENS - 1 - (index as i64 * 5) % 11;
+    let targets = (0..SEQUENCE_TOKENS).map(|i| if i < counted { token(i + 1) } else { -100 }).collect();
+    (tokens, targets)
+}
+
+fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
+    let (mut tokens, mut targets) = (Vec::new(), Vec::new());
+    for index in range {
+        let (more_tokens, more_targets) = sequence(index);
+        tokens.extend(more_tokens);
+        targets.extend(more_targets);
+    }
+    let counted = targets.iter().filter(|&&t| t != -100).count() as f64;
+    let tensor = |values: &[i64]| Tensor::from_slice(values).view([-1, SEQUENCE_TOKENS]);
+    (Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets) }, counted)
+}
+
+/// Losses of all steps, and this rank's shards at the end.
+fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
+    let rank = walk.comm().rank();
+    let micro_batch = u64::from(spec.micro_batch_sequences);
+    let per_step = micro_batch * u64::from(spec.accumulate_micro_batches) * u64::from(rank.world);
+    let mut losses = Vec::new();
+    for step in 1..=spec.steps {
+        let mut micro_batches = Vec::new();
+        let mut counted = 0.0;
+        for micro in 0..u64::from(spec.accumulate_micro_batches) {
+            let first = (step - 1) * per_step
+                + (micro * u64::from(rank.world) + u64::from(rank.rank)) * micro_batch;
+            let (batch, count) = rows(first..first + micro_batch);
+            counted += count;
+            micro_batches.push(batch);
+        }
+        let targets = Tensor::from(counted);
+        walk.comm().all_reduce(&targets, Tag { unit: None, what: "count" }).unwrap().wait().unwrap();
+        let scale = targets.reciprocal().to_kind(Kind::Float);
+        walk.begin_step().unwrap();
+        let mut loss = Tensor::zeros([], (Kind::Double, Device::Cpu));
+        for (micro, batch) in micro_batches.iter().enumerate() {
+            let position = MicroPosition { step, micro: micro as u32 };
+            loss += walk.train_micro_batch(batch, position, &scale).unwrap();
+        }
+        walk.finish_step().unwrap();
+        let status = optimizer::update(walk, spec, step, LEARNING_RATE, &loss, &targets).unwrap();
+        losses.push(status.read().loss);
+    }
+    losses
+}
+
+/// Trains `model` over `ranks` threads: losses (equal on all ranks) and the weights, by unit.
+fn run(model: &Path, spec: &TrainSpec, options: WalkOptions, precision: Precision) -> (Vec<f64>, Vec<Tensor>) {
+    let results = on_ranks(spec.ranks, |comm| {
+        let mut walk = walk(model, precision, comm, options, |_| ());
+        let losses = train(&mut walk, spec);
+        let masters: Vec<Tensor> = walk.shards().iter().map(|s| s.master.copy()).collect();
+        (losses, masters)
+    });
+    let losses = results[0].0.clone();
+    for (other, _) in &results {
+        assert_eq!(other, &losses, "ranks disagree about the loss");
+    }
+    let plan = tunefleet_proto::shard_plan::ShardPlan::new(
+        &tunefleet_worker::checkpoint::hugging_face::read_config(model).unwrap(),
+        spec.ranks,
+    );
+    let mut weights = Vec::new();
+    for (index, unit) in plan.units.iter().enumerate() {
+        let shards: Vec<&Tensor> = results.iter().map(|(_, masters)| &masters[index]).collect();
+        weights.extend(units::views(unit, &Tensor::cat(&shards, 0)));
+    }
+    (losses, weights)
+}
+
+fn on_ranks<T: Send>(world: u32, body: impl Fn(&dyn Communicator) -> T + Sync) -> Vec<T> {
+    if world == 1 {
+        return vec![body(&Solo)];
+    }
+    let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let listeners: Vec<TcpListener> = (0..world).map(|_| TcpListener::bind(loopback).unwrap()).collect();
+    let peers: Vec<_> = listeners.iter().map(TcpListener::addr).collect();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    thread::scope(|scope| {
+        let (peers, body) = (&peers, &body);
+        let ranks: Vec<_> = listeners
+            .into_iter()
+            .enumerate()
+            .map(|(rank, listener)| {
+                scope.spawn(move || {
+                    let rank = Rank { rank: rank as u32, world };
+                    let job = JobId("engine-test".to_owned());
+                    let comm = listener.join(rank, peers, &[7; 32], &job, Attempt(1), deadline).unwrap();
+                    body(&comm)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn assert_bit_equal(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
+    assert_eq!(a.0, b.0, "losses differ");
+    for (x, y) in a.1.iter().zip(&b.1) {
+        assert!(x.equal(y), "weights differ by {}", largest_difference(x, y));
+    }
+}
+
+fn assert_close(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
+    for (step, (x, y)) in a.0.iter().zip(&b.0).enumerate() {
+        assert!((x - y).abs() <= 1e-6 * x.abs(), "step {}: losses {x} and {y}", step + 1);
+    }
+    for (x, y) in a.1.iter().zip(&b.1) {
+        let difference = largest_difference(x, y);
+        assert!(difference <= 0.1 * LEARNING_RATE, "weights differ by {difference}");
+    }
+}
+
+#[test]
+fn one_two_and_four_ranks_train_the_same_model() {
+    let (_dir, model) = model();
+    let one = run(&model, &spec(1, 4, 1), RECOMPUTE, Precision::Fp32);
+    assert!(one.0[19] < one.0[0], "the loss does not fall: {:?}", one.0);
+    for (ranks, micro_batch) in [(2, 2), (4, 1)] {
+        let more = run(&model, &spec(ranks, micro_batch, 1), RECOMPUTE, Precision::Fp32);
+        assert_close(&one, &more);
+    }
+}
+
+#[test]
+fn two_runs_on_as_many_ranks_are_bit_identical() {
+    let (_dir, model) = model();
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let runs = [(); 2].map(|()| run(&model, &spec(2, 2, 1), RECOMPUTE, precision));
+        assert_bit_equal(&runs[0], &runs[1]);
+    }
+}
+
+#[test]
+fn recomputing_blocks_changes_nothing() {
+    let (_dir, model) = model();
+    for ranks in [1, 2] {
+        let [on, off] = [RECOMPUTE, KEEP].map(|o| run(&model, &spec(ranks, 2, 2), o, Precision::Bf16));
+        assert_bit_equal(&on, &off);
+    }
+}
+
+#[test]
+fn recomputing_blocks_with_dropout_changes_nothing() {
+    let (_dir, model) = model();
+    let spec = spec(1, 2, 2);
+    let [on, off, again] = [RECOMPUTE, KEEP, RECOMPUTE].map(|options| {
+        let mut walk = walk(&model, Precision::Fp32, &Solo, options, |config| {
+            let dropout = &mut config.dropout;
+            (dropout.attention, dropout.embedding, dropout.residual) = (0.1, 0.1, 0.1);
+        });
+        let losses = train(&mut walk, &spec);
+        (losses, walk.shards().iter().map(|s| s.master.copy()).collect::<Vec<_>>())
+    });
+    assert_bit_equal(&on, &off);
+    assert_bit_equal(&on, &again);
+    let without = run(&model, &spec, RECOMPUTE, Precision::Fp32);
+    assert_ne!(on.0, without.0, "dropout had no effect");
+}
+
+#[test]
+fn accumulating_ragged_micro_batches_equals_one_larger_batch() {
+    let (_dir, model) = model();
+    let whole = run(&model, &spec(1, 2, 1), RECOMPUTE, Precision::Fp32);
+    let halves = run(&model, &spec(1, 1, 2), RECOMPUTE, Precision::Fp32);
+    assert_close(&whole, &halves);
+}
+
+#[test]
+fn poisoned_gather_buffers_change_nothing() {
+    let (_dir, model) = model();
+    for recompute in [true, false] {
+        let [clean, poisoned] = [false, true].map(|poison| {
+            run(&model, &spec(2, 1, 2), WalkOptions { recompute, poison }, Precision::Bf16)
+        });
+        assert_bit_equal(&clean, &poisoned);
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_updates_no_rank() {
+    let (_dir, model) = model();
+    let spec = spec(2, 1, 1);
+    on_ranks(2, |comm| {
+        let mut walk = walk(&model, Precision::Fp32, comm, RECOMPUTE, |_| ());
+        let before: Vec<Tensor> = walk.shards().iter().map(|s| s.master.copy()).collect();
+        // One rank's gradient alone is broken.
+        let rank = comm.rank().rank;
+        let (batch, counted) = rows(0..1);
+        let scale = if rank == 1 { f64::NAN } else { 1.0 / counted };
+        walk.begin_step().unwrap();
+        let scale = Tensor::from(scale).to_kind(Kind::Float);
+        let position = MicroPosition { step: 1, micro: 0 };
+        let loss = walk.train_micro_batch(&batch, position, &scale).unwrap();
+        walk.finish_step().unwrap();
+        let targets = Tensor::from(2.0 * counted);
+        let status = optimizer::update(&mut walk, &spec, 1, 1e-3, &loss, &targets).unwrap();
+        assert!(status.read().nonfinite);
+        for (shard, before) in walk.shards().iter().zip(&before) {
+            assert!(shard.master.equal(before), "rank {rank} was updated");
+        }
+    });
+}

@@ -1,0 +1,126 @@
+//! What needs a GPU: the engine on it, and NCCL as far as one GPU can prove it. Each test probes
+//! for one and says why it skips.
+#![forbid(unsafe_code)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use common::*;
+use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::nccl::Store;
+use tunefleet_proto::ids::Rank;
+use tunefleet_proto::job::Precision;
+use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_worker::checkpoint::hugging_face;
+use tunefleet_worker::comm::nccl::NcclCommunicator;
+use tunefleet_worker::comm::{Communicator, Error, Solo, Tag};
+use tunefleet_worker::model::numerics::Numerics;
+use tunefleet_worker::train::rng::Seeds;
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
+
+const TAG: Tag = Tag { unit: None, what: "test" };
+
+fn gpu() -> bool {
+    let found = tch::Cuda::is_available();
+    if !found {
+        println!("skipped: this machine has no GPU that libtorch can use");
+    }
+    found
+}
+
+#[derive(Default)]
+struct Memory(Mutex<HashMap<String, Vec<u8>>>);
+
+impl Store for Memory {
+    fn set(&self, key: &str, value: &[u8]) -> bool {
+        self.0.lock().unwrap().insert(key.to_owned(), value.to_vec());
+        true
+    }
+    fn get(&self, key: &str) -> Option<Vec<u8>> {
+        self.0.lock().unwrap().get(key).cloned()
+    }
+}
+
+fn alone() -> NcclCommunicator {
+    NcclCommunicator::join(Rank::SOLE, 0, Box::<Memory>::default(), Duration::from_secs(30)).unwrap()
+}
+
+#[test]
+fn nccl_in_a_world_of_one_gathers_reduces_and_meets() {
+    if !gpu() {
+        return;
+    }
+    let comm = alone();
+    let x = Tensor::randn([1 << 20], (Kind::Float, Device::Cuda(0)));
+    let before = x.copy();
+    comm.all_gather(&x, TAG).unwrap().wait().unwrap();
+    comm.all_reduce(&x, TAG).unwrap().wait().unwrap();
+    let out = x.zeros_like();
+    comm.reduce_scatter(&x, &out, TAG).unwrap().wait().unwrap();
+    comm.barrier().unwrap();
+    assert!(x.equal(&before) && out.equal(&before));
+    let wrong = comm.all_reduce(&Tensor::zeros([1], (Kind::Float, Device::Cpu)), TAG).err().unwrap();
+    assert!(wrong.to_string().contains("tensor must be on Cuda(0)"), "{wrong}");
+}
+
+#[test]
+fn an_aborted_nccl_group_refuses_what_follows() {
+    if !gpu() {
+        return;
+    }
+    let comm = alone();
+    std::thread::scope(|scope| {
+        scope.spawn(|| comm.abort("a peer is gone"));
+    });
+    let x = Tensor::zeros([8], (Kind::Float, Device::Cuda(0)));
+    let error = comm.all_reduce(&x, TAG).err().unwrap();
+    assert!(matches!(&error, Error::Aborted(reason) if reason == "a peer is gone"), "{error}");
+}
+
+/// Loss and gradients of one batch on `device`.
+fn step(dir: &std::path::Path, device: Device, precision: Precision, comm: &dyn Communicator) -> (f64, Vec<Tensor>) {
+    let config = hugging_face::read_config(dir).unwrap();
+    let plan = ShardPlan::new(&config, 1);
+    let numerics = Numerics::new(device, precision);
+    let shards = hugging_face::load(dir, &plan, 0, numerics).unwrap();
+    let options = WalkOptions { recompute: true, poison: false };
+    let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    tch::manual_seed(11);
+    let tokens = Tensor::randint(config.vocab_size as i64, [4, 128], (Kind::Int64, Device::Cpu));
+    let targets = tokens.roll([-1], [1]);
+    let batch = Batch { tokens_bt: tokens.to_device(device), targets_bt: targets.to_device(device) };
+    let scale = Tensor::from(1.0 / 512.0).to_kind(Kind::Float).to_device(device);
+    walk.begin_step().unwrap();
+    let loss = walk.train_micro_batch(&batch, MicroPosition { step: 1, micro: 0 }, &scale).unwrap();
+    walk.finish_step().unwrap();
+    let grads = walk.shards().iter().map(|s| s.grad.to_device(Device::Cpu)).collect();
+    (loss.double_value(&[]) / 512.0, grads)
+}
+
+#[test]
+fn the_gpu_computes_what_the_cpu_computes() {
+    if !gpu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    tunefleet_worker::init_model::init("tiny", None, 5, Precision::Fp32, &model).unwrap();
+    let (cpu_loss, cpu) = step(&model, Device::Cpu, Precision::Fp32, &Solo);
+    let nccl = alone();
+    for (precision, tolerance) in [(Precision::Fp32, 1e-4), (Precision::Bf16, 3e-2)] {
+        for comm in [&Solo as &dyn Communicator, &nccl] {
+            let (loss, grads) = step(&model, Device::Cuda(0), precision, comm);
+            assert!((loss - cpu_loss).abs() <= tolerance * cpu_loss, "{precision:?}: {loss} and {cpu_loss}");
+            for (gpu, cpu) in grads.iter().zip(&cpu) {
+                let ratio = distance(gpu, cpu) / norm(cpu);
+                assert!(ratio <= tolerance, "{precision:?}: gradients differ by {ratio}");
+            }
+            let (again, grads_again) = step(&model, Device::Cuda(0), precision, comm);
+            assert_eq!(loss, again, "two runs differ");
+            assert!(grads.iter().zip(&grads_again).all(|(a, b)| a.equal(b)), "two runs differ");
+        }
+    }
+}

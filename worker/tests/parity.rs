@@ -1,0 +1,154 @@
+//! The engine against transformers: the rules and the fixture format stand in
+//! `tests/parity/README.md`.
+#![forbid(unsafe_code)]
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::*;
+use tch::Tensor;
+use tunefleet_kernels::autograd::grad;
+use tunefleet_proto::job::Precision;
+use tunefleet_worker::comm::Solo;
+use tunefleet_worker::generate::complete;
+use tunefleet_worker::generate::decoder::Decoder;
+use tunefleet_worker::generate::sampling::Sampling;
+use tunefleet_worker::model::numerics::{Numerics, attention};
+use tunefleet_worker::train::walk::WalkOptions;
+
+const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
+const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
+
+fn index(dir: &std::path::Path, key: &str) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(dir.join("index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let list = index[key].as_array().unwrap().clone();
+    assert!(!list.is_empty());
+    list
+}
+
+fn models() -> Vec<PathBuf> {
+    let Some(dir) = fixtures() else { return Vec::new() };
+    index(&dir, "models").iter().map(|m| dir.join(m["directory"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn fp32_logits_loss_and_every_gradient_equal_transformers() {
+    for dir in models() {
+        let fixture = tensors(&dir.join("fixture.safetensors"));
+        let batch = batch(&fixture);
+        for options in [RECOMPUTE, KEEP] {
+            let mut walk = walk(&dir, Precision::Fp32, &Solo, options, |_| ());
+            let logits = walk.logits(&batch.tokens_bt).unwrap();
+            let difference = largest_difference(&logits, &fixture["logits"]);
+            println!("{}: logits {difference:.1e}", dir.display());
+            assert!(difference <= 1e-5, "{}: logits differ by {difference}", dir.display());
+
+            let (loss, grads) = loss_and_grads(&mut walk, &batch);
+            let peer = fixture["loss"].double_value(&[0]);
+            assert!((loss - peer).abs() <= 1e-6 * peer, "loss {loss}, transformers {peer}");
+            let all = grads.values().map(|g| norm(g).powi(2)).sum::<f64>().sqrt();
+            for (name, ours) in &grads {
+                let peer = &fixture[&format!("grad.{name}")];
+                let (error, limit) = (distance(ours, peer), 1e-5 * norm(peer) + 1e-8 * all);
+                assert!(error <= limit, "{}: {name}: {error:.2e} > {limit:.2e}", dir.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers() {
+    for dir in models() {
+        let fixture = tensors(&dir.join("fixture.safetensors"));
+        let batch = batch(&fixture);
+        for options in [RECOMPUTE, KEEP] {
+            let mut walk = walk(&dir, Precision::Bf16, &Solo, options, |_| ());
+            let (_, grads) = loss_and_grads(&mut walk, &batch);
+            for (name, ours) in &grads {
+                let reference = &fixture[&format!("fp64.grad.{name}")];
+                let ours = distance(ours, reference);
+                let peers = distance(&fixture[&format!("bf16.grad.{name}")], reference);
+                assert!(ours <= 1.5 * peers, "{}: {name}: {ours:.2e} against {peers:.2e}", dir.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_equals_an_eager_reference_forward_and_backward() {
+    let Some(dir) = fixtures() else { return };
+    for case in index(&dir, "attention") {
+        let fixture = tensors(&dir.join(case["file"].as_str().unwrap()));
+        let leaf = |name: &str| fixture[name].detach().set_requires_grad(true);
+        let (q, k, v) = (leaf("q"), leaf("k"), leaf("v"));
+        let out = attention(&q, &k, &v, true, 0.0);
+        let grads = grad(&out, &fixture["do"], &[q, k, v]).unwrap();
+        let all = ["dq", "dk", "dv"].iter().map(|n| norm(&fixture[*n]).powi(2)).sum::<f64>().sqrt();
+        let pairs = [("o", &out), ("dq", &grads[0]), ("dk", &grads[1]), ("dv", &grads[2])];
+        for (name, ours) in pairs {
+            let (error, limit) =
+                (distance(ours, &fixture[name]), 1e-5 * norm(&fixture[name]) + 1e-6 * all);
+            assert!(error <= limit, "{}: {name}: {error:.2e} > {limit:.2e}", case["name"]);
+        }
+    }
+}
+
+#[test]
+fn an_export_loads_in_transformers_with_the_same_logits() {
+    let Some(python) = python() else { return };
+    for dir in models() {
+        let out = tempfile::tempdir().unwrap();
+        let export = out.path().join("export");
+        export_of(&dir, &export);
+        let reference = dir.join("fixture.safetensors");
+        let paths = [export.to_str().unwrap(), reference.to_str().unwrap()];
+        run_python(&python, &["tests/parity/check_export.py", paths[0], paths[1]]);
+    }
+}
+
+/// Through a checkpoint and back: the way every exported model goes.
+fn export_of(model: &std::path::Path, out: &std::path::Path) {
+    use tunefleet_proto::checkpoint::DataPosition;
+    let checkpoints = out.with_extension("checkpoints");
+    let walk = walk(model, Precision::Fp32, &Solo, KEEP, |_| ());
+    let data =
+        DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
+    let state = tunefleet_worker::checkpoint::save::State { step: 1, seed: 0, data, loss: 0.0 };
+    let device = tch::Device::Cpu;
+    tunefleet_worker::checkpoint::save::save(
+        &checkpoints,
+        walk.plan(),
+        walk.shards(),
+        &state,
+        1,
+        &Solo,
+        device,
+    )
+    .unwrap();
+    tunefleet_worker::export::export(&checkpoints, model, model, out, Precision::Fp32).unwrap();
+}
+
+#[test]
+fn greedy_tokens_with_the_cache_equal_full_forward_passes() {
+    for dir in models() {
+        let numerics = Numerics::new(tch::Device::Cpu, Precision::Fp32);
+        let decoder = Decoder::load(&dir, numerics).unwrap();
+        let prompt = [5u32, 9, 2, 7, 7, 1];
+        let greedy = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
+        let made = complete(&decoder, &prompt, 12, u32::MAX, greedy);
+        let mut walk = walk(&dir, Precision::Fp32, &Solo, KEEP, |_| ());
+        let mut tokens: Vec<i64> = prompt.iter().map(|&t| i64::from(t)).collect();
+        for next in made {
+            let ids = Tensor::from_slice(&tokens).unsqueeze(0);
+            let logits = walk.logits(&ids).unwrap();
+            let last = logits.get(0).get(tokens.len() as i64 - 1);
+            let (two, order) = last.topk(2, 0, true, true);
+            let margin = two.double_value(&[0]) - two.double_value(&[1]);
+            assert!(margin < 1e-4 || order.int64_value(&[0]) == i64::from(next), "after {tokens:?}");
+            tokens.push(next.into());
+        }
+        assert_eq!(tokens.len(), 18);
+    }
+}
