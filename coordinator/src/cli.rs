@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{init, jobs, launch, plan, serve, validate};
+use crate::{collect, dataset, init, jobs, launch, plan, serve, validate};
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
@@ -21,6 +21,10 @@ struct Cli {
 enum Verb {
     /// Writes a commented job file for your repositories and this machine.
     Init(init::Args),
+    /// Collects repositories into a dataset.
+    Collect(collect::Args),
+    /// Shows what is in a dataset and checks that it is whole.
+    Dataset(dataset::inspect::Args),
     /// Checks a job file and reports everything that is wrong with it.
     Validate(validate::Args),
     /// Counts parameters, memory and steps of a job before anything runs.
@@ -73,6 +77,8 @@ pub fn main() -> ExitCode {
 fn run(verb: Verb) -> ExitCode {
     match verb {
         Verb::Init(args) => init::run(args),
+        Verb::Collect(args) => collect::run(args),
+        Verb::Dataset(args) => dataset::inspect::run(args),
         Verb::Validate(args) => validate::run(args),
         Verb::Plan(args) => plan::run(args),
         Verb::Launch(args) => launch::run(args),

@@ -3,10 +3,14 @@
 
 /// Verbs and exit codes.
 mod cli;
+/// `coordinator collect`: repositories to a dataset.
+mod collect;
 /// How verbs reach a coordinator.
 mod connect;
 /// The control plane: jobs, workers, stages.
 mod control;
+/// Segments, their manifest, and what is in them.
+mod dataset;
 /// What this machine has.
 mod hardware;
 /// `coordinator init`: a job file for the user's own code.
@@ -21,6 +25,10 @@ mod launch;
 mod metrics;
 /// `coordinator plan`: what a job needs, before anything runs.
 mod plan;
+/// Progress of long work on stderr.
+mod progress;
+/// Repositories: sources, git access, filters, notebooks.
+mod repos;
 /// `coordinator serve`: the control plane as a program of its own.
 mod serve;
 /// `coordinator validate`: what is wrong with a job file.

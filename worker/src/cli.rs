@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{daemon, rank};
+use tunefleet_worker::{daemon, export, generate, init_model, rank};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -22,6 +22,12 @@ enum Verb {
     Daemon(daemon::Args),
     /// Learns a vocabulary.
     Tokenizer(train_tokenizer::Args),
+    /// Writes a model with random weights in Hugging Face layout.
+    InitModel(init_model::Args),
+    /// Writes a checkpoint as a Hugging Face model.
+    Export(export::Args),
+    /// Completes a prompt, or fills in its `<FILL_ME>`.
+    Generate(generate::Args),
     /// One rank of one attempt; started by the daemon.
     #[command(hide = true)]
     Rank(rank::Args),
@@ -56,6 +62,9 @@ fn run(verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
+        Verb::InitModel(args) => Ok(init_model::run(args)?),
+        Verb::Export(args) => Ok(export::run(args)?),
+        Verb::Generate(args) => Ok(generate::run(args)?),
         Verb::Rank(args) => Ok(rank::run(args)?),
     }
 }

@@ -602,7 +602,12 @@ async fn answer(messages: mpsc::WeakSender<Message>, message: Message) {
 
 fn collect(spec: &JobSpec) -> Result<(), String> {
     match &spec.dataset {
-        DatasetSpec::Collect(_collect) => Err("unfinished".to_owned()),
+        DatasetSpec::Collect(collect) => {
+            let progress = crate::progress::on_stderr();
+            let (cache, out) = (spec.output.join("repos"), spec.dataset_dir());
+            let done = crate::collect::collect(collect, &cache, &out, progress.as_ref());
+            done.map(|_| ()).map_err(|error| error.to_string())
+        }
         DatasetSpec::Existing(_) => Ok(()),
     }
 }

@@ -49,7 +49,7 @@ pub enum Error {
     Model(#[from] tunefleet_proto::model::Error),
     /// The repositories could not be looked at.
     #[error("{0}")]
-    Collect(String),
+    Collect(#[from] crate::collect::Error),
     /// Training stopped before its last step.
     #[error(
         "{dir} holds the unfinished training of an earlier attempt (step {step} of {steps}): \
@@ -208,7 +208,7 @@ fn is_training(spec: &JobSpec) -> Result<bool, Error> {
 fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
     match stage {
         Stage::Collect => match &spec.dataset {
-            DatasetSpec::Collect(collect) => collect_digest(collect),
+            DatasetSpec::Collect(collect) => Ok(chain(stage, &crate::collect::input_digest(collect)?)),
             DatasetSpec::Existing(dir) => Ok(dataset_manifest(dir)?.digest()),
         },
         Stage::Tokenizer => {
@@ -239,10 +239,6 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
         }
         Stage::Unspecified => Ok(String::new()),
     }
-}
-
-fn collect_digest(collect: &tunefleet_proto::job::CollectSpec) -> Result<String, Error> {
-    Ok(chain(Stage::Collect, collect))
 }
 
 /// The training settings that decide the weights. How often something is logged or saved, on how

@@ -51,6 +51,12 @@ pub enum Error {
     /// The group could not be formed.
     #[error("joining the group: {0}")]
     Join(#[source] crate::comm::Error),
+    /// No tokenizer was learnt.
+    #[error(transparent)]
+    Tokenizer(#[from] crate::data::tokenizer::Error),
+    /// No model was made.
+    #[error(transparent)]
+    InitModel(#[from] crate::init_model::InitError),
     /// Training failed.
     #[error(transparent)]
     Train(#[from] crate::train::Error),

@@ -1,14 +1,17 @@
 //! What a rank does: one arm for each kind of task.
 
 use tch::Device;
-use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::job::{JobSpec, ModelSpec, Precision, TokenizerSpec};
 use tunefleet_proto::rpc::Stage;
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::Error;
 use super::group::Listener;
 use super::session::Session;
+use crate::data::documents::Dataset;
+use crate::data::{tokenizer, train_tokenizer};
 use crate::train::{self, Outcome};
+use crate::{export, init_model};
 
 /// Runs the session's assignment.
 pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
@@ -30,11 +33,35 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
             session.watch_over(group.clone());
             Ok(train::run(&spec, &plan, group.as_ref(), device, assignment.resume, &session.host)?)
         }
-        Stage::Tokenizer | Stage::InitModel | Stage::Export => Ok(Outcome::Finished),
+        Stage::Tokenizer => train_tokenizer_stage(&spec),
+        Stage::InitModel => init_model_stage(&spec),
+        Stage::Export => {
+            export::export_job(&spec).map_err(train::Error::from)?;
+            Ok(Outcome::Finished)
+        }
         Stage::Collect | Stage::Unspecified => {
             Err(Error::Assignment(format!("a worker has no task {:?}", stage.name())))
         }
     }
+}
+
+fn train_tokenizer_stage(spec: &JobSpec) -> Result<Outcome, Error> {
+    if let TokenizerSpec::Train { vocab_size } = spec.tokenizer {
+        let dataset = Dataset::open(&spec.dataset_dir()).map_err(tokenizer::Error::from)?;
+        train_tokenizer::train_on_dataset(&dataset, vocab_size, &spec.tokenizer_dir())?;
+    }
+    Ok(Outcome::Finished)
+}
+
+fn init_model_stage(spec: &JobSpec) -> Result<Outcome, Error> {
+    if let ModelSpec::Init { preset, seed } = &spec.model {
+        let tokenizer = match spec.tokenizer {
+            TokenizerSpec::FromModel => None,
+            _ => Some(spec.tokenizer_dir()),
+        };
+        init_model::init(preset, tokenizer.as_deref(), *seed, Precision::Fp32, &spec.model_dir())?;
+    }
+    Ok(Outcome::Finished)
 }
 
 fn parse<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, Error> {

@@ -1,0 +1,103 @@
+//! The paths of a commit, in tree order, without loading file contents.
+
+use git2::{ObjectType, Oid, Repository, Tree};
+
+use super::Error;
+use super::fetch::Pinned;
+
+/// Far above any real repository; a few small trees that contain each other can claim billions.
+const MAX_PATHS: u64 = 20_000_000;
+/// `PATH_MAX` of Linux: deeper trees cannot have been made from files.
+const MAX_PATH_BYTES: usize = 4096;
+
+/// What an entry is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A symbolic link.
+    Symlink,
+    /// The commit of another repository.
+    Submodule,
+    /// A directory whose path is too long to descend into.
+    TooDeep,
+}
+
+/// One path of the commit.
+#[derive(Debug)]
+pub struct Entry {
+    /// Path bytes as git has them, with `/` between components.
+    pub path: Vec<u8>,
+    /// Its object.
+    pub oid: Oid,
+    /// What it is.
+    pub kind: Kind,
+}
+
+/// Depth-first walk; a tree is loaded when it is entered.
+pub struct Walk<'repo> {
+    repo: &'repo Repository,
+    pinned: &'repo Pinned,
+    open: Vec<OpenTree<'repo>>,
+    paths: u64,
+}
+
+struct OpenTree<'repo> {
+    tree: Tree<'repo>,
+    next: usize,
+    /// Path with a trailing slash, empty for the top.
+    prefix: Vec<u8>,
+}
+
+impl<'repo> Walk<'repo> {
+    /// A walk over `commit`, which `pinned` names.
+    pub fn new(repo: &'repo Repository, pinned: &'repo Pinned, commit: Oid) -> Result<Self, Error> {
+        let tree = repo
+            .find_commit(commit)
+            .and_then(|commit| commit.tree())
+            .map_err(|e| pinned.unreadable(b"", commit, &e))?;
+        let top = OpenTree { tree, next: 0, prefix: Vec::new() };
+        Ok(Self { repo, pinned, open: vec![top], paths: 0 })
+    }
+
+    fn step(&mut self) -> Result<Option<Entry>, Error> {
+        while let Some(top) = self.open.last_mut() {
+            let Some(entry) = top.tree.get(top.next) else {
+                self.open.pop();
+                continue;
+            };
+            top.next += 1;
+            self.paths += 1;
+            if self.paths > MAX_PATHS {
+                return Err(Error::TooManyPaths { repo_id: self.pinned.repo_id.clone(), limit: MAX_PATHS });
+            }
+            let (oid, mode) = (entry.id(), entry.filemode_raw());
+            let mut path = top.prefix.clone();
+            path.extend_from_slice(entry.name_bytes());
+            let object = entry.kind();
+            drop(entry);
+            let kind = match object {
+                Some(ObjectType::Commit) => Kind::Submodule,
+                Some(ObjectType::Tree) if path.len() < MAX_PATH_BYTES => {
+                    let tree = self.repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
+                    path.push(b'/');
+                    self.open.push(OpenTree { tree, next: 0, prefix: path });
+                    continue;
+                }
+                Some(ObjectType::Tree) => Kind::TooDeep,
+                _ if mode & 0o170_000 == 0o120_000 => Kind::Symlink,
+                _ => Kind::File,
+            };
+            return Ok(Some(Entry { path, oid, kind }));
+        }
+        Ok(None)
+    }
+}
+
+impl Iterator for Walk<'_> {
+    type Item = Result<Entry, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.step().transpose()
+    }
+}
