@@ -34,7 +34,7 @@ test: setup-tests programs ## everything but the long tests
 
 test-long: setup-tests programs ## the tests that take minutes; SAMPLE=1 runs a bounded sample
 	export TUNEFLEET_LONG_SAMPLE='$(SAMPLE)'; \
-	if $(HAS_NEXTEST); then cargo nextest run --workspace --profile long; \
+	if $(HAS_NEXTEST); then cargo nextest run --workspace --profile long --no-tests pass; \
 	else cargo test --workspace --lib --bins --tests -- '$(LONG)'; fi
 
 .PHONY: setup-tests

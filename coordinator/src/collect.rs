@@ -15,10 +15,10 @@ use crate::dataset::staging::Staging;
 use crate::dataset::writer::{Row, Writer, Written};
 use crate::dataset::{self, manifest};
 use crate::progress::Progress;
+use crate::repos;
 use crate::repos::fetch::{self, Head, Pinned, Source};
 use crate::repos::files::{self, File};
 use crate::repos::filter::{Drops, FileFilter};
-use crate::repos;
 
 /// The command line.
 mod verb;
@@ -129,9 +129,10 @@ fn settings(spec: &CollectSpec, sources: &[Source]) -> serde_json::Value {
 fn unchanged(spec: &CollectSpec, sources: &[Source], heads: &[Head], out_dir: &Path) -> Option<Manifest> {
     let manifest = manifest::read(out_dir).ok()?;
     let commits = manifest.repositories.iter().map(|r| r.commit.as_str());
-    let is_complete = manifest.train.iter().chain(&manifest.validation).all(|segment| {
-        out_dir.join(&segment.file).metadata().is_ok_and(|meta| meta.len() == segment.bytes)
-    });
+    let is_complete =
+        manifest.train.iter().chain(&manifest.validation).all(|segment| {
+            out_dir.join(&segment.file).metadata().is_ok_and(|meta| meta.len() == segment.bytes)
+        });
     let is_same = manifest.version == MANIFEST_VERSION
         && manifest.written_by == written_by()
         && manifest.settings == settings(spec, sources)
@@ -143,7 +144,9 @@ fn note_uncommitted_work(sources: &[Source], progress: &dyn Progress) {
     for source in sources {
         if source.revision.is_none() && source.has_uncommitted_work() {
             let place = &source.location.shown;
-            progress.note(&format!("note: {place} has uncommitted work, which is not collected; commit it first"));
+            progress.note(&format!(
+                "note: {place} has uncommitted work, which is not collected; commit it first"
+            ));
         }
     }
 }

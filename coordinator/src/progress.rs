@@ -40,7 +40,8 @@ struct Bars(MultiProgress);
 impl Progress for Bars {
     fn task(&self, label: &str) -> Box<dyn Task> {
         let bar = self.0.add(ProgressBar::no_length().with_prefix(label.to_owned()));
-        if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix:40!} {human_pos:>10} {elapsed:>5}") {
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix:40!} {human_pos:>10} {elapsed:>5}")
+        {
             bar.set_style(style);
         }
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -82,11 +83,7 @@ struct Lines;
 
 impl Progress for Lines {
     fn task(&self, label: &str) -> Box<dyn Task> {
-        Box::new(Line {
-            label: label.to_owned(),
-            total: AtomicU64::new(0),
-            last: Mutex::new(Instant::now()),
-        })
+        Box::new(Line { label: label.to_owned(), total: AtomicU64::new(0), last: Mutex::new(Instant::now()) })
     }
 
     fn note(&self, text: &str) {

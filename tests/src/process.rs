@@ -139,7 +139,10 @@ impl Running {
 
     /// The processes that are ranks.
     pub fn ranks(&self) -> Vec<Process> {
-        self.processes().into_iter().filter(|p| p.arguments.get(1).is_some_and(|verb| verb == "rank")).collect()
+        self.processes()
+            .into_iter()
+            .filter(|p| p.arguments.get(1).is_some_and(|verb| verb == "rank"))
+            .collect()
     }
 
     /// Kills every process, with no chance to clean up, and waits until all are gone.

@@ -97,7 +97,11 @@ fn a_checkpoint_with_a_flipped_byte_is_named_and_an_older_sound_one_is_used() {
     file.write_all_at(&[byte[0] ^ 1], middle).unwrap();
 
     let shard = shard.file_name().unwrap().to_str().unwrap().to_owned();
-    job.run(&["--resume"]).expect(0).says(&[&shard, &format!("step-{newest:08}"), &format!("step-{older:08}")]);
+    job.run(&["--resume"]).expect(0).says(&[
+        &shard,
+        &format!("step-{newest:08}"),
+        &format!("step-{older:08}"),
+    ]);
     twin.run(&[]).expect(0);
     assert_eq!(job.metrics().losses(), twin.metrics().losses());
 }

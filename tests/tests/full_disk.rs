@@ -33,7 +33,8 @@ fn a_full_disk_leaves_the_last_checkpoint_sound() {
     // Room for one checkpoint and a half.
     fs::create_dir_all(&checkpoint).unwrap();
     let resize = |flags, size: u64| {
-        mount(Some("tmpfs"), &checkpoint, Some("tmpfs"), flags, Some(format!("size={size}").as_str())).unwrap();
+        mount(Some("tmpfs"), &checkpoint, Some("tmpfs"), flags, Some(format!("size={size}").as_str()))
+            .unwrap();
     };
     resize(MsFlags::empty(), bytes * 3 / 2);
     job.run(&[]).expect(1).says(&["checkpoint", "No space left on device"]);

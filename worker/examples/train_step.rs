@@ -162,8 +162,7 @@ fn relay(args: &Args) -> Outcome<()> {
                 send(child, request)?;
             }
         }
-        let answers: Vec<Value> =
-            ranks.iter_mut().map(|(_, output)| read(output)).collect::<Outcome<_>>()?;
+        let answers: Vec<Value> = ranks.iter_mut().map(|(_, output)| read(output)).collect::<Outcome<_>>()?;
         reply(&answers[0])
     };
     answer(None)?;

@@ -83,8 +83,9 @@ pub fn export(
         manifest.files.iter().map(|f| Reader::open(&dir.join(&f.file))).collect::<Result<_, _>>()?;
     model_dir::write(out, &config, dtype, Some(tokenizer), |parameter, sink| {
         let found = plan.units.iter().find(|u| u.parameters.iter().any(|s| s.hf_name == parameter.hf_name));
-        let unit = found
-            .ok_or_else(|| Error::tensor(&dir, &parameter.hf_name, "is not in the checkpoint's shard plan"))?;
+        let unit = found.ok_or_else(|| {
+            Error::tensor(&dir, &parameter.hf_name, "is not in the checkpoint's shard plan")
+        })?;
         // Ranks hold consecutive ranges, so their pieces in rank order are the tensor.
         for (rank, reader) in readers.iter().enumerate() {
             for piece in unit.pieces(rank as u32, plan.world) {

@@ -90,8 +90,8 @@ fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
         let mut micro_batches = Vec::new();
         let mut counted = 0.0;
         for micro in 0..u64::from(spec.accumulate_micro_batches) {
-            let first = (step - 1) * per_step
-                + (micro * u64::from(rank.world) + u64::from(rank.rank)) * micro_batch;
+            let first =
+                (step - 1) * per_step + (micro * u64::from(rank.world) + u64::from(rank.rank)) * micro_batch;
             let (batch, count) = rows(first..first + micro_batch);
             counted += count;
             micro_batches.push(batch);
@@ -113,7 +113,12 @@ fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
 }
 
 /// Trains `model` over `ranks` threads: losses (equal on all ranks) and the weights, by unit.
-fn run(model: &Path, spec: &TrainSpec, options: WalkOptions, precision: Precision) -> (Vec<f64>, Vec<Tensor>) {
+fn run(
+    model: &Path,
+    spec: &TrainSpec,
+    options: WalkOptions,
+    precision: Precision,
+) -> (Vec<f64>, Vec<Tensor>) {
     let results = on_ranks(spec.ranks, |comm| {
         let mut walk = walk(model, precision, comm, options, |_| ());
         let losses = train(&mut walk, spec);
@@ -238,9 +243,8 @@ fn accumulating_ragged_micro_batches_equals_one_larger_batch() {
 fn poisoned_gather_buffers_change_nothing() {
     let (_dir, model) = model();
     for recompute in [true, false] {
-        let [clean, poisoned] = [false, true].map(|poison| {
-            run(&model, &spec(2, 1, 2), WalkOptions { recompute, poison }, Precision::Bf16)
-        });
+        let [clean, poisoned] = [false, true]
+            .map(|poison| run(&model, &spec(2, 1, 2), WalkOptions { recompute, poison }, Precision::Bf16));
         assert_bit_equal(&clean, &poisoned);
     }
 }

@@ -81,7 +81,12 @@ fn an_aborted_nccl_group_refuses_what_follows() {
 }
 
 /// Loss and gradients of one batch on `device`.
-fn step(dir: &std::path::Path, device: Device, precision: Precision, comm: &dyn Communicator) -> (f64, Vec<Tensor>) {
+fn step(
+    dir: &std::path::Path,
+    device: Device,
+    precision: Precision,
+    comm: &dyn Communicator,
+) -> (f64, Vec<Tensor>) {
     let config = hugging_face::read_config(dir).unwrap();
     let plan = ShardPlan::new(&config, 1);
     let numerics = Numerics::new(device, precision);

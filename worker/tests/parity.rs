@@ -88,8 +88,7 @@ fn attention_equals_an_eager_reference_forward_and_backward() {
         let all = ["dq", "dk", "dv"].iter().map(|n| norm(&fixture[*n]).powi(2)).sum::<f64>().sqrt();
         let pairs = [("o", &out), ("dq", &grads[0]), ("dk", &grads[1]), ("dv", &grads[2])];
         for (name, ours) in pairs {
-            let (error, limit) =
-                (distance(ours, &fixture[name]), 1e-5 * norm(&fixture[name]) + 1e-6 * all);
+            let (error, limit) = (distance(ours, &fixture[name]), 1e-5 * norm(&fixture[name]) + 1e-6 * all);
             assert!(error <= limit, "{}: {name}: {error:.2e} > {limit:.2e}", case["name"]);
         }
     }
@@ -113,8 +112,7 @@ fn export_of(model: &std::path::Path, out: &std::path::Path) {
     use tunefleet_proto::checkpoint::DataPosition;
     let checkpoints = out.with_extension("checkpoints");
     let walk = walk(model, Precision::Fp32, &Solo, KEEP, |_| ());
-    let data =
-        DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
+    let data = DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
     let state = tunefleet_worker::checkpoint::save::State { step: 1, seed: 0, data, loss: 0.0 };
     let device = tch::Device::Cpu;
     tunefleet_worker::checkpoint::save::save(

@@ -122,10 +122,15 @@ pub fn summary(manifest: &Manifest) -> String {
         let (files, bytes) = (repository.files, size(repository.bytes));
         let _ = writeln!(out, "{:<width$} {commit:<12} {files:>7} {bytes:>11}", repository.repo_id);
     }
-    let dropped: Vec<_> = manifest.dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    let dropped: Vec<_> =
+        manifest.dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
     let _ = writeln!(out, "train        {}", split_line(&manifest.train));
     let _ = writeln!(out, "validation   {}", split_line(&manifest.validation));
-    let _ = writeln!(out, "dropped      {}", if dropped.is_empty() { "none".to_owned() } else { dropped.join(", ") });
+    let _ = writeln!(
+        out,
+        "dropped      {}",
+        if dropped.is_empty() { "none".to_owned() } else { dropped.join(", ") }
+    );
     let _ = writeln!(out, "digest       {}", manifest.digest());
     out
 }

@@ -33,8 +33,9 @@ pub fn read(dir: &Path, segment: &Segment, mut each: impl FnMut(Row<'_>)) -> Res
     let mut rows = 0;
     for batch in batches {
         let batch = batch.map_err(|e| refuse(e.to_string()))?;
-        let columns = Columns::of(&batch)
-            .ok_or_else(|| refuse(format!("has columns {:?}, expected {:?}", batch.schema().fields(), schema().fields())))?;
+        let columns = Columns::of(&batch).ok_or_else(|| {
+            refuse(format!("has columns {:?}, expected {:?}", batch.schema().fields(), schema().fields()))
+        })?;
         rows += batch.num_rows() as u64;
         for index in 0..batch.num_rows() {
             each(columns.row(index));
@@ -112,8 +113,13 @@ mod tests {
         let mut writer = Writer::new(dir, format, Split::new(0.0, 0));
         for i in 0..count {
             let (path, content) = (format!("{i}.py"), format!("print({i}) # d\u{e9}j\u{e0}\n"));
-            let row =
-                Row { repo_id: "o/n", file_path: &path, content: &content, commit: "c0", size_bytes: i as u64 };
+            let row = Row {
+                repo_id: "o/n",
+                file_path: &path,
+                content: &content,
+                commit: "c0",
+                size_bytes: i as u64,
+            };
             writer.push(row).unwrap();
         }
         let written = writer.finish().unwrap();

@@ -61,7 +61,8 @@ impl SegmentFile {
         let path = dir.join(&name);
         let incomplete = dir.join(format!("{name}.incomplete"));
         let file = File::create(&incomplete).map_err(Error::io(&incomplete))?;
-        let file = HashedFile { file: BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), bytes: 0 };
+        let file =
+            HashedFile { file: BufWriter::with_capacity(1 << 20, file), hash: Sha256::new(), bytes: 0 };
         let encoder = match format {
             SegmentFormat::Arrow => {
                 let options = IpcWriteOptions::default()

@@ -60,8 +60,7 @@ impl Staging {
     pub fn publish(self) -> Result<(), Error> {
         sync_dir(&self.dir)?;
         check_replaceable(&self.place)?;
-        let exchange =
-            renameat2(AT_FDCWD, &self.dir, AT_FDCWD, &self.place, RenameFlags::RENAME_EXCHANGE);
+        let exchange = renameat2(AT_FDCWD, &self.dir, AT_FDCWD, &self.place, RenameFlags::RENAME_EXCHANGE);
         match exchange {
             // `dir` is now the old dataset; dropping `self` removes it.
             Ok(()) => {}

@@ -47,6 +47,10 @@ impl Credentials {
         if allowed.is_username() {
             return Cred::username(ssh_user);
         }
-        Err(Error::new(ErrorCode::Auth, ErrorClass::Callback, "no agent, key file or credential helper was accepted"))
+        Err(Error::new(
+            ErrorCode::Auth,
+            ErrorClass::Callback,
+            "no agent, key file or credential helper was accepted",
+        ))
     }
 }

@@ -137,7 +137,10 @@ impl Error {
     pub fn is_not_found(&self) -> bool {
         matches!(
             self,
-            Self::Missing { .. } | Self::NotARepository { .. } | Self::NotFound { .. } | Self::Revision { .. }
+            Self::Missing { .. }
+                | Self::NotARepository { .. }
+                | Self::NotFound { .. }
+                | Self::Revision { .. }
         )
     }
 

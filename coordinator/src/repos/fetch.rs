@@ -8,8 +8,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use git2::{
-    AutotagOption, Direction, ErrorClass, ErrorCode, FetchOptions, Oid, ProxyOptions, Remote, RemoteCallbacks,
-    Repository, RepositoryInitOptions, StatusOptions,
+    AutotagOption, Direction, ErrorClass, ErrorCode, FetchOptions, Oid, ProxyOptions, Remote,
+    RemoteCallbacks, Repository, RepositoryInitOptions, StatusOptions,
 };
 use tunefleet_proto::job::SourceSpec;
 
@@ -210,7 +210,8 @@ impl Source {
         git_dir: &Path,
         task: &dyn Task,
     ) -> Result<Oid, Error> {
-        let cache_error = |e: git2::Error| Error::Cache { path: git_dir.to_owned(), detail: e.message().to_owned() };
+        let cache_error =
+            |e: git2::Error| Error::Cache { path: git_dir.to_owned(), detail: e.message().to_owned() };
         let repo = Repository::open_bare(git_dir)
             .or_else(|_| {
                 let mut options = RepositoryInitOptions::new();
@@ -260,7 +261,11 @@ impl Source {
             _ if says("401") || says("403") || says("authenticat") => Error::Auth { location, detail },
             (ErrorCode::Certificate, _) | (_, ErrorClass::Ssl) => Error::HostUntrusted { location, detail },
             (ErrorCode::NotFound, _) => Error::NotFound { location, detail },
-            _ if says("404") || says("not found") || says("does not exist") || says("failed to resolve path") => {
+            _ if says("404")
+                || says("not found")
+                || says("does not exist")
+                || says("failed to resolve path") =>
+            {
                 Error::NotFound { location, detail }
             }
             _ => Error::Unreachable { location, detail },

@@ -126,7 +126,9 @@ impl FileFilter {
         }
         match extension(name) {
             Some(ext) if self.extensions.contains(&ext) => Err(DropReason::Extension),
-            Some(ext) if ext == "ipynb" && self.notebooks == NotebookMode::Skip => Err(DropReason::NotebookSkipped),
+            Some(ext) if ext == "ipynb" && self.notebooks == NotebookMode::Skip => {
+                Err(DropReason::NotebookSkipped)
+            }
             _ => Ok(path),
         }
     }
@@ -248,8 +250,7 @@ mod tests {
 
     #[test]
     fn notebooks_can_be_left_out() {
-        let spec =
-            FilterSpec { exclude_extensions: vec![], exclude_path_parts: vec![], max_file_bytes: 100 };
+        let spec = FilterSpec { exclude_extensions: vec![], exclude_path_parts: vec![], max_file_bytes: 100 };
         let filter = FileFilter::new(&spec, NotebookMode::Skip);
         assert_eq!(filter.path(b"a.ipynb".to_vec(), Kind::File), Err(DropReason::NotebookSkipped));
     }

@@ -158,7 +158,9 @@ mod tests {
 
     #[test]
     fn what_is_no_location_is_refused_without_showing_credentials() {
-        for text in ["", "ftp://me:s3cret@host/x", "https://me:s3cret@host", "https://host/..", "git@host:", "/"] {
+        for text in
+            ["", "ftp://me:s3cret@host/x", "https://me:s3cret@host", "https://host/..", "git@host:", "/"]
+        {
             let message = Location::parse(text).map(|l| l.repo_id).unwrap_err().to_string();
             assert!(!message.contains("s3cret"), "{message}");
         }

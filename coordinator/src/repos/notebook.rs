@@ -139,7 +139,8 @@ mod tests {
             let text = code(&serde_json::json!({"cells": as_text}).to_string());
             let lines = code(&serde_json::json!({"cells": as_lines}).to_string());
             let kept: Vec<_> = cells.iter().map(|s| s.trim_end_matches('\n')).filter(|s| !s.is_empty()).collect();
-            prop_assert_eq!(text.as_deref(), Some(kept.join("\n\n").as_str()));
+            let expected = kept.join("\n\n");
+            prop_assert_eq!(text.as_deref(), Some(expected.as_str()));
             prop_assert_eq!(text, lines);
         }
     }

@@ -79,7 +79,8 @@ impl<'repo> Walk<'repo> {
             let kind = match object {
                 Some(ObjectType::Commit) => Kind::Submodule,
                 Some(ObjectType::Tree) if path.len() < MAX_PATH_BYTES => {
-                    let tree = self.repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
+                    let tree =
+                        self.repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
                     path.push(b'/');
                     self.open.push(OpenTree { tree, next: 0, prefix: path });
                     continue;

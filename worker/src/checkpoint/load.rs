@@ -158,7 +158,8 @@ fn check_same_model(dir: &Path, saved: &ShardPlan, plan: &ShardPlan) -> Result<(
     let (saved, wanted) = (slots(saved), slots(plan));
     for (a, b) in saved.iter().zip(&wanted) {
         if a != b {
-            let rule = format!("the checkpoint holds {} {:?}, the job's model has {} {:?}", a.0, a.1, b.0, b.1);
+            let rule =
+                format!("the checkpoint holds {} {:?}, the job's model has {} {:?}", a.0, a.1, b.0, b.1);
             return Err(Error::tensor(dir, &a.0, rule));
         }
     }

@@ -55,10 +55,8 @@ pub fn write(
     let mut weight_map = BTreeMap::new();
     let mut total_bytes = 0;
     for (name, parameters) in names.iter().zip(&files) {
-        let entries: Vec<Entry> = parameters
-            .iter()
-            .map(|p| Entry { name: p.hf_name.clone(), shape: p.shape.clone() })
-            .collect();
+        let entries: Vec<Entry> =
+            parameters.iter().map(|p| Entry { name: p.hf_name.clone(), shape: p.shape.clone() }).collect();
         let mut writer = Writer::create(&incomplete.join(name), &entries, write_dtype)?;
         for parameter in parameters {
             values(parameter, &mut |piece| writer.values(piece))?;

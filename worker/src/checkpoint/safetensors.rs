@@ -254,10 +254,8 @@ mod tests {
     use super::*;
 
     fn write(path: &Path, dtype: WriteDtype) {
-        let entries = [
-            Entry { name: "b".into(), shape: vec![2, 3] },
-            Entry { name: "a".into(), shape: vec![4] },
-        ];
+        let entries =
+            [Entry { name: "b".into(), shape: vec![2, 3] }, Entry { name: "a".into(), shape: vec![4] }];
         let mut writer = Writer::create(path, &entries, dtype).unwrap();
         writer.values(&[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]).unwrap();
         writer.values(&[-1.0, 0.5, 0.25, 8.0]).unwrap();
@@ -275,7 +273,9 @@ mod tests {
             let mut seen = Vec::new();
             reader.read_f32("b", 1..5, |first, values| seen.push((first, values.to_vec()))).unwrap();
             assert_eq!(seen, [(1, vec![1.0, 2.0, 3.0, 4.0])]);
-            assert!(reader.read_f32("b", 5..7, |_, _| ()).unwrap_err().to_string().contains("has 6 elements"));
+            assert!(
+                reader.read_f32("b", 5..7, |_, _| ()).unwrap_err().to_string().contains("has 6 elements")
+            );
             assert!(reader.read_f32("c", 0..1, |_, _| ()).is_err());
         }
     }

@@ -53,7 +53,8 @@ pub fn save(
     let digests = share(comm, device, written.as_ref().ok())?;
     let outcome = agree(comm, device, state.step, written.map(|_| ()));
     if outcome.is_ok() {
-        let published = if rank.rank == 0 { publish(&incomplete, &target, plan, state, digests) } else { Ok(()) };
+        let published =
+            if rank.rank == 0 { publish(&incomplete, &target, plan, state, digests) } else { Ok(()) };
         agree(comm, device, state.step, published)?;
         if rank.rank == 0 {
             prune(dir, keep);
@@ -99,7 +100,11 @@ fn write_rank(dir: &Path, rank: u32, plan: &ShardPlan, shards: &[Shard]) -> Resu
 }
 
 /// All ranks' (size, SHA-256), in rank order. One that failed shares zeros.
-fn share(comm: &dyn Communicator, device: Device, own: Option<&(u64, String)>) -> Result<Vec<(u64, String)>, Error> {
+fn share(
+    comm: &dyn Communicator,
+    device: Device,
+    own: Option<&(u64, String)>,
+) -> Result<Vec<(u64, String)>, Error> {
     const WORDS: usize = 5;
     let rank = comm.rank();
     let mut words = vec![0i64; WORDS * rank.world as usize];
@@ -182,4 +187,3 @@ fn prune(dir: &Path, keep: usize) {
         }
     }
 }
-

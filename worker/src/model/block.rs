@@ -141,11 +141,7 @@ pub fn forward(
 }
 
 /// Splits the fused projection (all query heads, then keys, then values) and attends.
-fn attend(
-    shape: &BlockShape,
-    qkv: &Tensor,
-    cache: Option<(&mut KvCache, i64)>,
-) -> Tensor {
+fn attend(shape: &BlockShape, qkv: &Tensor, cache: Option<(&mut KvCache, i64)>) -> Tensor {
     let (batch, tokens) = (qkv.size()[0], qkv.size()[1]);
     let kv_width = shape.kv_heads * shape.head_dim;
     let heads = |x: &Tensor, count: i64| x.view([batch, tokens, count, shape.head_dim]).transpose(1, 2);

@@ -65,7 +65,8 @@ pub fn loss_sum_and_grads(
         sum += chunk.loss(&log_probs_cv);
         // d(loss)/d(logits) = softmax - onehot, in place.
         let mut dlogits_cv = log_probs_cv.exp_();
-        let minus_one = Tensor::full([1, 1], -1.0, (Kind::Float, numerics.device)).expand_as(&chunk.targets_c1);
+        let minus_one =
+            Tensor::full([1, 1], -1.0, (Kind::Float, numerics.device)).expand_as(&chunk.targets_c1);
         let dlogits_cv = dlogits_cv.scatter_add_(1, &chunk.targets_c1, &minus_one).to_kind(kind);
         // The row weight (0 where ignored) and the scale go onto the narrow side.
         let row_scale_c1 = &chunk.counts_c1 * scale;

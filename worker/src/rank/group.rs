@@ -54,11 +54,10 @@ impl Listener {
             .iter()
             .map(|peer| peer.parse().map_err(|e| Error::Assignment(format!("peer address {peer:?}: {e}"))))
             .collect::<Result<_, _>>()?;
-        let secret: [u8; 32] = start
-            .secret
-            .as_slice()
-            .try_into()
-            .map_err(|_| Error::Assignment(format!("secret of {} bytes, expected 32", start.secret.len())))?;
+        let secret: [u8; 32] =
+            start.secret.as_slice().try_into().map_err(|_| {
+                Error::Assignment(format!("secret of {} bytes, expected 32", start.secret.len()))
+            })?;
         let task = start.task.clone().unwrap_or_default();
         let rank = Rank { rank: assignment.rank, world: assignment.world };
         let deadline = Instant::now() + JOIN_TIMEOUT;

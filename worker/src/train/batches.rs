@@ -44,8 +44,8 @@ impl<'a> Batches<'a> {
     pub fn step(&self, first: u64) -> Result<(Vec<Batch>, i64), Error> {
         let (mut batches, mut targets) = (Vec::new(), 0);
         for micro in 0..self.accumulate {
-            let first = first
-                + (micro * u64::from(self.rank.world) + u64::from(self.rank.rank)) * self.micro_batch;
+            let first =
+                first + (micro * u64::from(self.rank.world) + u64::from(self.rank.rank)) * self.micro_batch;
             let rows: Vec<Sequence> = (first..first + self.micro_batch)
                 .map(|index| self.sequences.sequence(index))
                 .collect::<Result<_, _>>()?;

@@ -196,8 +196,7 @@ impl<'a> Run<'a> {
             Sequences::open(&spec.data, &dataset, &tokenizer, split, &spec.output.join("tokens"))
         };
         let training = open(Split::Train)?;
-        let validation =
-            if spec.train.eval_every_steps > 0 { Some(open(Split::Validation)?) } else { None };
+        let validation = if spec.train.eval_every_steps > 0 { Some(open(Split::Validation)?) } else { None };
         check_fit(spec, &config, &training)?;
 
         let numerics = Numerics::new(device, spec.train.precision);

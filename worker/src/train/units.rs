@@ -29,9 +29,7 @@ pub struct Shard {
 impl Shard {
     /// All zero.
     pub fn zeros(unit: &Unit, world: u32, numerics: Numerics) -> Self {
-        let zeros = || {
-            Tensor::zeros([unit.shard_elements(world) as i64], (Kind::Float, numerics.device))
-        };
+        let zeros = || Tensor::zeros([unit.shard_elements(world) as i64], (Kind::Float, numerics.device));
         Shard { master: zeros(), exp_avg: zeros(), exp_avg_sq: zeros(), grad: zeros() }
     }
 }
@@ -64,13 +62,7 @@ struct Slot {
 
 impl Gathered {
     /// Buffers for `plan`, with `slots` for the blocks.
-    pub fn new(
-        plan: &ShardPlan,
-        shards: &[Shard],
-        numerics: Numerics,
-        slots: usize,
-        poison: bool,
-    ) -> Self {
+    pub fn new(plan: &ShardPlan, shards: &[Shard], numerics: Numerics, slots: usize, poison: bool) -> Self {
         let slot = |unit: usize, elements: u64| Slot {
             // Alone and in fp32 the master weights are the gathered weights.
             buffer: if plan.world == 1 && numerics.kind == Kind::Float {

@@ -20,8 +20,8 @@ use super::rng::Seeds;
 use super::units::{self, EMBED, Gathered, Shard};
 use crate::comm::{Communicator, Tag};
 use crate::model::block::{self, BlockParams, BlockShape};
-use crate::model::head::{self, HeadParams};
 use crate::model::embed;
+use crate::model::head::{self, HeadParams};
 use crate::model::numerics::Numerics;
 
 /// Tokens and shifted targets of one forward pass, on the device.
@@ -359,4 +359,3 @@ impl<'a> Walk<'a> {
         }
     }
 }
-

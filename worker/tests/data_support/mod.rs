@@ -108,11 +108,11 @@ pub fn documents(count: u64, seed: u64) -> Vec<String> {
         "\n    ",
         " = ",
         "(x, y)",
-        "größe",
+        "gr\u{f6}\u{df}e",
         "12345",
-        "# 注释\n",
+        "# \u{6ce8}\u{91ca}\n",
         "\t\t",
-        "🦙",
+        "\u{1f999}",
     ];
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = |bound: u64| {
