@@ -1,6 +1,7 @@
 //! Harness of the end-to-end tests: the two programs as users start them, on repositories, ports
 //! and directories of their own.
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a harness fails and speaks as tests do")]
 
 /// A job file, its repositories and what the job makes of them.
 pub mod job;

@@ -78,7 +78,7 @@ fn main() -> Outcome<()> {
 /// Runs the steps that stdin asks for as one rank.
 fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     let cores = std::thread::available_parallelism()?.get();
-    tch::set_num_threads(args.threads.unwrap_or((cores / args.ranks as usize).max(1)) as i32);
+    tch::set_num_threads(args.threads.unwrap_or_else(|| (cores / args.ranks as usize).max(1)) as i32);
     let device = match args.device {
         On::Cpu => Device::Cpu,
         On::Cuda => Device::Cuda(0),

@@ -1,6 +1,7 @@
 //! `worker export`: a checkpoint's shards to a Hugging Face model directory, streamed tensor by
 //! tensor: nobody holds the model.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tunefleet_proto::job::{JobSpec, Precision};
@@ -47,7 +48,8 @@ pub fn parse_dtype(text: &str) -> Result<Precision, String> {
 pub fn run(args: Args) -> Result<(), Error> {
     let tokenizer = args.tokenizer.unwrap_or_else(|| args.model.clone());
     let step = export(&args.checkpoint, &args.model, &tokenizer, &args.out, args.dtype)?;
-    println!("{}: weights after {step} steps", args.out.display());
+    // A reader that has gone away wants no more.
+    let _ = writeln!(std::io::stdout(), "{}: weights after {step} steps", args.out.display());
     Ok(())
 }
 

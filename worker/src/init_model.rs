@@ -1,6 +1,7 @@
 //! `worker init-model`: random weights in the exact Hugging Face layout, streamed, so that a
 //! 15.5B model needs the memory of its largest tensor.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
@@ -52,7 +53,8 @@ pub enum InitError {
 /// See [`InitError`].
 pub fn run(args: Args) -> Result<(), InitError> {
     let config = init(&args.preset, args.tokenizer.as_deref(), args.seed, args.dtype, &args.out)?;
-    println!("{}: {} parameters", args.out.display(), config.parameter_count());
+    // A reader that has gone away wants no more.
+    let _ = writeln!(std::io::stdout(), "{}: {} parameters", args.out.display(), config.parameter_count());
     Ok(())
 }
 

@@ -76,7 +76,10 @@ impl Communicator for Simulated {
 impl Simulated {
     fn check(&self, op: &'static str, whole: &Tensor, part: Option<&Tensor>) -> Result<(), Error> {
         let world = self.rank.world as usize;
-        let fits = part.map_or(whole.numel().is_multiple_of(world), |p| p.numel() * world == whole.numel());
+        let fits = match part {
+            Some(part) => part.numel() * world == whole.numel(),
+            None => whole.numel().is_multiple_of(world),
+        };
         if fits && whole.is_contiguous() && self.rank.rank < self.rank.world {
             return Ok(());
         }

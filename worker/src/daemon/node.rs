@@ -78,7 +78,7 @@ fn address_towards(url: &str) -> IpAddr {
         socket.connect(peer)?;
         Ok(socket.local_addr()?.ip())
     };
-    route().unwrap_or(Ipv4Addr::LOCALHOST.into())
+    route().unwrap_or_else(|_| Ipv4Addr::LOCALHOST.into())
 }
 
 #[cfg(test)]

@@ -264,11 +264,11 @@ impl Ranks {
     }
 
     fn signal(&self, keys: &[Key], signal: Signal) {
-        for rank in keys.iter().filter_map(|key| self.live().get(key).map(|rank| rank.pid)) {
-            if let Some(pid) = rank {
-                process::signal_group(pid, signal);
-            }
-        }
+        let pids: Vec<u32> = {
+            let live = self.live();
+            keys.iter().filter_map(|key| live.get(key)?.pid).collect()
+        };
+        pids.into_iter().for_each(|pid| process::signal_group(pid, signal));
     }
 
     /// Ends all ranks, the stubborn ones by SIGKILL.

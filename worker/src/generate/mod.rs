@@ -7,7 +7,7 @@ pub mod prompt;
 /// From logits to the next token.
 pub mod sampling;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::PathBuf;
 
 use tch::Device;
@@ -95,11 +95,9 @@ pub fn run(args: Args) -> Result<(), Error> {
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let tokens = complete(&decoder, &prompt.tokens, args.max_new_tokens, tokenizer.eos(), sampling);
     let completion = tokenizer.decode(&tokens, true)?;
-    if args.completion_only {
-        println!("{completion}");
-    } else {
-        println!("{}{completion}{}", prompt.before, prompt.after);
-    }
+    let (before, after) = if args.completion_only { ("", "") } else { (&*prompt.before, &*prompt.after) };
+    // A reader that has gone away wants no more.
+    let _ = writeln!(std::io::stdout(), "{before}{completion}{after}");
     Ok(())
 }
 

@@ -1,15 +1,12 @@
 //! What must not change the result: the number of ranks, recomputation, accumulation, memory
 //! that is used again. Ranks are threads here, joined by the TCP communicator on loopback.
-#![forbid(unsafe_code)]
-
-mod common;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::*;
+use crate::common::*;
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};

@@ -1,8 +1,6 @@
 //! Packing against plain Python references, token for token.
 
-mod data_support;
-
-use data_support::{Workshop, python, spec};
+use crate::data_support::{Workshop, python, spec};
 use tunefleet_proto::job::{FimLevel, Packing};
 use tunefleet_worker::data::{Sequences, Split};
 

@@ -1,10 +1,8 @@
 //! Dataset, tokenizer and sequences as the training loop sees them.
 
-mod data_support;
-
 use std::collections::{BTreeMap, HashSet};
 
-use data_support::{Workshop, documents, spec};
+use crate::data_support::{Workshop, documents, spec};
 use tunefleet_proto::job::{FimLevel, Packing, SegmentFormat};
 use tunefleet_worker::data::documents::Dataset;
 use tunefleet_worker::data::tokenizer::Tokenizer;

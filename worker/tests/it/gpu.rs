@@ -1,14 +1,11 @@
 //! What needs a GPU: the engine on it, and NCCL as far as one GPU can prove it. Each test probes
 //! for one and says why it skips.
-#![forbid(unsafe_code)]
-
-mod common;
 
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use common::*;
+use crate::common::*;
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::nccl::Store;
 use tunefleet_proto::ids::Rank;

@@ -1,12 +1,9 @@
 //! The engine against transformers: the rules and the fixture format stand in
 //! `tests/parity/README.md`.
-#![forbid(unsafe_code)]
-
-mod common;
 
 use std::path::PathBuf;
 
-use common::*;
+use crate::common::*;
 use tch::Tensor;
 use tunefleet_kernels::autograd::grad;
 use tunefleet_proto::job::Precision;

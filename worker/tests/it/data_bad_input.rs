@@ -1,10 +1,8 @@
 //! Files that are not what they should be: refused with their name, never a panic.
 
-mod data_support;
-
 use std::path::Path;
 
-use data_support::{Workshop, documents, spec};
+use crate::data_support::{Workshop, documents, spec};
 use proptest::prelude::*;
 use tunefleet_proto::digest_hex;
 use tunefleet_proto::job::{FimLevel, Packing, SegmentFormat};

@@ -1,10 +1,8 @@
 //! The tokenizer: published vectors, control tokens, training, and what transformers makes of it.
 
-mod data_support;
-
 use std::process::Command;
 
-use data_support::{Workshop, documents, python, shared_data};
+use crate::data_support::{Workshop, documents, python, shared_data};
 use tunefleet_worker::data::tokenizer::Tokenizer;
 use tunefleet_worker::data::train_tokenizer::{SPECIAL_TOKENS, train};
 

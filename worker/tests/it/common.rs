@@ -1,5 +1,4 @@
 //! What several tests of the engine share.
-#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

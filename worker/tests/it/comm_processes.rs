@@ -25,7 +25,11 @@ struct RankProcess {
 impl RankProcess {
     fn start(rank: u32) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "a_killed_rank_is_named_by_the_others_within_a_second", "--nocapture"])
+            .args([
+                "--exact",
+                "comm_processes::a_killed_rank_is_named_by_the_others_within_a_second",
+                "--nocapture",
+            ])
             .env(RANK_VARIABLE, rank.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -1,0 +1,18 @@
+//! Tests of the worker's library, in data-flow order; one program, so that libtorch is linked once.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests fail and speak as tests do")]
+
+/// Models, batches and peers for the tests of the engine.
+mod common;
+/// Datasets, tokenizers and Python references for the tests of the data.
+mod data_support;
+
+mod data;
+mod data_bad_input;
+mod data_parity;
+mod data_tokenizer;
+mod comm;
+mod comm_processes;
+mod engine;
+mod parity;
+mod gpu;
