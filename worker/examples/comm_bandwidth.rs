@@ -21,7 +21,7 @@ fn main() -> Result<(), Failure> {
     let listener = TcpListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))?;
     tch::set_num_threads(1);
     if let Some(first) = std::env::args().nth(1) {
-        println!("{}", listener.addr());
+        writeln!(std::io::stdout(), "{}", listener.addr())?;
         let second = listener.addr();
         return measure(join(listener, 1, [first.parse()?, second])?, false);
     }
