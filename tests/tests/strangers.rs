@@ -86,7 +86,7 @@ impl Doors {
                 }
             }
         }
-        let table = |name: &str| fs::read_to_string(format!("/proc/net/{name}")).unwrap();
+        let table = |name: &str| fs::read_to_string(format!("/proc/net/{name}")).unwrap_or_default();
         // Columns: number, local address, remote address, state (0A is listening), ..., inode.
         let listening = |line: &str| -> Option<u16> {
             let columns: Vec<_> = line.split_whitespace().collect();
