@@ -143,7 +143,9 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
             };
             vec![Input::Inspected(*stage, verdict)]
         }
-        Effect::Collect => vec![Input::Collected(if pick % 8 == 0 { Err("no".to_owned()) } else { Ok(()) })],
+        Effect::Collect => {
+            vec![Input::Collected(if pick.is_multiple_of(8) { Err("no".to_owned()) } else { Ok(()) })]
+        }
         Effect::Record(stage) => vec![Input::Recorded(*stage, Ok(()))],
         Effect::Place(stage) => {
             let world = if *stage == Stage::Train { WORLD } else { 1 };
@@ -153,7 +155,7 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
             .flat_map(|rank| {
                 let stage = *stage;
                 let outcome = if stopping { Outcome::Stopped(1) } else { Outcome::Finished };
-                let exit = if pick % 8 == 0 { killed() } else { clean() };
+                let exit = if pick.is_multiple_of(8) { killed() } else { clean() };
                 [
                     Input::Ready { stage, rank, address: String::new() },
                     Input::Done { stage, rank, outcome },
@@ -179,7 +181,7 @@ fn noise(pick: u8) -> Input {
         6 => Input::Exited { stage, rank, exit: killed() },
         7 => Input::WorkerLost(worker(rank)),
         8 => Input::Recorded(stage, Ok(())),
-        9 => Input::Stop { checkpoint: pick % 2 == 0 },
+        9 => Input::Stop { checkpoint: pick.is_multiple_of(2) },
         _ => Input::GraceOver,
     }
 }

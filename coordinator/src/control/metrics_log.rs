@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn losses_read_back_bit_for_bit() {
         let dir = tempfile::tempdir().unwrap();
-        let losses = [0.1 + 0.2, 10.0f64.ln(), 1.0 / 3.0, 5e-324, f64::from(3.1415927f32)];
+        let losses = [0.1 + 0.2, 10.0f64.ln(), 1.0 / 3.0, 5e-324, f64::from(3.7f32)];
         let mut log = MetricsLog::open(dir.path()).unwrap();
         for (step, loss) in losses.into_iter().enumerate() {
             let step = StepDone { step: step as u64, loss, ..StepDone::default() };

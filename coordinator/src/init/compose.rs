@@ -15,12 +15,10 @@ const LARGEST_FRESH: &str = "starcoderbase-1b";
 pub fn job_file(sources: &[String], hardware: &Hardware) -> String {
     let choice = Choice::new(hardware);
     let sources: String = sources.iter().map(|source| format!("    - {}\n", quoted(source))).collect();
-    let choices = [("{name}", quoted(&name(&sources))), ("{sources}", sources)];
-    let mut text = TEMPLATE.to_owned();
-    for (mark, value) in choices.into_iter().chain(choice.marks()) {
-        text = text.replace(mark, &value);
-    }
-    text
+    let name = ("{name}", quoted(&name(&sources)));
+    // The sources come last: whatever looks like a mark in a path stays.
+    let choices = choice.marks().into_iter().chain([name, ("{sources}", sources)]);
+    choices.fold(TEMPLATE.to_owned(), |text, (mark, value)| text.replace(mark, &value))
 }
 
 const TEMPLATE: &str = r##"# Job file of Tunefleet. Relative paths start at this file's directory.
@@ -150,32 +148,30 @@ impl Choice {
     }
 
     fn marks(self) -> [(&'static str, String); 10] {
-        let (sequence_tokens, sequence_reason, sequences, steps, steps_reason, learning_rate, warmup) =
-            match self.on_gpu {
-                false => (
-                    "256",
-                    "Longer sequences let the model see more around the cursor, and cost time.",
-                    "8",
-                    "500",
-                    "Enough to see the loss fall; more learns more.",
-                    "1e-3",
-                    "50",
-                ),
-                true => (
-                    "2048",
-                    "About 200 lines of code around the cursor.",
-                    "1",
-                    "2000",
-                    "A first run; the loss on held-out files tells when to stop.",
-                    "3e-4",
-                    "100",
-                ),
-            };
+        let sequence_tokens = sequence_tokens(self.preset, self.on_gpu).to_string();
+        let (sequence_reason, sequences, steps, steps_reason, learning_rate, warmup) = match self.on_gpu {
+            false => (
+                "Longer sequences let the model see more around the cursor, and cost time.",
+                "8",
+                "500",
+                "Enough to see the loss fall; more learns more.",
+                "1e-3",
+                "50",
+            ),
+            true => (
+                "About a tenth as many lines of code around the cursor.",
+                "1",
+                "2000",
+                "A first run; the loss on held-out files tells when to stop.",
+                "3e-4",
+                "100",
+            ),
+        };
         [
             ("{model}", self.model),
             ("{train}", self.train),
             ("{memory}", self.memory),
-            ("{sequence_tokens}", sequence_tokens.to_owned()),
+            ("{sequence_tokens}", sequence_tokens),
             ("{sequence_reason}", sequence_reason.to_owned()),
             ("{micro_batch_sequences}", sequences.to_owned()),
             ("{steps}", steps.to_owned()),
@@ -199,13 +195,18 @@ fn report(preset: &str, ranks: u32, on_gpu: bool, hardware: &Hardware) -> Option
 /// The chosen job without its sources: all that memory depends on.
 fn sketch(preset: &str, ranks: u32, on_gpu: bool) -> Option<JobSpec> {
     let (device, precision, sequences) = if on_gpu { ("cuda", "bf16", 1) } else { ("cpu", "fp32", 8) };
-    let positions = ModelConfig::preset(preset).ok()?.max_positions;
-    let tokens = positions.min(if on_gpu { 2048 } else { 256 });
+    let tokens = sequence_tokens(preset, on_gpu);
     let text = format!(
         "dataset: d\nmodel: {{init: {{preset: {preset}}}}}\ndata: {{sequence_tokens: {tokens}}}\n\
          train: {{ranks: {ranks}, device: {device}, precision: {precision}, micro_batch_sequences: {sequences}}}\n"
     );
     job::load(Path::new("/sketch.yaml"), &text, &[], Path::new("/")).ok()
+}
+
+/// As many as the machine affords and the preset has positions for.
+fn sequence_tokens(preset: &str, on_gpu: bool) -> u64 {
+    let afforded = if on_gpu { 2048 } else { 256 };
+    ModelConfig::preset(preset).map_or(afforded, |config| config.max_positions.min(afforded))
 }
 
 /// The last path component of the first source, in the letters that a job's name may have.
@@ -247,7 +248,8 @@ mod tests {
 
     #[test]
     fn what_is_written_loads_and_fits_on_every_machine() {
-        let sources = ["/home/ann/it's \"odd\": # {name}\\x".to_owned(), "git@host:org/repo.git".to_owned()];
+        let sources =
+            ["/home/ann/it's \"odd\": # {name} {model}\\x".to_owned(), "git@host:org/repo.git".to_owned()];
         for hardware in [
             machine(1, Some(2), &[]),
             machine(2, Some(16), &[]),

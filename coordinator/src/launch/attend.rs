@@ -83,12 +83,13 @@ impl<'a> Attendance<'a> {
             }
             match event.body {
                 Some(Body::State(state)) if state.state().is_end() => return Ok(self.ended(&state, asked)),
-                Some(Body::Waiting(waiting)) if matches!(self.owner, Owner::Embedded) => {
-                    // The only worker is on its way, or it is all there will ever be.
-                    if waiting.workers > 0 && waiting.total < waiting.needed {
-                        return Err(no_capacity(&waiting));
-                    }
+                // The only worker is on its way, or it is all there will ever be.
+                Some(Body::Waiting(waiting))
+                    if matches!(self.owner, Owner::Embedded) && is_too_small(&waiting) =>
+                {
+                    return Err(no_capacity(&waiting));
                 }
+                Some(Body::Waiting(_)) if matches!(self.owner, Owner::Embedded) => {}
                 Some(body) => self.screen.show(body),
                 None => {}
             }
@@ -137,6 +138,11 @@ impl<'a> Attendance<'a> {
             Owner::Remote { url } => Some(url),
         }
     }
+}
+
+/// Whether the workers that there are can never run the stage.
+fn is_too_small(waiting: &Waiting) -> bool {
+    waiting.workers > 0 && waiting.total < waiting.needed
 }
 
 fn no_capacity(waiting: &Waiting) -> Failure {
