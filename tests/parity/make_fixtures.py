@@ -33,6 +33,8 @@ ATTENTION = [
     dict(name="grouped-query", batch=1, heads=6, kv_heads=2, tokens=40, head_dim=32),
     dict(name="one-token", batch=2, heads=2, kv_heads=1, tokens=1, head_dim=16),
 ]
+# One batch has too few independent roundings in a small tensor to tell two bf16 implementations apart.
+BF16_BATCHES = 8
 IGNORE = -100
 
 
@@ -57,7 +59,19 @@ def randomise(model, generator):
             parameter.copy_(value.bfloat16())
 
 
-def forward_backward(model, ids_bt, targets_bt, prefix):
+def make_batch(vocab_size, case, generator):
+    """Random tokens and their shifted targets, of which a fifth does not count."""
+    import torch
+
+    ids_bt = torch.randint(vocab_size, (case["batch"], case["tokens"]), generator=generator)
+    following_b1 = torch.randint(vocab_size, (case["batch"], 1), generator=generator)
+    targets_bt = torch.cat([ids_bt[:, 1:], following_b1], dim=1)
+    targets_bt[torch.rand(targets_bt.shape, generator=generator) < 0.2] = IGNORE
+    targets_bt[:, -1] = following_b1[:, 0]  # at least one target counts in each row
+    return ids_bt, targets_bt
+
+
+def forward_backward(model, ids_bt, targets_bt):
     """Logits, loss and every gradient of one batch, named for the fixture."""
     import torch
 
@@ -65,10 +79,10 @@ def forward_backward(model, ids_bt, targets_bt, prefix):
     logits_btv = model(input_ids=ids_bt, use_cache=False).logits
     loss = loss_of(logits_btv, targets_bt)
     loss.backward()
-    tensors = {f"{prefix}logits": logits_btv.detach().contiguous(), f"{prefix}loss": loss.detach().reshape(1)}
+    tensors = {"logits": logits_btv.detach().contiguous(), "loss": loss.detach().reshape(1)}
     for name, parameter in model.named_parameters():
         grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        tensors[f"{prefix}grad.{name}"] = grad.contiguous()
+        tensors[f"grad.{name}"] = grad.clone().contiguous()
     return tensors
 
 
@@ -89,27 +103,28 @@ def make_model(case, seed, out):
     randomise(model, generator)
     model.save_pretrained(directory, safe_serialization=True)
 
-    ids_bt = torch.randint(config.vocab_size, (case["batch"], case["tokens"]), generator=generator)
-    following_b1 = torch.randint(config.vocab_size, (case["batch"], 1), generator=generator)
-    targets_bt = torch.cat([ids_bt[:, 1:], following_b1], dim=1)
-    targets_bt[torch.rand(targets_bt.shape, generator=generator) < 0.2] = IGNORE
-    targets_bt[:, -1] = following_b1[:, 0]  # at least one target counts in each row
+    batches = [make_batch(config.vocab_size, case, generator) for _ in range(BF16_BATCHES)]
 
-    tensors = {"ids": ids_bt, "targets": targets_bt}
-    # The reference softmax of transformers' eager path is cast to fp32, so fp64 goes through sdpa.
-    for dtype, prefix, attention in (
-        (torch.float32, "", "eager"),
-        (torch.bfloat16, "bf16.", "sdpa"),
-        (torch.float64, "fp64.", "sdpa"),
-    ):
-        peer = GPTBigCodeForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).train()
-        tensors |= forward_backward(peer, ids_bt, targets_bt, prefix)
+    def load(dtype, attention):
+        return GPTBigCodeForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).train()
 
+    ids_bt, targets_bt = batches[0]
+    peer = load(torch.float32, "eager")
+    tensors = {"ids": ids_bt, "targets": targets_bt} | forward_backward(peer, ids_bt, targets_bt)
     # The loss rule above is transformers' own.
-    own = peer.float()(input_ids=ids_bt, labels=targets_bt, shift_labels=targets_bt, use_cache=False).loss
-    torch.testing.assert_close(own.reshape(1), tensors["loss"], rtol=1e-6, atol=0)
-
+    own = peer(input_ids=ids_bt, labels=targets_bt, shift_labels=targets_bt, use_cache=False).loss
+    torch.testing.assert_close(own.detach().reshape(1), tensors["loss"], rtol=1e-6, atol=0)
     save_file(tensors, directory / "fixture.safetensors")
+
+    ids_kbt, targets_kbt = (torch.stack(parts) for parts in zip(*batches))
+    tensors = {"ids": ids_kbt, "targets": targets_kbt}
+    # The reference softmax of transformers' eager path is cast to fp32, so fp64 goes through sdpa.
+    for dtype, prefix in ((torch.bfloat16, "bf16."), (torch.float64, "fp64.")):
+        peer = load(dtype, "sdpa")
+        results = [forward_backward(peer, ids_bt, targets_bt) for ids_bt, targets_bt in batches]
+        grads = [name for name in results[0] if name.startswith("grad.")]
+        tensors |= {prefix + name: torch.stack([result[name] for result in results]) for name in grads}
+    save_file(tensors, directory / "bf16.safetensors")
     return {"name": case["name"], "directory": case["name"], "batch": case["batch"], "tokens": case["tokens"]}
 
 

@@ -35,7 +35,11 @@ fn a_second_launch_repeats_no_stage() {
         .map(|file| job.output().join(file));
     let modified = || made.each_ref().map(|path| path.metadata().unwrap().modified().unwrap());
     let before = modified();
-    job.run(&["--set", "train.steps=3"]).expect(0);
+    // Finished weights are not thrown away unasked.
+    job.run(&["--set", "train.steps=3"]).expect(1).says(&["--fresh"]);
+    job.run(&["--set", "train.steps=3", "--fresh"])
+        .expect(0)
+        .says(&["collect: cached", "init-model: cached"]);
     assert_eq!(modified(), before);
     assert_eq!(job.metrics().last_step(), 3);
 }

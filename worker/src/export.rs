@@ -77,7 +77,11 @@ pub fn export(
     let (dir, manifest) = if checkpoint.join(tunefleet_proto::checkpoint::MANIFEST_FILE).exists() {
         (checkpoint.to_owned(), load::verify(checkpoint)?)
     } else {
-        load::newest_sound(checkpoint)?
+        let sound = load::newest_sound(checkpoint)?;
+        for error in &sound.passed_over {
+            tracing::warn!("{error}; exporting an older checkpoint");
+        }
+        (sound.path, sound.manifest)
     };
     let config = hugging_face::read_config(model)?;
     let plan = &manifest.shard_plan;

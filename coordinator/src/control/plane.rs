@@ -464,6 +464,7 @@ impl State {
             // Losses are those of all ranks: one of them is enough to tell.
             _ if rank != 0 => return,
             Some(rank_event::Body::Section(name)) => Body::Section(name),
+            Some(rank_event::Body::Note(text)) => Body::Note(text),
             Some(rank_event::Body::Step(step)) => Body::Step(step),
             Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),
             Some(rank_event::Body::Saved(saved)) => Body::Saved(saved),

@@ -24,23 +24,31 @@ pub fn steps(dir: &Path) -> Vec<u64> {
     steps
 }
 
-/// The newest checkpoint under `dir` whose every file is as its manifest says. A broken one is
-/// named in the log and passed over.
+/// A checkpoint to go on from.
+#[derive(Debug)]
+pub struct Sound {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its manifest; every file is as it says.
+    pub manifest: Manifest,
+    /// Newer ones that are not sound, and why: people want to know.
+    pub passed_over: Vec<Error>,
+}
+
+/// The newest checkpoint under `dir` whose every file is as its manifest says.
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`] when none is sound.
-pub fn newest_sound(dir: &Path) -> Result<(PathBuf, Manifest), Error> {
-    let mut detail = String::new();
+pub fn newest_sound(dir: &Path) -> Result<Sound, Error> {
+    let mut passed_over = Vec::new();
     for step in steps(dir).into_iter().rev() {
         let path = dir.join(proto::dir_name(step));
         match verify(&path) {
-            Ok(manifest) => return Ok((path, manifest)),
-            Err(error) => {
-                tracing::warn!(%error, "checkpoint passed over; looking for an older one");
-                detail.push_str(&format!("; {error}"));
-            }
+            Ok(manifest) => return Ok(Sound { path, manifest, passed_over }),
+            Err(error) => passed_over.push(error),
         }
     }
+    let detail = passed_over.iter().map(|error| format!("; {error}")).collect();
     Err(Error::NoCheckpoint { path: dir.to_owned(), detail })
 }
 

@@ -133,6 +133,7 @@ impl Host for Daemon {
     fn report(&self, event: Event) {
         self.send(match event {
             Event::Section(name) => rank_event::Body::Section(name.to_owned()),
+            Event::Note(text) => rank_event::Body::Note(text),
             Event::Step(report) => rank_event::Body::Step(StepDone {
                 step: report.step,
                 loss: report.loss,

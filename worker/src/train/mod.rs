@@ -45,6 +45,8 @@ use walk::{MicroPosition, Walk, WalkOptions};
 pub enum Event {
     /// The rank entered a section: `setup`, `step`, `evaluate`, `save`.
     Section(&'static str),
+    /// Something that people want to know, in words.
+    Note(String),
     /// One optimizer update is done. Sent every `log_every_steps` and at the last step.
     Step(StepReport),
     /// Mean loss over the validation sequences after `step` updates.
@@ -148,7 +150,7 @@ pub fn run(
     host: &dyn Host,
 ) -> Result<Outcome, Error> {
     host.report(Event::Section("setup"));
-    let mut run = Run::set_up(spec, plan, comm, device, resume)?;
+    let mut run = Run::set_up(spec, plan, comm, device, resume, host)?;
     let outcome = run.train(host)?;
     Ok(outcome)
 }
@@ -177,6 +179,7 @@ impl<'a> Run<'a> {
         comm: &'a dyn Communicator,
         device: Device,
         resume: bool,
+        host: &dyn Host,
     ) -> Result<Self, Error> {
         tunefleet_kernels::device::set_deterministic(true)?;
         let rank = comm.rank();
@@ -201,7 +204,7 @@ impl<'a> Run<'a> {
 
         let numerics = Numerics::new(device, spec.train.precision);
         let (shards, step, consumed) = if resume {
-            let (dir, manifest) = agree_on_checkpoint(spec, comm, device)?;
+            let (dir, manifest) = agree_on_checkpoint(spec, comm, device, host)?;
             check_data(&dir, &manifest.data, &training)?;
             let shards = load::load(&dir, &manifest, plan, rank.rank, numerics)?;
             (shards, manifest.step, manifest.data.sequences)
@@ -349,18 +352,26 @@ fn agree_on_checkpoint(
     spec: &JobSpec,
     comm: &dyn Communicator,
     device: Device,
+    host: &dyn Host,
 ) -> Result<(PathBuf, Manifest), Error> {
     let dir = spec.checkpoints_dir();
     let found = if comm.rank().rank == 0 { Some(load::newest_sound(&dir)) } else { None };
     let step = match &found {
-        Some(Ok((_, manifest))) => manifest.step as i64,
+        Some(Ok(sound)) => sound.manifest.step as i64,
         Some(Err(_)) => -1,
         None => 0,
     };
     let agreed = Tensor::from(step).to_device(device);
     comm.all_reduce(&agreed, Tag { unit: None, what: "checkpoint choice" })?.wait()?;
     match (found, agreed.int64_value(&[])) {
-        (Some(found), _) => Ok(found?),
+        (Some(found), _) => {
+            let load::Sound { path, manifest, passed_over } = found?;
+            for error in passed_over {
+                host.report(Event::Note(format!("passed over a checkpoint: {error}")));
+            }
+            host.report(Event::Note(format!("resuming from {}", path.display())));
+            Ok((path, manifest))
+        }
         (None, step) if step >= 0 => {
             let path = dir.join(tunefleet_proto::checkpoint::dir_name(step as u64));
             let manifest = load::read_manifest(&path)?;

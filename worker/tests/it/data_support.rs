@@ -42,9 +42,9 @@ impl Workshop {
         workshop
     }
 
-    /// 23 and 4 documents of many lengths.
+    /// 23 and 12 documents of many lengths.
     pub fn standard() -> Self {
-        Self::new(&documents(23, 1), &documents(4, 2), SegmentFormat::Arrow)
+        Self::new(&documents(23, 1), &documents(12, 2), SegmentFormat::Arrow)
     }
 
     pub fn dataset(&self) -> PathBuf {

@@ -27,11 +27,11 @@ fn the_published_vectors_of_starcoder_are_reproduced() {
     };
     let tokenizer = Tokenizer::load(&tokenizer).unwrap();
     let texts = std::fs::read_to_string(texts).unwrap();
-    let texts: Vec<&str> = texts.split("\n__ggml_vocab_test__\n").collect();
+    let texts: Vec<&str> = texts.split_terminator("\n__ggml_vocab_test__\n").collect();
     let ids = std::fs::read_to_string(ids).unwrap();
     let ids: Vec<Vec<u32>> =
         ids.lines().map(|line| line.split_whitespace().map(|id| id.parse().unwrap()).collect()).collect();
-    assert_eq!((texts.len(), ids.len()), (47, 47));
+    assert_eq!((texts.len(), ids.len()), (46, 46));
     for (text, ids) in texts.iter().zip(&ids) {
         assert_eq!(tokenizer.encode_document(text).unwrap(), *ids, "{text:?}");
         assert_eq!(tokenizer.decode(ids, false).unwrap(), *text);
