@@ -68,6 +68,18 @@ pub fn reset_cuda_peak(device: i32) -> Result<(), Error> {
     ffi::check("GPU memory", status)
 }
 
+/// What tells GPU `device` from every other GPU or MIG instance, on any machine.
+///
+/// # Errors
+/// [`Error::NoCuda`] without a GPU.
+pub fn cuda_uuid(device: i32) -> Result<[u8; 16], Error> {
+    let mut uuid = [0; 16];
+    // SAFETY: `uuid` is a valid place to write 16 bytes.
+    let status = unsafe { sys::tf_cuda_uuid(device, uuid.as_mut_ptr()) };
+    ffi::check("GPU identity", status)?;
+    Ok(uuid)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -58,6 +58,8 @@ struct tf_cuda_memory {
 };
 int tf_cuda_memory(int device, struct tf_cuda_memory *memory);
 int tf_cuda_reset_peak(int device);
+/* 16 bytes that no other GPU (or MIG instance) has. */
+int tf_cuda_uuid(int device, uint8_t *uuid);
 
 /* Store callbacks of the NCCL bootstrap. `key` is not terminated. A failing callback returns
  * non-zero. `get` blocks until the key exists and fills `value` (at most *value_len bytes). */

@@ -1,10 +1,13 @@
 // GPU memory figures and the NCCL communicator: libtorch's own c10d::ProcessGroupNCCL, with its
 // streams, watchdog and abort. Compiled whenever the CUDA headers are there; see no_cuda.cpp.
 #include <ATen/ATen.h>
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include <cstring>
 
 #include "guard.h"
 
@@ -79,6 +82,16 @@ int tf_cuda_memory(int device, struct tf_cuda_memory *memory) {
 int tf_cuda_reset_peak(int device) {
   if (c10::cuda::device_count() == 0) return tf_no_cuda("resetting GPU memory peaks");
   return tf_guard([&] { c10::cuda::CUDACachingAllocator::resetPeakStats(static_cast<c10::DeviceIndex>(device)); });
+}
+
+int tf_cuda_uuid(int device, uint8_t *uuid) {
+  if (c10::cuda::device_count() == 0) return tf_no_cuda("reading a GPU's identity");
+  return tf_guard([&] {
+    // libtorch's own copy: the CUDA runtime itself is not linked.
+    const auto *properties = at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device));
+    static_assert(sizeof(properties->uuid.bytes) == 16);
+    std::memcpy(uuid, properties->uuid.bytes, sizeof(properties->uuid.bytes));
+  });
 }
 
 int tf_nccl_join(int rank, int world, int device, const struct tf_store *store,

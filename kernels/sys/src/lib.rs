@@ -74,6 +74,7 @@ unsafe extern "C" {
     pub fn tf_data_ptr(tensor: tf_tensor, data: *mut *mut c_void) -> c_int;
     pub fn tf_cuda_memory(device: c_int, memory: *mut tf_cuda_memory) -> c_int;
     pub fn tf_cuda_reset_peak(device: c_int) -> c_int;
+    pub fn tf_cuda_uuid(device: c_int, uuid: *mut u8) -> c_int;
     pub fn tf_nccl_join(
         rank: c_int,
         world: c_int,

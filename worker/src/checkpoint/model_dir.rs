@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use tunefleet_proto::job::Precision;
@@ -32,7 +32,9 @@ pub fn write(
     tokenizer: Option<&Path>,
     mut values: impl FnMut(&Parameter, &mut Sink<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let incomplete = out.with_extension("incomplete");
+    let mut incomplete = out.as_os_str().to_owned();
+    incomplete.push(".incomplete");
+    let incomplete = PathBuf::from(incomplete);
     if incomplete.exists() {
         fs::remove_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
     }

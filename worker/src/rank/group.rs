@@ -1,24 +1,37 @@
 //! How a rank meets its peers: which communicator serves which device.
+//!
+//! Peers always meet over TCP, where each proves that it knows the attempt's secret. GPU ranks go
+//! on to form an NCCL group, whose bootstrap travels through the proven connections: no port of
+//! NCCL's own store is ever open.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tch::Tensor;
+use tunefleet_kernels::device::cuda_uuid;
+use tunefleet_kernels::nccl::Store;
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_proto::rpc::{Assignment, StartRanks};
 
 use super::Error;
-use crate::comm::tcp::TcpListener;
-use crate::comm::{Communicator, Solo};
+use crate::comm::nccl::NcclCommunicator;
+use crate::comm::tcp::{TcpCommunicator, TcpListener};
+use crate::comm::{self, Communicator, Solo, Tag};
 
 /// How long the ranks of an attempt wait for each other.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an NCCL collective may take before its rank gives up; PyTorch's own default.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
+/// Largest bootstrap value: NCCL's unique id has 128 bytes.
+const MAX_BOOTSTRAP_BYTES: usize = 1024;
 
 /// A rank that is ready to meet its peers.
 pub(super) enum Listener {
     /// A world of one meets nobody.
     Solo,
-    /// Peers connect over TCP; tensors of a GPU are staged through the host.
+    /// Peers connect here.
     Tcp(TcpListener),
 }
 
@@ -61,9 +74,126 @@ impl Listener {
         let task = start.task.clone().unwrap_or_default();
         let rank = Rank { rank: assignment.rank, world: assignment.world };
         let deadline = Instant::now() + JOIN_TIMEOUT;
-        let communicator = listener
+        let tcp = listener
             .join(rank, &peers, &secret, &JobId(task.job), Attempt(task.attempt), deadline)
             .map_err(Error::Join)?;
-        Ok(Arc::new(communicator))
+        let Some(gpu) = assignment.cuda_device else { return Ok(Arc::new(tcp)) };
+        let uuid = i32::try_from(gpu).ok().and_then(|gpu| cuda_uuid(gpu).ok());
+        let uuid = uuid.ok_or_else(|| Error::Assignment(format!("there is no GPU {gpu} here")))?;
+        if share_a_gpu(&tcp, uuid).map_err(Error::Join)? {
+            tracing::warn!("two ranks share a GPU, which NCCL refuses: collectives go through the host");
+            return Ok(Arc::new(tcp));
+        }
+        let store = Box::new(Bootstrap { group: tcp, used: AtomicBool::new(false) });
+        let nccl = NcclCommunicator::join(rank, gpu as usize, store, COLLECTIVE_TIMEOUT);
+        Ok(Arc::new(nccl.map_err(Error::Join)?))
+    }
+}
+
+/// Whether any two ranks compute on one GPU; all ranks get the same answer.
+fn share_a_gpu(group: &TcpCommunicator, uuid: [u8; 16]) -> Result<bool, comm::Error> {
+    let Rank { rank, world } = group.rank();
+    let (high, low) = uuid.split_at(8);
+    let word = |bytes: &[u8]| bytes.iter().fold(0i64, |word, byte| (word << 8) | i64::from(*byte));
+    let mut words = vec![0i64; 2 * world as usize];
+    words[2 * rank as usize..][..2].copy_from_slice(&[word(high), word(low)]);
+    let all = Tensor::from_slice(&words);
+    group.all_gather(&all, Tag { unit: None, what: "GPU identities" })?.wait()?;
+    let words = Vec::<i64>::try_from(&all).unwrap_or_default();
+    let mut seen = std::collections::HashSet::new();
+    Ok(!words.chunks(2).all(|uuid| seen.insert(uuid)))
+}
+
+/// The store of the NCCL bootstrap. libtorch publishes one value, on rank 0, for which all others
+/// wait: a sum to which the others add nothing.
+struct Bootstrap {
+    /// Kept as long as the NCCL group, so that a peer which is slow to read is not cut off.
+    group: TcpCommunicator,
+    used: AtomicBool,
+}
+
+impl Bootstrap {
+    fn exchange(&self, value: &[u8]) -> Option<Vec<u8>> {
+        let mut words = vec![0i64; 1 + MAX_BOOTSTRAP_BYTES];
+        words[0] = value.len() as i64;
+        for (word, byte) in words.get_mut(1..=value.len())?.iter_mut().zip(value) {
+            *word = (*byte).into();
+        }
+        let sum = Tensor::from_slice(&words);
+        let shared = self.group.all_reduce(&sum, Tag { unit: None, what: "NCCL bootstrap" });
+        if let Err(error) = shared.and_then(|work| work.wait()) {
+            tracing::warn!("NCCL bootstrap: {error}");
+            return None;
+        }
+        let words = Vec::<i64>::try_from(&sum).ok()?;
+        let len = usize::try_from(*words.first()?).ok()?;
+        words.get(1..=len)?.iter().map(|word| u8::try_from(*word).ok()).collect()
+    }
+}
+
+impl Store for Bootstrap {
+    fn set(&self, _key: &str, value: &[u8]) -> bool {
+        // Nobody asks for what other ranks, or later calls, publish.
+        if self.group.rank().rank != 0 || self.used.swap(true, Ordering::AcqRel) {
+            return true;
+        }
+        self.exchange(value).is_some()
+    }
+
+    fn get(&self, _key: &str) -> Option<Vec<u8>> {
+        if self.used.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        self.exchange(&[])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::thread;
+
+    use super::*;
+
+    fn on_ranks<T: Send>(world: u32, body: impl Fn(TcpCommunicator) -> T + Sync) -> Vec<T> {
+        let bind = |_| TcpListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+        let listeners: Vec<TcpListener> = (0..world).map(bind).collect();
+        let peers: Vec<_> = listeners.iter().map(TcpListener::addr).collect();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let job = JobId("group-test".to_owned());
+        thread::scope(|scope| {
+            let (peers, body, job) = (&peers, &body, &job);
+            let join = |(rank, listener): (u32, TcpListener)| {
+                scope.spawn(move || {
+                    let rank = Rank { rank, world };
+                    body(listener.join(rank, peers, &[5; 32], job, Attempt(1), deadline).unwrap())
+                })
+            };
+            let ranks: Vec<_> = (0..).zip(listeners).map(join).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn every_rank_gets_the_bootstrap_value_of_rank_0() {
+        let id: Vec<u8> = (0..128u8).map(|byte| byte.wrapping_mul(37)).collect();
+        let got = on_ranks(3, |group| {
+            let rank = group.rank().rank;
+            let store = Bootstrap { group, used: AtomicBool::new(false) };
+            if rank == 0 { store.set("0", &id).then(|| id.clone()) } else { store.get("0") }
+        });
+        assert!(got.iter().all(|value| value.as_deref() == Some(id.as_slice())), "{got:?}");
+    }
+
+    #[test]
+    fn ranks_agree_on_whether_they_share_a_gpu() {
+        let gpu = |rank: u32, of: u32| [(rank % of) as u8; 16];
+        for (gpus, shared) in [(3, false), (2, true), (1, true)] {
+            let answers = on_ranks(3, |group| {
+                let uuid = gpu(group.rank().rank, gpus);
+                share_a_gpu(&group, uuid).unwrap()
+            });
+            assert_eq!(answers, [shared; 3], "{gpus} GPUs");
+        }
     }
 }

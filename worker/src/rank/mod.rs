@@ -7,7 +7,9 @@ mod group;
 mod session;
 mod task;
 
+use std::any::Any;
 use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use tunefleet_proto::rpc::{BadToken, Token};
@@ -60,6 +62,9 @@ pub enum Error {
     /// Training failed.
     #[error(transparent)]
     Train(#[from] crate::train::Error),
+    /// libtorch, out of memory above all: tch raises its failures as panics.
+    #[error("{0}")]
+    Panicked(String),
 }
 
 impl Error {
@@ -84,7 +89,41 @@ pub fn run(args: Args) -> Result<(), Error> {
     let mut text = String::new();
     std::io::stdin().take(MAX_TOKEN_BYTES).read_to_string(&mut text).map_err(Error::Stdin)?;
     let session = Session::open(args.socket, Token::new(text.trim_end())?)?;
-    let result = task::run(&session);
+    let result = catch_unwind(AssertUnwindSafe(|| task::run(&session)))
+        .unwrap_or_else(|panic| Err(Error::Panicked(message_of(panic.as_ref()))));
     session.close(&result);
     result.map(|_| ())
+}
+
+/// What a panic said; of one of libtorch's errors, the first line: its C++ stack follows.
+fn message_of(panic: &(dyn Any + Send)) -> String {
+    let said = panic.downcast_ref::<String>().map(String::as_str);
+    let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message");
+    // tch unwraps: the message stands in the debug form of its error.
+    let text = said.strip_prefix("called `Result::unwrap()` on an `Err` value: Torch(\"").unwrap_or(said);
+    let text = text.split("\\n").next().unwrap_or(text);
+    let text = text.split('\n').next().unwrap_or(text);
+    if text.contains("out of memory") || text.contains("can't allocate memory") {
+        return format!(
+            "{text}; lower train.micro_batch_sequences or data.sequence_tokens, set train.recompute, or use \
+             more ranks: coordinator plan shows what a rank needs"
+        );
+    }
+    text.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_of_libtorch_is_told_in_its_own_words_with_what_to_do() {
+        // More than any machine has: libtorch's allocator refuses.
+        let allocate = || tch::Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu));
+        let panic = catch_unwind(AssertUnwindSafe(allocate)).err().unwrap();
+        let message = message_of(panic.as_ref());
+        assert!(message.contains("can't allocate memory"), "{message}");
+        assert!(message.contains("train.micro_batch_sequences"), "{message}");
+        assert!(!message.contains("frame #"), "{message}");
+    }
 }
