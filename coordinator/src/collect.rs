@@ -257,3 +257,79 @@ fn write_batches(mut writer: Writer, batches: Receiver<Batch<'_>>) -> Result<Wri
     }
     writer.finish()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use tunefleet_proto::job::{NotebookMode, SegmentFormat, SourceSpec, default_filters};
+
+    use super::*;
+    use crate::progress::Task;
+
+    /// Removes a repository when its `nth` task begins.
+    struct Vanishing {
+        repository: PathBuf,
+        nth: usize,
+        seen: AtomicUsize,
+    }
+
+    struct NoTask;
+
+    impl Task for NoTask {
+        fn length(&self, _total: u64) {}
+        fn position(&self, _done: u64) {}
+    }
+
+    impl Progress for Vanishing {
+        fn task(&self, label: &str) -> Box<dyn Task> {
+            if self.repository.ends_with(label) && self.seen.fetch_add(1, Ordering::Relaxed) + 1 == self.nth {
+                std::fs::remove_dir_all(&self.repository).unwrap();
+            }
+            Box::new(NoTask)
+        }
+
+        fn note(&self, _text: &str) {}
+    }
+
+    fn repository(dir: &Path) {
+        let repository = git2::Repository::init(dir).unwrap();
+        for file in 0..20 {
+            std::fs::write(dir.join(format!("{file}.py")), format!("x = {file}\n")).unwrap();
+        }
+        let mut index = repository.index().unwrap();
+        index.add_all(["*"], git2::IndexAddOption::DEFAULT, None).unwrap();
+        let tree = repository.find_tree(index.write_tree().unwrap()).unwrap();
+        let author = git2::Signature::now("Test", "test@example.invalid").unwrap();
+        repository.commit(Some("HEAD"), &author, &author, "Begin", &tree, &[]).unwrap();
+    }
+
+    #[test]
+    fn a_repository_that_vanishes_midway_is_named_and_the_earlier_dataset_stays() {
+        // Between looking and fetching, and between fetching and reading.
+        for nth in [1, 2] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+            repository(&path("stays"));
+            repository(&path("vanishes"));
+            let source = |name| SourceSpec { location: path(name).display().to_string(), revision: None };
+            let mut spec = CollectSpec {
+                sources: vec![source("stays")],
+                filters: default_filters(),
+                notebooks: NotebookMode::CodeCells,
+                format: SegmentFormat::Arrow,
+                validation_fraction: 0.1,
+                split_seed: 0,
+                parallel_fetches: 2,
+            };
+            let vanishing = Vanishing { repository: path("vanishes"), nth, seen: AtomicUsize::new(0) };
+            let (cache, out) = (path("cache"), path("out"));
+            let earlier = collect(&spec, &cache, &out, &vanishing).unwrap();
+            spec.sources.push(source("vanishes"));
+            let error = collect(&spec, &cache, &out, &vanishing).unwrap_err().to_string();
+            assert!(error.contains("vanishes"), "{error}");
+            assert_eq!(manifest::read(&out).unwrap(), earlier, "the earlier dataset is gone");
+            assert!(!path("vanishes").exists());
+        }
+    }
+}

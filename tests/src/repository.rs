@@ -6,18 +6,37 @@ use git2::{IndexAddOption, Repository, Signature, Time};
 
 /// Makes a repository of one commit at `dir`. The commit is the same on every machine and day.
 pub fn commit(dir: &Path, files: &[(String, String)]) -> PathBuf {
+    let files: Vec<_> = files.iter().map(|(path, text)| (path.clone(), text.clone().into_bytes())).collect();
+    commit_bytes(dir, &files)
+}
+
+/// As [`commit`], of files that need not be text.
+pub fn commit_bytes(dir: &Path, files: &[(String, Vec<u8>)]) -> PathBuf {
     let repository = Repository::init(dir).unwrap();
     for (path, content) in files {
         let path = dir.join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, content).unwrap();
     }
+    commit_all(&repository, "Begin");
+    dir.to_owned()
+}
+
+/// Adds a commit with one more file.
+pub fn commit_more(dir: &Path, path: &str, content: &str) {
+    std::fs::write(dir.join(path), content).unwrap();
+    commit_all(&Repository::open(dir).unwrap(), "Go on");
+}
+
+fn commit_all(repository: &Repository, message: &str) {
     let mut index = repository.index().unwrap();
-    index.add_all(["*"], IndexAddOption::DEFAULT, None).unwrap();
+    index.add_all(["*"], IndexAddOption::FORCE, None).unwrap();
+    index.write().unwrap();
     let tree = repository.find_tree(index.write_tree().unwrap()).unwrap();
     let author = Signature::new("Test", "test@example.invalid", &Time::new(1_700_000_000, 0)).unwrap();
-    repository.commit(Some("HEAD"), &author, &author, "Begin", &tree, &[]).unwrap();
-    dir.to_owned()
+    let parent = repository.head().ok().map(|head| head.peel_to_commit().unwrap());
+    let parents: Vec<_> = parent.iter().collect();
+    repository.commit(Some("HEAD"), &author, &author, message, &tree, &parents).unwrap();
 }
 
 /// So many small source files with something to learn in them; another `dialect`, other names.
