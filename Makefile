@@ -10,7 +10,7 @@ HAS_NEXTEST = command -v cargo-nextest >/dev/null
 # Tests that take minutes live in modules named `long`.
 LONG = ::long::
 
-.PHONY: help build setup programs demo test test-long lint fmt bench audit clean
+.PHONY: help build setup programs demo test test-long lint fmt docs bench audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: setup ## formatting, clippy, licences and sources, the coordinator without
 
 fmt: ## format everything
 	cargo fmt --all
+
+docs: ## pages that follow from the code: docs/job-file.md
+	TUNEFLEET_BLESS=1 cargo test -p tunefleet-tests --test documents the_job_file_page
 
 bench: setup-tests ## throughput beside transformers and PyTorch FSDP2, in alternating pairs
 	@scripts/bench

@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a harness fails and speaks as tests do")]
 
+/// A control plane of its own processes.
+pub mod cluster;
 /// A job file, its repositories and what the job makes of them.
 pub mod job;
 /// What a job logged: `<output>/metrics.jsonl`.

@@ -122,6 +122,18 @@ impl Running {
         }
     }
 
+    /// Whether the program ends before `limit` has passed.
+    pub fn ends_within(&mut self, limit: Duration) -> bool {
+        let began = Instant::now();
+        while began.elapsed() < limit {
+            if self.has_ended() {
+                return true;
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
+        false
+    }
+
     /// Whether the program has ended.
     pub fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()

@@ -1,4 +1,5 @@
 //! `coordinator collect` from every kind of place, against what git itself says.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -68,3 +68,40 @@ fn ctrl_c_saves_a_checkpoint_and_leaves_nothing_running() {
     job.run(&["--resume"]).expect(0);
     assert_as_if_undisturbed(&job);
 }
+
+/// Minutes: CI runs a sample.
+mod long {
+    use super::*;
+
+    /// Kills everything at a moment of the run that `seed` decides, again and again, until it is through.
+    fn killed_at_random(seed: u64) {
+        let job = job();
+        let mut random = seed;
+        let mut kills = 0;
+        loop {
+            let resume: &[&str] = if job.checkpoints().is_empty() { &["--fresh"] } else { &["--resume"] };
+            let mut launch = job.launch(resume);
+            // SplitMix64 of the seed; up to 2.5 s, about the length of a run.
+            random = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mixed = (random ^ (random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let patience = std::time::Duration::from_millis(300 + mixed % 2200);
+            if launch.ends_within(patience) {
+                launch.wait().expect(0);
+                break;
+            }
+            launch.kill_everything();
+            kills += 1;
+            assert!(kills < 60, "seed {seed}: it never ends");
+        }
+        eprintln!("seed {seed}: {kills} kills");
+        assert_as_if_undisturbed(&job);
+    }
+
+    #[test]
+    fn kills_at_any_moment_change_no_loss() {
+        let sample = std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty());
+        for seed in 0..if sample { 2 } else { 25 } {
+            killed_at_random(seed);
+        }
+    }
+}

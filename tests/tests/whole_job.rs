@@ -1,7 +1,11 @@
 //! From git repositories to a trained, exported model by one command.
 
+use std::process::Command;
+
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_tests::job::Job;
+use tunefleet_tests::process::Running;
+use tunefleet_tests::programs;
 
 #[test]
 fn one_command_collects_trains_and_exports() {
@@ -25,6 +29,24 @@ fn one_command_collects_trains_and_exports() {
     for file in ["tokenizer/tokenizer.json", "export/tokenizer.json", "export/model.safetensors"] {
         assert!(output.join(file).is_file(), "{file}");
     }
+}
+
+#[test]
+fn an_exported_model_fills_a_hole_where_the_prompt_has_it() {
+    let job = Job::builder().steps(8).build();
+    job.run(&[]).expect(0);
+    let generate = |arguments: &[&str]| {
+        let mut command = Command::new(programs::worker());
+        command.arg("generate").arg("--model").arg(job.output().join("export")).args(arguments);
+        Running::start(command).wait()
+    };
+    let prompt = ["--prompt", "def f(x):\n    return <FILL_ME>\n\nprint(f(2))", "--max-new-tokens", "8"];
+    let filled = generate(&prompt).expect(0).stdout;
+    assert!(filled.starts_with("def f(x):\n    return "), "{filled}");
+    assert!(filled.ends_with("\n\nprint(f(2))"), "{filled}");
+    assert_eq!(generate(&prompt).expect(0).stdout, filled, "the same seed draws the same tokens");
+    generate(&["--prompt", "<FILL_ME><FILL_ME>"]).expect(1).says(&["one hole at a time"]);
+    generate(&["--prompt", "x", "--max-new-tokens", "300"]).expect(1).says(&["positions for 256"]);
 }
 
 #[test]
