@@ -108,6 +108,11 @@ pub fn input_digest(spec: &CollectSpec) -> Result<String, Error> {
     Ok(tunefleet_proto::digest_hex(inputs.to_string().as_bytes()))
 }
 
+/// Whether `manifest` was collected with the settings of `spec`, from whatever commits.
+pub fn was_asked_for(spec: &CollectSpec, manifest: &Manifest) -> Result<bool, Error> {
+    Ok(manifest.settings == settings(spec, &fetch::sources(&spec.sources)?))
+}
+
 fn written_by() -> String {
     format!("tunefleet-coordinator {} (collect {COLLECT_VERSION})", env!("CARGO_PKG_VERSION"))
 }

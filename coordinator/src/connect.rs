@@ -63,6 +63,12 @@ pub async fn channel(url: &str) -> Result<Channel, Failure> {
         let hint = "is a `coordinator serve` running there?";
         Failure::new(exit::UNREACHABLE, format!("no coordinator at {url}: {cause}; {hint}"))
     };
+    if !url.starts_with("http://") {
+        return Err(Failure::new(
+            exit::USAGE,
+            format!("coordinator {url}: the address must be http://host:port"),
+        ));
+    }
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| unreachable(&error))?;
     endpoint
         .connect_timeout(Duration::from_secs(5))
@@ -100,7 +106,9 @@ pub fn block_on(verb: impl Future<Output = Result<u8, Failure>>) -> ExitCode {
     match outcome {
         Ok(code) => ExitCode::from(code),
         Err(Failure { exit_code, message }) => {
-            eprintln!("error: {message}");
+            // Faults of a job file begin with their place.
+            let prefix = if exit_code == exit::BAD_CONFIG { "" } else { "error: " };
+            eprintln!("{prefix}{message}");
             ExitCode::from(exit_code)
         }
     }

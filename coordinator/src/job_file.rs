@@ -82,8 +82,14 @@ pub fn model_config(spec: &JobSpec) -> Result<ModelConfig, Error> {
             ModelConfig::from_json(&text).map_err(|cause| Error::Model { path, cause })?
         }
     };
-    match spec.misfit(&config) {
-        Some(misfit) => Err(Error::Misfit(misfit)),
-        None => Ok(config),
+    if let Some(misfit) = spec.misfit(&config) {
+        return Err(Error::Misfit(misfit));
+    }
+    // Fresh weights get the vocabulary that is learnt, or less where there is too little text.
+    match (&spec.model, &spec.tokenizer) {
+        (job::ModelSpec::Init { .. }, job::TokenizerSpec::Train { vocab_size }) => {
+            Ok(ModelConfig { vocab_size: u64::from(*vocab_size), ..config })
+        }
+        _ => Ok(config),
     }
 }

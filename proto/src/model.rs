@@ -102,8 +102,13 @@ pub enum Error {
 pub const PRESETS: [&str; 6] =
     ["tiny", "demo", "starcoderbase-1b", "starcoderbase-3b", "starcoderbase-7b", "starcoder"];
 
-/// Largest size that a config may state for any dimension: keeps products inside u64.
-const MAX_DIMENSION: u64 = 1 << 24;
+/// Largest vocabulary that a config may state. With the limits below, products stay inside u64 and
+/// plans inside memory.
+const MAX_VOCABULARY: u64 = 1 << 24;
+/// Largest width, head count or number of positions.
+const MAX_DIMENSION: u64 = 1 << 20;
+/// Most blocks.
+const MAX_LAYERS: u64 = 4096;
 
 /// One parameter tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -206,9 +211,9 @@ impl ModelConfig {
         };
         let config = ModelConfig {
             family: Family::GptBigCode,
-            vocab_size: size(map, "vocab_size", None)?,
+            vocab_size: limited(map, "vocab_size", None, MAX_VOCABULARY)?,
             hidden_size,
-            layers: size(map, "n_layer", None)?,
+            layers: limited(map, "n_layer", None, MAX_LAYERS)?,
             heads,
             kv_heads: 1,
             intermediate_size: size(map, "n_inner", Some(4 * hidden_size))?,
@@ -344,12 +349,21 @@ fn invalid(key: &'static str, value: &str, rule: &str) -> Error {
 }
 
 fn size(map: &Map<String, Value>, key: &'static str, default: Option<u64>) -> Result<u64, Error> {
+    limited(map, key, default, MAX_DIMENSION)
+}
+
+fn limited(
+    map: &Map<String, Value>,
+    key: &'static str,
+    default: Option<u64>,
+    most: u64,
+) -> Result<u64, Error> {
     match (map.get(key), default) {
         (None | Some(Value::Null), Some(default)) => Ok(default),
         (None | Some(Value::Null), None) => Err(Error::Missing(key)),
         (Some(value), _) => match value.as_u64() {
-            Some(n) if (1..=MAX_DIMENSION).contains(&n) => Ok(n),
-            _ => Err(invalid(key, &value.to_string(), "must be a whole number from 1 to 16777216")),
+            Some(n) if (1..=most).contains(&n) => Ok(n),
+            _ => Err(invalid(key, &value.to_string(), &format!("must be a whole number from 1 to {most}"))),
         },
     }
 }

@@ -13,7 +13,7 @@ fn dynamic_section(program: &Path) -> Option<String> {
         return None;
     };
     assert!(output.status.success());
-    Some(String::from_utf8(output.stdout).unwrap())
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[test]

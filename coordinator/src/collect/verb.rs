@@ -17,7 +17,7 @@ use crate::{progress, repos};
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true).args(["config", "sources"]))]
 pub struct Args {
-    /// Job file whose `dataset` section says what to collect; the dataset goes to `<output>/dataset`.
+    /// Job file whose `collect` section says what to collect; the dataset goes to `<output>/dataset`.
     #[arg(long, value_name = "JOB")]
     config: Option<PathBuf>,
     /// Changes a value of the job file before it is checked.
@@ -75,7 +75,8 @@ fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
             }
         };
     }
-    let out_dir = args.out.clone().unwrap_or_default();
+    // Without a slash at the end, which would put the cache into the dataset.
+    let out_dir: PathBuf = args.out.iter().flat_map(|out| out.components()).collect();
     let mut cache_dir = out_dir.clone().into_os_string();
     cache_dir.push(".repos");
     let spec = CollectSpec {

@@ -410,7 +410,10 @@ impl Job {
             return Vec::new();
         }
         match &self.phase {
-            Phase::Queued | Phase::Waiting { .. } => self.finish(End::Cancelled),
+            // Nothing to save; the answer of work under way comes too late.
+            Phase::Queued | Phase::Waiting { .. } | Phase::Inspecting(_) | Phase::Collecting => {
+                self.finish(End::Cancelled)
+            }
             Phase::Running(task) => {
                 let (stage, workers) = (task.stage, task.workers());
                 if checkpoint && stage == Stage::Train && task.started {
@@ -420,8 +423,8 @@ impl Job {
                 self.stopping = Some(Stopping::Now);
                 vec![Effect::Abort { stage, workers, reason: "cancelled".to_owned() }]
             }
-            // Work inside the coordinator is under way: the job ends with its answer.
-            Phase::Inspecting(_) | Phase::Collecting | Phase::Recording(_) | Phase::Ended(_) => {
+            // A stage is done and being noted, in a moment: the job ends with that.
+            Phase::Recording(_) | Phase::Ended(_) => {
                 self.stopping = Some(ask);
                 Vec::new()
             }

@@ -31,6 +31,8 @@ use crate::metrics;
 const WINDOW: usize = 1024;
 /// How often silent workers are looked for.
 const TICK: Duration = Duration::from_secs(1);
+/// A tick that is so late was held up: the process was stopped, or its disk.
+const STOOD_STILL: Duration = Duration::from_secs(3);
 
 /// What the plane is asked or told.
 pub(super) enum Message {
@@ -141,13 +143,21 @@ struct Entry {
 impl State {
     async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
         let mut tick = tokio::time::interval(TICK);
+        let mut looked = Instant::now();
         loop {
             tokio::select! {
                 message = inbox.recv() => match message {
                     Some(message) => self.handle(message),
                     None => return,
                 },
-                _ = tick.tick() => self.lose_silent_workers(),
+                _ = tick.tick() => {
+                    // What workers said while this process stood still has not been read yet.
+                    if looked.elapsed() > STOOD_STILL {
+                        self.workers.excuse(Instant::now());
+                    }
+                    looked = Instant::now();
+                    self.lose_silent_workers();
+                }
             }
             self.place_waiting();
             metrics::workers(self.workers.len());
@@ -201,7 +211,7 @@ impl State {
 
     fn submit(&mut self, spec: JobSpec, continuation: Continuation) -> Result<Attempt, Status> {
         let id = JobId(spec.name.clone());
-        let mut events = None;
+        let (mut events, mut earlier) = (None, 0);
         if let Some(known) = self.jobs.get(&id) {
             if known.job.end().is_none() {
                 let state = known.job.state().name();
@@ -209,13 +219,14 @@ impl State {
                 return Err(Status::already_exists(message));
             }
             events = Some(Arc::clone(&known.events));
+            earlier = known.attempt.0;
         }
         let cannot = |cause: std::io::Error| {
             Status::failed_precondition(format!("output {}: {cause}", spec.output.display()))
         };
         let log = MetricsLog::open(&spec.output).map_err(cannot)?;
         let lock = lock_output(&spec.output)?;
-        let attempt = new_attempt(&spec.output).map_err(cannot)?;
+        let attempt = new_attempt(&spec, earlier).map_err(cannot)?;
         let events = events.unwrap_or_else(|| Arc::new(EventLog::new()));
         events.reopen();
         let entry = Entry {
@@ -283,18 +294,18 @@ impl State {
                     let verdict = stage::prepare(&spec, continuation, stage);
                     Input::Inspected(stage, verdict.map_err(|error| error.to_string()))
                 };
-                self.outside(id, work);
+                self.outside(id, work, move |bug| Input::Inspected(stage, Err(bug)));
             }
             Effect::Collect => {
                 let spec = Arc::clone(&entry.spec);
-                self.outside(id, move || Input::Collected(collect(&spec)));
+                self.outside(id, move || Input::Collected(collect(&spec)), |bug| Input::Collected(Err(bug)));
             }
             Effect::Record(stage) => {
                 let spec = Arc::clone(&entry.spec);
                 let work = move || {
                     Input::Recorded(stage, stage::record(&spec, stage).map_err(|error| error.to_string()))
                 };
-                self.outside(id, work);
+                self.outside(id, work, move |bug| Input::Recorded(stage, Err(bug)));
             }
             // After each message, as long as it waits.
             Effect::Place(_) => {}
@@ -338,15 +349,20 @@ impl State {
         }
     }
 
-    /// Runs blocking work; its answer comes back as an input of this attempt.
-    fn outside(&self, id: &JobId, work: impl FnOnce() -> Input + Send + 'static) {
+    /// Runs blocking work; its answer comes back as an input of this attempt, also after a panic.
+    fn outside(
+        &self,
+        id: &JobId,
+        work: impl FnOnce() -> Input + Send + 'static,
+        panicked: impl FnOnce(String) -> Input + Send + 'static,
+    ) {
         let Some(attempt) = self.jobs.get(id).map(|entry| entry.attempt) else { return };
         let (messages, job) = (self.messages.clone(), id.clone());
         tokio::spawn(async move {
-            match tokio::task::spawn_blocking(work).await {
-                Ok(input) => answer(messages, Message::Happened { job, attempt, input }).await,
-                Err(error) => tracing::error!("job {job}: {error}"),
-            }
+            let input = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+                panicked(format!("{error}; this is a bug of the coordinator, please report it with its log"))
+            });
+            answer(messages, Message::Happened { job, attempt, input }).await;
         });
     }
 
@@ -626,19 +642,23 @@ fn attempt_dir(output: &Path, attempt: Attempt) -> std::path::PathBuf {
     output.join("logs").join(format!("attempt-{}", attempt.0))
 }
 
-/// The first attempt number that has no logs yet, and a directory for them: numbers go on where
-/// an earlier coordinator stopped.
-fn new_attempt(output: &Path) -> std::io::Result<Attempt> {
+/// The first attempt number after `earlier` that has no logs yet, and a directory for them: numbers
+/// go on where an earlier coordinator stopped, and never come twice in one. What the attempt was
+/// asked to do is noted there, for people who look later.
+fn new_attempt(spec: &JobSpec, earlier: u32) -> std::io::Result<Attempt> {
+    let output = &spec.output;
     let logs = output.join("logs");
     std::fs::create_dir_all(&logs)?;
-    let mut newest = 0;
+    let mut newest = earlier;
     for entry in std::fs::read_dir(&logs)? {
         let name = entry?.file_name();
         let number = name.to_str().and_then(|name| name.strip_prefix("attempt-")?.parse::<u32>().ok());
         newest = newest.max(number.unwrap_or(0));
     }
     let attempt = Attempt(newest.saturating_add(1));
-    std::fs::create_dir_all(attempt_dir(output, attempt))?;
+    let dir = attempt_dir(output, attempt);
+    std::fs::create_dir_all(&dir)?;
+    std::fs::write(dir.join("job.json"), serde_json::to_vec_pretty(spec)?)?;
     Ok(attempt)
 }
 

@@ -29,6 +29,8 @@ const WATCH_WINDOW: usize = 64;
 /// Longest name of a worker.
 const MAX_NAME: usize = 100;
 /// Most slots that a worker may claim.
+/// Most sequences of a micro-batch, and micro-batches of a step.
+const MAX_SEQUENCES: u32 = 65_536;
 const MAX_SLOTS: u32 = 1024;
 /// Calls that one connection may have under way.
 const CALLS_PER_CONNECTION: usize = 256;
@@ -188,6 +190,13 @@ fn check(spec: JobSpec) -> Result<JobSpec, Status> {
     }
     if spec.train.ranks == 0 || spec.train.ranks > MAX_SLOTS {
         return refuse("`train.ranks` must be from 1 to 1024");
+    }
+    let sequences = (1..=MAX_SEQUENCES).contains(&spec.train.micro_batch_sequences)
+        && (1..=MAX_SEQUENCES).contains(&spec.train.accumulate_micro_batches);
+    if !sequences {
+        return refuse(
+            "`train.micro_batch_sequences` and `accumulate_micro_batches` must be from 1 to 65536",
+        );
     }
     Ok(spec)
 }

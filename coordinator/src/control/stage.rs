@@ -2,7 +2,7 @@
 //! settings and of its inputs' content. Digests chain: a new dataset means a new tokenizer.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,9 @@ use super::job::Verdict;
 /// Directory of the stages' records inside the job's output.
 const RECORDS_DIR: &str = "stages";
 const RECORD_VERSION: u32 = 1;
-/// Of a weights file, so much of its beginning and end is hashed: whole files are too large.
+/// Of a weights file, so many pieces of so many bytes are hashed, spread evenly from its beginning
+/// to its end: whole files are too large to read at every launch.
+const SAMPLES: u64 = 32;
 const SAMPLE_BYTES: u64 = 1 << 20;
 
 /// Why a stage cannot be judged or begun.
@@ -107,7 +109,10 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
     if stage == Stage::Collect && continuation == Continuation::Resume && is_training(spec)? {
         // What is being trained on stays pinned, whatever has been pushed since.
         if found.as_ref().is_some_and(|found| found.complete) && missing_output(spec, stage).is_none() {
-            return Ok(Verdict::Cached);
+            return match collected_as_asked(spec)? {
+                true => Ok(Verdict::Cached),
+                false => Err(Error::Foreign { dir: spec.checkpoints_dir() }),
+            };
         }
     }
     let digest = digest(spec, stage)?;
@@ -115,6 +120,9 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
     let complete = found.as_ref().is_some_and(|found| found.complete);
     if same && complete && missing_output(spec, stage).is_none() {
         return Ok(Verdict::Cached);
+    }
+    if stage < Stage::Train && continuation != Continuation::Fresh {
+        keep_what_is_trained_on(spec, continuation, same)?;
     }
     let mut resume = false;
     if stage == Stage::Train
@@ -130,6 +138,28 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
     }
     write_record(spec, stage, digest, false)?;
     Ok(Verdict::Run { resume })
+}
+
+/// Refuses to make anew what unfinished or finished checkpoints were trained on: they could never be
+/// resumed, or would lie beside a tokenizer that is not theirs.
+fn keep_what_is_trained_on(spec: &JobSpec, continuation: Continuation, same: bool) -> Result<(), Error> {
+    let dir = spec.checkpoints_dir();
+    let Some(step) = newest_checkpoint(&dir)? else { return Ok(()) };
+    if continuation == Continuation::Unspecified && is_training(spec)? {
+        return Err(Error::Unfinished { dir, step, steps: spec.train.steps });
+    }
+    if same { Ok(()) } else { Err(Error::Foreign { dir }) }
+}
+
+/// Whether the dataset that is there was collected with the job's settings, whatever its commits.
+fn collected_as_asked(spec: &JobSpec) -> Result<bool, Error> {
+    match &spec.dataset {
+        DatasetSpec::Collect(collect) => {
+            let manifest = dataset_manifest(&spec.dataset_dir())?;
+            Ok(crate::collect::was_asked_for(collect, &manifest)?)
+        }
+        DatasetSpec::Existing(_) => Ok(true),
+    }
 }
 
 /// Notes that the stage is complete, after a look at its output.
@@ -314,9 +344,12 @@ fn model_digest(dir: &Path) -> Result<String, Error> {
             let mut file = File::open(&path)?;
             let bytes = file.metadata()?.len();
             let mut sample = bytes.to_le_bytes().to_vec();
-            file.by_ref().take(SAMPLE_BYTES).read_to_end(&mut sample)?;
-            file.seek(SeekFrom::Start(bytes.saturating_sub(SAMPLE_BYTES)))?;
-            file.take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+            let last = bytes.saturating_sub(SAMPLE_BYTES);
+            for piece in 0..SAMPLES {
+                let begin = u128::from(last) * u128::from(piece) / u128::from(SAMPLES - 1);
+                file.seek(SeekFrom::Start(begin as u64))?;
+                Read::by_ref(&mut file).take(SAMPLE_BYTES).read_to_end(&mut sample)?;
+            }
             Ok(sample)
         };
         hasher.update(sample().map_err(io("reading", &path))?);
@@ -358,12 +391,9 @@ fn read_record(spec: &JobSpec, stage: Stage) -> Result<Option<Record>, Error> {
     let path = record_path(spec, stage);
     match std::fs::read_to_string(&path) {
         Ok(text) => {
-            let record: Record = serde_json::from_str(&text).map_err(|e| Error::Format {
-                path,
-                what: "a stage record",
-                cause: e.to_string(),
-            })?;
-            Ok((record.version == RECORD_VERSION).then_some(record))
+            // A damaged record says nothing: the stage is judged as if it had never run.
+            let record = serde_json::from_str::<Record>(&text).ok();
+            Ok(record.filter(|record| record.version == RECORD_VERSION))
         }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io("reading", &path)(error)),
@@ -377,7 +407,9 @@ fn write_record(spec: &JobSpec, stage: Stage, digest: String, complete: bool) ->
     let incomplete = path.with_extension("json.incomplete");
     let write = || {
         std::fs::create_dir_all(spec.output.join(RECORDS_DIR))?;
-        std::fs::write(&incomplete, text)?;
+        let mut file = File::create(&incomplete)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
         std::fs::rename(&incomplete, &path)
     };
     write().map_err(io("writing", &path))

@@ -79,6 +79,11 @@ impl Workers {
         }
     }
 
+    /// Takes nobody's silence so far for a loss.
+    pub fn excuse(&mut self, now: Instant) {
+        self.known.values_mut().for_each(|worker| worker.last_heard = now);
+    }
+
     /// Forgets workers that were not heard of for [`LOST_AFTER`]; their names.
     pub fn forget_lost(&mut self, now: Instant) -> Vec<WorkerName> {
         let is_lost = |worker: &Worker| now.duration_since(worker.last_heard) >= LOST_AFTER;
@@ -183,7 +188,9 @@ mod tests {
         let later = start + LOST_AFTER / 2;
         workers.heard(&name, epoch, later);
         assert!(workers.forget_lost(start + LOST_AFTER).is_empty());
-        assert_eq!(workers.forget_lost(later + LOST_AFTER), [name]);
+        workers.excuse(later + LOST_AFTER);
+        assert!(workers.forget_lost(later + LOST_AFTER).is_empty());
+        assert_eq!(workers.forget_lost(later + 2 * LOST_AFTER), [name]);
         assert_eq!(workers.len(), 0);
     }
 }

@@ -44,6 +44,8 @@ impl Split {
     pub fn mended(&self, keys: (u64, u64), train: u64, validation: u64) -> Option<Self> {
         let threshold = match (train, validation) {
             _ if !self.is_wanted() || train + validation < 2 => return None,
+            // A tree that names one file twice: no threshold parts them.
+            _ if keys.0 == keys.1 => return None,
             (_, 0) => keys.0.saturating_add(1),
             (0, _) => keys.1,
             _ => return None,
@@ -92,6 +94,7 @@ mod tests {
         assert!(many.holds_out(7) && !many.holds_out(9));
         assert_eq!(split.mended((7, 9), 1, 1), None);
         assert_eq!(split.mended((7, 7), 1, 0), None);
+        assert_eq!(split.mended((7, 7), 2, 0), None);
         assert_eq!(Split::new(0.0, 0).mended((7, 9), 2, 0), None);
     }
 }

@@ -1,7 +1,5 @@
 //! Watches a job until it ends, and passes on what the user asks by Ctrl-C.
 
-use std::path::{Path, PathBuf};
-
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::job_event::Body;
@@ -13,6 +11,7 @@ use super::screen::Screen;
 use super::summary;
 use crate::cli::exit;
 use crate::connect::Failure;
+use crate::job_file::JobArgs;
 
 /// How long a checkpoint may take once the job was asked to stop.
 const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
@@ -34,7 +33,7 @@ pub struct Attendance<'a> {
     job: String,
     attempt: u32,
     spec: &'a JobSpec,
-    config: PathBuf,
+    args: &'a JobArgs,
     owner: Owner,
     screen: Screen,
 }
@@ -45,11 +44,11 @@ impl<'a> Attendance<'a> {
         client: ControlClient,
         submitted: SubmitResponse,
         spec: &'a JobSpec,
-        config: &Path,
+        args: &'a JobArgs,
         owner: Owner,
     ) -> Self {
         let SubmitResponse { job, attempt } = submitted;
-        Attendance { client, job, attempt, spec, config: config.to_owned(), owner, screen: Screen::new(spec) }
+        Attendance { client, job, attempt, spec, args, owner, screen: Screen::new(spec) }
     }
 
     /// Shows progress until the job ends or the user leaves; the exit code.
@@ -62,7 +61,7 @@ impl<'a> Attendance<'a> {
         let mut events = self.client.watch(request).await?.into_inner();
         loop {
             let event = tokio::select! {
-                event = events.message() => event?,
+                event = events.message() => event.map_err(|status| self.lost(&status))?,
                 code = told_to_stop(&mut interrupt, &mut terminate) => {
                     if let Owner::Remote { url } = &self.owner {
                         self.screen.close();
@@ -101,7 +100,7 @@ impl<'a> Attendance<'a> {
         self.screen.say(if again {
             "stopping at once"
         } else {
-            "stopping after this step, with a checkpoint (Ctrl-C again: at once, without)"
+            "stopping; while it trains, after this step and with a checkpoint (Ctrl-C again: at once, without)"
         });
         self.client.cancel(CancelRequest { job: self.job.clone(), grace_ms }).await?;
         Ok(())
@@ -109,7 +108,7 @@ impl<'a> Attendance<'a> {
 
     fn ended(&mut self, state: &StateChanged, asked: Option<u8>) -> u8 {
         self.screen.close();
-        let again = summary::Command { config: &self.config, coordinator: self.coordinator() };
+        let again = summary::Command { job: self.args, coordinator: self.coordinator() };
         match state.state() {
             JobState::Completed => {
                 summary::completed(&self.job, self.spec, &self.screen.totals, &again);
@@ -122,7 +121,8 @@ impl<'a> Attendance<'a> {
             }
             JobState::Cancelled => {
                 eprintln!("{} was cancelled", self.job);
-                asked.unwrap_or(exit::FAILED)
+                // 143 promises a checkpoint.
+                asked.filter(|code| *code != exit::PREEMPTED).unwrap_or(exit::FAILED)
             }
             _ => {
                 let failure = state.failure.clone().unwrap_or_default();
@@ -130,6 +130,19 @@ impl<'a> Attendance<'a> {
                 exit::FAILED
             }
         }
+    }
+
+    /// The coordinator does not answer any more; what that means for the job.
+    fn lost(&self, status: &tonic::Status) -> Failure {
+        let message = match &self.owner {
+            Owner::Embedded => format!("the coordinator in this process failed: {}", status.message()),
+            Owner::Remote { url } => format!(
+                "lost the coordinator at {url} ({}); {job} may go on: coordinator status {job} --coordinator {url}",
+                status.message(),
+                job = self.job
+            ),
+        };
+        Failure::new(exit::UNREACHABLE, message)
     }
 
     fn coordinator(&self) -> Option<&str> {

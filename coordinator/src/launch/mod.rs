@@ -12,23 +12,20 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use tunefleet_proto::job::{self, JobSpec};
+use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::{self, Continuation, SubmitRequest};
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
+use crate::job_file::{self, JobArgs};
 use attend::{Attendance, Owner};
 use embedded::Embedded;
 
 /// Command line of `coordinator launch`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The job file.
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
-    /// Overrides a value of the job file, e.g. `train.steps=100`.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
+    #[command(flatten)]
+    job: JobArgs,
     /// Continue unfinished training from its newest checkpoint.
     #[arg(long, conflicts_with = "fresh")]
     resume: bool,
@@ -55,8 +52,13 @@ pub fn run(args: Args) -> ExitCode {
 }
 
 async fn launch(args: Args) -> Result<u8, Failure> {
-    let (text, spec) = load(&args)?;
+    let bad_config = |error: job_file::Error| Failure::new(exit::BAD_CONFIG, error.to_string());
+    let spec = args.job.load().map_err(bad_config)?;
     let remote = args.coordinator.clone().or_else(|| spec.workers.coordinator.clone());
+    if remote.is_none() {
+        // The model's files are on this machine: what is wrong with them is said before anything runs.
+        job_file::model_config(&spec).map_err(bad_config)?;
+    }
     let continuation = match (args.resume, args.fresh) {
         (true, _) => Continuation::Resume,
         (_, true) => Continuation::Fresh,
@@ -64,7 +66,7 @@ async fn launch(args: Args) -> Result<u8, Failure> {
     };
     let spec_json =
         serde_json::to_string(&spec).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
-    let submit = SubmitRequest { spec_json, job_file: text, continuation: continuation.into() };
+    let submit = SubmitRequest { spec_json, continuation: continuation.into() };
     match remote {
         Some(url) => attached(&args, &url, &spec, submit).await,
         None if args.detach => {
@@ -85,7 +87,7 @@ async fn attached(args: &Args, url: &str, spec: &JobSpec, submit: SubmitRequest)
         return Ok(exit::OK);
     }
     let owner = Owner::Remote { url: url.to_owned() };
-    Attendance::new(client, submitted, spec, &args.config, owner).until_end().await
+    Attendance::new(client, submitted, spec, &args.job, owner).until_end().await
 }
 
 /// With a coordinator and a worker of its own, which end with it.
@@ -95,7 +97,7 @@ async fn alone(args: &Args, spec: &JobSpec, submit: SubmitRequest) -> Result<u8,
     let outcome = match client.submit(submit).await {
         Ok(submitted) => {
             let submitted = submitted.into_inner();
-            let attendance = Attendance::new(client, submitted, spec, &args.config, Owner::Embedded);
+            let attendance = Attendance::new(client, submitted, spec, &args.job, Owner::Embedded);
             tokio::select! {
                 outcome = attendance.until_end() => outcome,
                 failure = embedded.worker_ended() => Err(failure),
@@ -105,15 +107,4 @@ async fn alone(args: &Args, spec: &JobSpec, submit: SubmitRequest) -> Result<u8,
     };
     embedded.stop().await;
     outcome
-}
-
-fn load(args: &Args) -> Result<(String, JobSpec), Failure> {
-    let path = args.config.display();
-    let text = std::fs::read_to_string(&args.config)
-        .map_err(|error| Failure::new(exit::BAD_CONFIG, format!("{path}: {error}")))?;
-    let cwd = std::env::current_dir()
-        .map_err(|error| Failure::new(exit::FAILED, format!("current directory: {error}")))?;
-    let spec = job::load(&args.config, &text, &args.set, &cwd)
-        .map_err(|faults| Failure::new(exit::BAD_CONFIG, faults.to_string()))?;
-    Ok((text, spec))
 }

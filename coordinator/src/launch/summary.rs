@@ -2,18 +2,18 @@
 //! cases what to type next.
 
 use std::io::Write;
-use std::path::Path;
 
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::{Failure, Stage};
 
 use super::screen::{Totals, grouped};
 use crate::control::METRICS_LOG_FILE;
+use crate::job_file::JobArgs;
 
 /// How this job is launched again.
 pub struct Command<'a> {
-    /// The job file.
-    pub config: &'a Path,
+    /// The job file and its overrides.
+    pub job: &'a JobArgs,
     /// The coordinator that it was submitted to.
     pub coordinator: Option<&'a str>,
 }
@@ -21,7 +21,10 @@ pub struct Command<'a> {
 impl Command<'_> {
     /// The command line with one more flag.
     pub fn launch(&self, flag: &str) -> String {
-        let mut line = format!("coordinator launch --config {}", self.config.display());
+        let mut line = format!("coordinator launch --config {}", self.job.config.display());
+        for set in &self.job.set {
+            line += &format!(" --set '{set}'");
+        }
         if let Some(url) = self.coordinator {
             line += &format!(" --coordinator {url}");
         }
@@ -59,7 +62,7 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
             model.display()
         );
     }
-    text += &format!("  coordinator plan --config {}\n", again.config.display());
+    text += &format!("  coordinator plan --config {}\n", again.job.config.display());
     let twice = spec.train.steps.saturating_mul(2);
     text += &format!("  {}\n", again.launch(&format!("--fresh --set train.steps={twice}")));
     // A reader that has gone away wants no more.

@@ -26,8 +26,16 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Place::File { line, .. } => write!(f, "line {line}"),
-            Place::Override(argument) => write!(f, "--set {argument}"),
+            Place::Override(argument) => write!(f, "--set {}", shown_argument(argument)),
         }
+    }
+}
+
+/// A `--set` argument as a message shows it: without its value where that may hold a password.
+fn shown_argument(argument: &str) -> &str {
+    match argument.split_once('=') {
+        Some((key, value)) if value.contains('@') => key,
+        _ => argument,
     }
 }
 
@@ -63,7 +71,7 @@ impl fmt::Display for Diagnostics {
             }
             match place {
                 Place::File { line, column } => write!(f, "{}:{line}:{column}: {message}", self.file)?,
-                Place::Override(argument) => write!(f, "--set {argument}: {message}")?,
+                Place::Override(argument) => write!(f, "--set {}: {message}", shown_argument(argument))?,
             }
         }
         Ok(())

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tch::{Device, Tensor};
 use tunefleet_proto::checkpoint::{self as proto, DataPosition, Manifest, RankFile};
 use tunefleet_proto::shard_plan::ShardPlan;
@@ -57,7 +59,7 @@ pub fn save(
             if rank.rank == 0 { publish(&incomplete, &target, plan, state, digests) } else { Ok(()) };
         agree(comm, device, state.step, published)?;
         if rank.rank == 0 {
-            prune(dir, keep);
+            prune(dir, keep, state.step);
         }
         return Ok(target);
     }
@@ -164,21 +166,45 @@ fn publish(
     for synced in [path.as_path(), incomplete] {
         sync(synced)?;
     }
-    if target.exists() {
-        // The same step saved again, after a resume: the new one replaces the old.
-        fs::remove_dir_all(target).map_err(Error::io(target))?;
-    }
-    fs::rename(incomplete, target).map_err(Error::io(target))?;
+    place(incomplete, target).map_err(|cause| Error::io(target)(cause.into()))?;
     target.parent().map_or(Ok(()), sync)
+}
+
+/// Gives a whole checkpoint its name. One of that step that is there already, from before a resume,
+/// changes places with it: at no moment is there none.
+fn place(incomplete: &Path, target: &Path) -> Result<(), Errno> {
+    let rename = |flags| renameat2(AT_FDCWD, incomplete, AT_FDCWD, target, flags);
+    match rename(RenameFlags::RENAME_EXCHANGE) {
+        Ok(()) => {
+            // Best effort: it is never read, and the next save removes it.
+            let _ = fs::remove_dir_all(incomplete);
+            Ok(())
+        }
+        Err(Errno::ENOENT) => rename(RenameFlags::empty()),
+        // A file system without exchange: aside, then in its place.
+        Err(Errno::EINVAL | Errno::ENOSYS) => {
+            let mut aside = target.as_os_str().to_owned();
+            aside.push(".replaced.incomplete");
+            if target.exists() {
+                fs::rename(target, &aside).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)))?;
+            }
+            let placed = fs::rename(incomplete, target);
+            let _ = fs::remove_dir_all(&aside);
+            placed.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)))
+        }
+        Err(errno) => Err(errno),
+    }
 }
 
 fn sync(path: &Path) -> Result<(), Error> {
     fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io(path))
 }
 
-/// Removes all but the newest `keep` checkpoints. A failure costs disk, not the run.
-fn prune(dir: &Path, keep: usize) {
+/// Removes all but the newest `keep` checkpoints up to `saved`. A failure costs disk, not the run.
+/// Later ones were passed over by a resume, as not sound: they count for nothing.
+fn prune(dir: &Path, keep: usize, saved: u64) {
     let mut steps = super::load::steps(dir);
+    steps.retain(|step| *step <= saved);
     steps.truncate(steps.len().saturating_sub(keep.max(1)));
     for step in steps {
         let path = dir.join(proto::dir_name(step));

@@ -26,6 +26,10 @@ const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 /// Where to dial.
 pub(super) fn endpoint(url: &str) -> Result<Endpoint, Error> {
     let bad = |cause: String| Error::Url { url: url.to_owned(), cause };
+    if !url.starts_with("http://") {
+        // Without TLS, https would be dialled in plain text, token and all.
+        return Err(bad("only http is spoken".to_owned()));
+    }
     let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| bad(error.to_string()))?;
     if endpoint.uri().host().is_none() {
         return Err(bad("no host".to_owned()));

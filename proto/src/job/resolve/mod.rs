@@ -126,10 +126,12 @@ impl Resolver<'_> {
 
     fn workers(&mut self, workers: &WorkersFile, ranks: u32) -> WorkersSpec {
         let coordinator = workers.coordinator.given().map(|At { value, place }| {
-            let host = value.strip_prefix("http://").or_else(|| value.strip_prefix("https://"));
+            let host = value.strip_prefix("http://");
             if !host.is_some_and(|host| !host.is_empty() && !host.contains(['@', ' '])) {
                 let rule = "must look like http://host:port, with no user or password";
-                self.sink.report(place, format!("workers.coordinator {rule}, got {}", shown(value)));
+                // What stands before an @ is a secret.
+                let got = if value.contains('@') { String::new() } else { format!(", got {}", shown(value)) };
+                self.sink.report(place, format!("workers.coordinator {rule}{got}"));
             }
             value.clone()
         });

@@ -49,6 +49,7 @@ impl Resolver<'_> {
             self.within("train.warmup_steps", &train.warmup_steps, 0..=MAX_STEPS, (steps / 10).min(30));
         if let Some(at) = train.warmup_steps.given()
             && warmup_steps > steps
+            && !matches!(train.steps, Field::Wrong)
         {
             let steps_are = match train.steps.given() {
                 Some(at) => format!("train.steps is {steps} ({})", at.place),
