@@ -3,6 +3,7 @@
 use nix::sys::signal::Signal;
 use tunefleet_tests::job::Job;
 use tunefleet_tests::process::Running;
+use tunefleet_tests::repository;
 
 const STEPS: u64 = 60;
 const CHECKPOINT_EVERY: u64 = 10;
@@ -66,6 +67,25 @@ fn ctrl_c_saves_a_checkpoint_and_leaves_nothing_running() {
     assert_eq!(job.checkpoints().last(), Some(&stopped_at), "a checkpoint of the last step must exist");
 
     job.run(&["--resume"]).expect(0);
+    assert_as_if_undisturbed(&job);
+}
+
+#[test]
+fn new_commits_do_not_reach_what_unfinished_checkpoints_were_trained_on() {
+    let job = job();
+    let launch = until_step(&job, &[], 5);
+    launch.signal(Signal::SIGTERM);
+    launch.wait().expect(143).says(&["--resume"]);
+    repository::commit_more(&job.dir().join("repos/first"), "src/new.py", "new = 1\n");
+    let dataset = || std::fs::read(job.output().join("dataset/manifest.json")).unwrap();
+    let before = dataset();
+
+    job.run(&[]).expect(1).says(&["--resume", "--fresh"]);
+    assert!(dataset() == before, "the dataset of the checkpoints is gone");
+    let other = ["--resume", "--set", "collect.max_file_bytes=1000"];
+    job.run(&other).expect(1).says(&["another model, dataset, tokenizer or training settings"]);
+    // Pinned to the commits that it began with; the twin's repositories have no others.
+    job.run(&["--resume"]).expect(0).says(&["collect: cached"]);
     assert_as_if_undisturbed(&job);
 }
 

@@ -299,6 +299,20 @@ async fn unfinished_training_is_neither_resumed_nor_discarded_unasked() {
 }
 
 #[tokio::test]
+async fn attempts_of_one_name_have_different_numbers_wherever_they_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = spec(dir.path());
+    let mut client = control(&served(None).await, None).await;
+    for attempt in [1, 2, 3] {
+        spec.output = dir.path().join(format!("out-{attempt}"));
+        assert_eq!(submit(&mut client, &spec).await.unwrap(), attempt);
+        let asked = spec.output.join(format!("logs/attempt-{attempt}/job.json"));
+        assert_eq!(serde_json::from_slice::<JobSpec>(&std::fs::read(asked).unwrap()).unwrap(), spec);
+        client.cancel(CancelRequest { job: "job".to_owned(), grace_ms: 0 }).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_second_worker_of_the_same_name_is_refused() {
     let url = served(None).await;
     let _first = Worker::join(&url, "w", "1").await.unwrap();
@@ -342,6 +356,13 @@ async fn a_spec_that_cannot_be_is_refused() {
         (JobSpec { name: "../up".to_owned(), ..good.clone() }, "name"),
         (JobSpec { output: "relative".into(), ..good.clone() }, "absolute"),
         (JobSpec { train: TrainSpec { ranks: 0, ..good.train.clone() }, ..good.clone() }, "ranks"),
+        (
+            JobSpec {
+                train: TrainSpec { micro_batch_sequences: u32::MAX, ..good.train.clone() },
+                ..good.clone()
+            },
+            "micro_batch_sequences",
+        ),
     ] {
         let refused = submit(&mut client, &bad).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument);
