@@ -6,6 +6,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tch::Tensor;
@@ -24,8 +25,8 @@ pub trait Store: Send + Sync {
 /// One rank's membership in an NCCL group.
 pub struct Group {
     raw: *mut sys::tf_nccl,
-    /// Boxed twice: the C side holds the address of the inner fat pointer.
-    _store: Box<Box<dyn Store>>,
+    /// Boxed inside: the C side holds the address of the inner fat pointer.
+    store: Arc<Box<dyn Store>>,
 }
 
 // SAFETY: ProcessGroupNCCL locks its own state; the pointer is not tied to a thread.
@@ -37,6 +38,8 @@ unsafe impl Sync for Group {}
 /// A started operation.
 pub struct Work {
     raw: *mut sys::tf_work,
+    /// A c10d::Work keeps its group's store, which calls back into this one.
+    _store: Arc<Box<dyn Store>>,
 }
 
 // SAFETY: a c10d::Work is reference-counted and may be waited for on any thread.
@@ -54,18 +57,18 @@ impl Group {
         store: Box<dyn Store>,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        let store = Box::new(store);
+        let store = Arc::new(store);
         let context: *const Box<dyn Store> = &*store;
         let callbacks = sys::tf_store { context: context.cast_mut().cast(), set: store_set, get: store_get };
         let timeout_ms = i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX);
         let mut raw = std::ptr::null_mut();
         // SAFETY: `callbacks` is copied by the call; its context is the heap address of `store`,
-        // which this Group keeps alive until after `tf_nccl_free`.
+        // which this Group and each Work of it keep alive.
         let status = unsafe {
             sys::tf_nccl_join(rank as c_int, world as c_int, device, &callbacks, timeout_ms, &mut raw)
         };
         ffi::check("joining the NCCL group", status)?;
-        Ok(Group { raw, _store: store })
+        Ok(Group { raw, store })
     }
 
     /// `output` `[world * n]` = every rank's `input` `[n]`, in rank order. `input` may be this
@@ -119,7 +122,7 @@ impl Group {
     ) -> Result<Work, Error> {
         let mut raw = std::ptr::null_mut();
         ffi::check(op, call(self.raw, &mut raw))?;
-        Ok(Work { raw })
+        Ok(Work { raw, _store: Arc::clone(&self.store) })
     }
 }
 
@@ -136,9 +139,16 @@ impl Work {
     /// # Errors
     /// [`Error::Torch`] when the operation failed.
     pub fn wait(self) -> Result<(), Error> {
-        let raw = self.raw;
-        std::mem::forget(self);
-        // SAFETY: made by a start call and consumed here, once: Drop does not run.
+        let mut this = self;
+        this.join()
+    }
+
+    fn join(&mut self) -> Result<(), Error> {
+        let raw = std::mem::replace(&mut self.raw, std::ptr::null_mut());
+        if raw.is_null() {
+            return Ok(());
+        }
+        // SAFETY: made by a start call and consumed here, once: the handle is null from now on.
         let status = unsafe { sys::tf_nccl_wait(raw) };
         ffi::check("waiting for a collective", status)
     }
@@ -147,8 +157,7 @@ impl Work {
 impl Drop for Work {
     fn drop(&mut self) {
         // An operation nobody waits for still holds its tensors: join it, its error is not wanted.
-        // SAFETY: made by a start call, and not consumed by `wait`.
-        let _ = unsafe { sys::tf_nccl_wait(self.raw) };
+        let _ = self.join();
     }
 }
 

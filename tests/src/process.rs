@@ -244,8 +244,13 @@ pub struct Process {
 impl Process {
     /// Kills it.
     pub fn kill(&self) {
+        self.signal(Signal::SIGKILL);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         // It may have ended meanwhile.
-        let _ = kill(Pid::from_raw(self.pid), Signal::SIGKILL);
+        let _ = kill(Pid::from_raw(self.pid), signal);
     }
 }
 

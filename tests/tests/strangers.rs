@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use tunefleet_tests::job::Job;
 use tunefleet_tests::process::Process;
 
@@ -29,7 +30,15 @@ fn strangers_at_every_port_and_socket_disturb_nothing() {
     let (mut tcp, mut unix) = (HashSet::new(), HashSet::new());
     let mut silent = Vec::new();
     let mut ended = false;
+    // A rank listens for its peers until all are there: one of them is held up until the other's
+    // port has been knocked at.
+    let (mut held, mut rank_port_found) = (None, false);
     while !ended {
+        let ranks = launch.ranks();
+        if held.is_none() && ranks.len() == 2 {
+            ranks[1].signal(Signal::SIGSTOP);
+            held = Some(ranks[1].pid);
+        }
         let doors = Doors::of(&launch.processes());
         for &port in &doors.tcp {
             if tcp.insert(port) {
@@ -50,9 +59,23 @@ fn strangers_at_every_port_and_socket_disturb_nothing() {
             }
             unix.insert(path);
         }
+        if let Some(pid) = held
+            && !rank_port_found
+            && ranks
+                .iter()
+                .any(|rank| rank.pid != pid && !Doors::of(std::slice::from_ref(rank)).tcp.is_empty())
+        {
+            // Seen open after the knocks of this round: the next round's knocks come before it goes on.
+            rank_port_found = true;
+        } else if rank_port_found {
+            for rank in &ranks {
+                rank.signal(Signal::SIGCONT);
+            }
+        }
         ended = launch.has_ended();
     }
     launch.wait().expect(0);
+    assert!(rank_port_found, "no rank was seen listening");
     // The coordinator's, its metrics', the worker's metrics', and at least one rank's.
     assert!(tcp.len() >= 4, "only {tcp:?} were open");
     assert!(!unix.is_empty(), "ranks connect to their daemon by a socket");

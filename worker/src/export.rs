@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use tunefleet_proto::checkpoint;
 use tunefleet_proto::job::{JobSpec, Precision};
 
 use crate::checkpoint::safetensors::Reader;
@@ -53,13 +54,14 @@ pub fn run(args: Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// Exports the newest sound checkpoint of a job; returns its step.
+/// Exports the last checkpoint of a job; returns its step.
 ///
 /// # Errors
 /// Whatever reading the checkpoint or writing the model meets.
 pub fn export_job(spec: &JobSpec) -> Result<u64, Error> {
-    let checkpoints = spec.checkpoints_dir();
-    export(&checkpoints, &spec.model_dir(), &spec.tokenizer_dir(), &spec.export_dir(), spec.export.dtype)
+    // The last one and no other: an older model must not pass for the trained one.
+    let last = spec.checkpoints_dir().join(checkpoint::dir_name(spec.train.steps));
+    export(&last, &spec.model_dir(), &spec.tokenizer_dir(), &spec.export_dir(), spec.export.dtype)
 }
 
 /// Writes `out` from `checkpoint` (or the newest sound one in it); returns its step. The shape
@@ -74,7 +76,7 @@ pub fn export(
     out: &Path,
     dtype: Precision,
 ) -> Result<u64, Error> {
-    let (dir, manifest) = if checkpoint.join(tunefleet_proto::checkpoint::MANIFEST_FILE).exists() {
+    let (dir, manifest) = if checkpoint.join(checkpoint::MANIFEST_FILE).exists() {
         (checkpoint.to_owned(), load::verify(checkpoint)?)
     } else {
         let sound = load::newest_sound(checkpoint)?;

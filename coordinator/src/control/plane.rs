@@ -477,10 +477,10 @@ impl State {
                 let Some(outcome) = done.outcome else { return };
                 return self.apply(id, Input::Done { stage, rank, outcome: outcome.into() });
             }
+            Some(rank_event::Body::Note(text)) => Body::Note(text),
             // Losses are those of all ranks: one of them is enough to tell.
             _ if rank != 0 => return,
             Some(rank_event::Body::Section(name)) => Body::Section(name),
-            Some(rank_event::Body::Note(text)) => Body::Note(text),
             Some(rank_event::Body::Step(step)) => Body::Step(step),
             Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),
             Some(rank_event::Body::Saved(saved)) => Body::Saved(saved),

@@ -71,6 +71,7 @@ int tf_cpu_bf16_matmul_is_native(int *native) {
 int tf_set_deterministic(int on) {
   return tf_guard([&] {
     at::globalContext().setDeterministicAlgorithms(on != 0, /*warn_only=*/false);
+    at::globalContext().setDeterministicMkldnn(on != 0);
     // Filling fresh memory with NaN costs a pass over every tensor; all of ours are written.
     at::globalContext().setDeterministicFillUninitializedMemory(false);
   });

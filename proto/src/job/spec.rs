@@ -160,7 +160,7 @@ pub enum FimLevel {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Packing {
-    /// One stream over all documents; nothing is dropped; new order each epoch; O(1) seek.
+    /// One stream over all documents; nothing is dropped; new order each epoch; resuming seeks.
     Continuous,
     /// The original's buffers, dropped tails and repeated random stream, token for token.
     SeedCompatible,

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tch::Tensor;
 use tunefleet_proto::checkpoint::{self as proto, Manifest};
-use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_proto::ids::Rank;
+use tunefleet_proto::shard_plan::{PLAN_VERSION, ShardPlan};
 
 use super::Error;
 use super::safetensors::Reader;
@@ -69,7 +70,15 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
         );
         return Err(Error::format(&path, rule));
     }
-    if manifest.files.len() != manifest.shard_plan.world as usize {
+    let plan = &manifest.shard_plan;
+    if plan.version != PLAN_VERSION || plan.world == 0 {
+        let rule = format!(
+            "shard plan of version {} for {} ranks; this program reads version {PLAN_VERSION}",
+            plan.version, plan.world
+        );
+        return Err(Error::format(&path, rule));
+    }
+    if manifest.files.len() != plan.world as usize {
         return Err(Error::format(&path, "number of files differs from the number of ranks"));
     }
     Ok(manifest)
@@ -80,9 +89,18 @@ pub fn read_manifest(dir: &Path) -> Result<Manifest, Error> {
 /// # Errors
 /// [`Error::Format`] with the file and the rule that it breaks.
 pub fn verify(dir: &Path) -> Result<Manifest, Error> {
+    verify_share(dir, Rank::SOLE)
+}
+
+/// As [`verify`], of every `world`-th file: together, the ranks check all.
+///
+/// # Errors
+/// [`Error::Format`] with the file and the rule that it breaks.
+pub fn verify_share(dir: &Path, share: Rank) -> Result<Manifest, Error> {
     let manifest = read_manifest(dir)?;
     let path = dir.join(proto::MANIFEST_FILE);
-    for (rank, file) in manifest.files.iter().enumerate() {
+    let own = manifest.files.iter().enumerate().skip(share.rank as usize).step_by(share.world as usize);
+    for (rank, file) in own {
         if file.file != rank_file(rank as u32) {
             return Err(Error::format(&path, format!("unexpected file name {:?}", file.file)));
         }

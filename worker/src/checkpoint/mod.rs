@@ -8,6 +8,8 @@ pub mod safetensors;
 pub mod hugging_face;
 /// A Hugging Face model directory, written.
 pub mod model_dir;
+/// A directory gets its name whole.
+pub mod place;
 /// One checkpoint, written by all ranks.
 pub mod save;
 /// The newest sound checkpoint, onto any number of ranks.
@@ -60,6 +62,9 @@ pub enum Error {
         /// This rank's cause, or that another rank failed.
         cause: String,
     },
+    /// Another rank met an error, which it tells itself.
+    #[error("{0}")]
+    Elsewhere(String),
     /// A collective failed.
     #[error(transparent)]
     Comm(#[from] crate::comm::Error),

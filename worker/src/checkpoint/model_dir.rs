@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::json;
 use tunefleet_proto::job::Precision;
@@ -11,6 +11,7 @@ use tunefleet_proto::model::{ModelConfig, Parameter};
 
 use super::Error;
 use super::hugging_face::{CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE};
+use super::place;
 use super::safetensors::{Entry, WriteDtype, Writer};
 
 /// Largest weights file; transformers' own default.
@@ -32,9 +33,8 @@ pub fn write(
     tokenizer: Option<&Path>,
     mut values: impl FnMut(&Parameter, &mut Sink<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
-    let mut incomplete = out.as_os_str().to_owned();
-    incomplete.push(".incomplete");
-    let incomplete = PathBuf::from(incomplete);
+    check_replaceable(out)?;
+    let incomplete = place::incomplete(out)?;
     if incomplete.exists() {
         fs::remove_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
     }
@@ -71,10 +71,31 @@ pub fn write(
         let index = json!({ "metadata": { "total_size": total_bytes }, "weight_map": weight_map });
         write_json(&incomplete.join(INDEX_FILE), &index)?;
     }
-    if out.exists() {
-        fs::remove_dir_all(out).map_err(Error::io(out))?;
+    place::sync(&incomplete)?;
+    place::place(&incomplete, out)
+}
+
+/// Whether `out` is free, or holds nothing but a model: somebody's other files are not replaced.
+fn check_replaceable(out: &Path) -> Result<(), Error> {
+    let entries = match fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io(out)(error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(Error::io(out))?.file_name();
+        let name = name.to_string_lossy();
+        let ours = name == CONFIG_FILE
+            || name == INDEX_FILE
+            || name.ends_with(".safetensors")
+            || TOKENIZER_FILES.contains(&&*name);
+        if !ours {
+            let rule =
+                format!("holds {name}, which is not part of a model: choose another place or move it away");
+            return Err(Error::format(out, rule));
+        }
     }
-    fs::rename(&incomplete, out).map_err(Error::io(out))
+    Ok(())
 }
 
 /// All parameters in file order, cut where a file would grow past its limit.
@@ -97,14 +118,23 @@ fn split(config: &ModelConfig, dtype: WriteDtype) -> Vec<Vec<Parameter>> {
 }
 
 fn copy_tokenizer(from: &Path, into: &Path) -> Result<(), Error> {
-    if from.is_file() {
-        fs::copy(from, into.join(TOKENIZER_FILES[0])).map_err(Error::io(from))?;
-        return Ok(());
+    let copy = |path: &Path, name: &str| -> Result<(), Error> {
+        let copied = into.join(name);
+        fs::copy(path, &copied).map_err(Error::io(path))?;
+        place::sync(&copied)
+    };
+    // A tokenizer given as a file has its companions beside it.
+    let (dir, file) = match from.is_file() {
+        true => (from.parent().unwrap_or_else(|| Path::new("")), from.to_owned()),
+        false => (from, from.join(TOKENIZER_FILES[0])),
+    };
+    if file.exists() {
+        copy(&file, TOKENIZER_FILES[0])?;
     }
-    for name in TOKENIZER_FILES {
-        let path = from.join(name);
+    for name in &TOKENIZER_FILES[1..] {
+        let path = dir.join(name);
         if path.exists() {
-            fs::copy(&path, into.join(name)).map_err(Error::io(&path))?;
+            copy(&path, name)?;
         }
     }
     Ok(())
@@ -112,5 +142,6 @@ fn copy_tokenizer(from: &Path, into: &Path) -> Result<(), Error> {
 
 fn write_json(path: &Path, value: &serde_json::Value) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
-    fs::write(path, text).map_err(Error::io(path))
+    fs::write(path, text).map_err(Error::io(path))?;
+    place::sync(path)
 }

@@ -3,13 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tch::{Device, Tensor};
 use tunefleet_proto::checkpoint::{self as proto, DataPosition, Manifest, RankFile};
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::Error;
+use super::place;
 use super::safetensors::{Entry, WriteDtype, Writer};
 use crate::comm::{Communicator, Tag};
 use crate::train::units::Shard;
@@ -46,8 +45,8 @@ pub fn save(
 ) -> Result<PathBuf, Error> {
     let rank = comm.rank();
     let name = proto::dir_name(state.step);
-    let incomplete = dir.join(format!("{name}.incomplete"));
     let target = dir.join(&name);
+    let incomplete = place::incomplete(&target)?;
 
     let prepared = if rank.rank == 0 { prepare(dir, &incomplete) } else { Ok(()) };
     agree(comm, device, state.step, prepared)?;
@@ -75,10 +74,15 @@ pub fn rank_file(rank: u32) -> String {
     format!("rank-{rank:05}.safetensors")
 }
 
+/// Clears what interrupted saves left, of whatever step, and makes room for this one.
 fn prepare(dir: &Path, incomplete: &Path) -> Result<(), Error> {
     fs::create_dir_all(dir).map_err(Error::io(dir))?;
-    if incomplete.exists() {
-        fs::remove_dir_all(incomplete).map_err(Error::io(incomplete))?;
+    for entry in fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("step-") && name.contains(place::INCOMPLETE) {
+            fs::remove_dir_all(&path).map_err(Error::io(&path))?;
+        }
     }
     fs::create_dir(incomplete).map_err(Error::io(incomplete))
 }
@@ -132,7 +136,7 @@ fn agree(comm: &dyn Communicator, device: Device, step: u64, own: Result<(), Err
     match own {
         Err(e) => Err(Error::Save { step, cause: e.to_string() }),
         Ok(()) if failed.int64_value(&[0]) > 0 => {
-            Err(Error::Save { step, cause: "another rank could not write its part".to_owned() })
+            Err(Error::Elsewhere(format!("saving step {step}: another rank could not write its part")))
         }
         Ok(()) => Ok(()),
     }
@@ -164,40 +168,9 @@ fn publish(
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| Error::format(&path, e.to_string()))?;
     fs::write(&path, text).map_err(Error::io(&path))?;
     for synced in [path.as_path(), incomplete] {
-        sync(synced)?;
+        place::sync(synced)?;
     }
-    place(incomplete, target).map_err(|cause| Error::io(target)(cause.into()))?;
-    target.parent().map_or(Ok(()), sync)
-}
-
-/// Gives a whole checkpoint its name. One of that step that is there already, from before a resume,
-/// changes places with it: at no moment is there none.
-fn place(incomplete: &Path, target: &Path) -> Result<(), Errno> {
-    let rename = |flags| renameat2(AT_FDCWD, incomplete, AT_FDCWD, target, flags);
-    match rename(RenameFlags::RENAME_EXCHANGE) {
-        Ok(()) => {
-            // Best effort: it is never read, and the next save removes it.
-            let _ = fs::remove_dir_all(incomplete);
-            Ok(())
-        }
-        Err(Errno::ENOENT) => rename(RenameFlags::empty()),
-        // A file system without exchange: aside, then in its place.
-        Err(Errno::EINVAL | Errno::ENOSYS) => {
-            let mut aside = target.as_os_str().to_owned();
-            aside.push(".replaced.incomplete");
-            if target.exists() {
-                fs::rename(target, &aside).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)))?;
-            }
-            let placed = fs::rename(incomplete, target);
-            let _ = fs::remove_dir_all(&aside);
-            placed.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(0)))
-        }
-        Err(errno) => Err(errno),
-    }
-}
-
-fn sync(path: &Path) -> Result<(), Error> {
-    fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io(path))
+    place::place(incomplete, target)
 }
 
 /// Removes all but the newest `keep` checkpoints up to `saved`. A failure costs disk, not the run.

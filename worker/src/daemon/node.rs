@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket};
 
-use super::{Args, Error};
+use super::{Args, Error, io};
 
 /// One machine, as its daemon tells the coordinator.
 #[derive(Debug, Clone)]
@@ -31,7 +31,10 @@ impl Node {
             gpus,
             cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
             memory_bytes: memory_bytes(),
-            address: args.advertise.unwrap_or_else(|| address_towards(&args.coordinator)),
+            address: match args.advertise {
+                Some(address) => address,
+                None => address_towards(&args.coordinator)?,
+            },
             incarnation: tunefleet_proto::hex(&rand::random::<[u8; 8]>()),
         })
     }
@@ -64,7 +67,7 @@ fn memory_bytes() -> u64 {
 
 /// The address of the interface that leads to the coordinator. Nothing is sent: connecting a
 /// datagram socket only looks up the route.
-fn address_towards(url: &str) -> IpAddr {
+fn address_towards(url: &str) -> Result<IpAddr, Error> {
     let authority = url.split("://").last().unwrap_or(url).trim_end_matches('/');
     let route = || -> std::io::Result<IpAddr> {
         let mut found = authority.to_socket_addrs()?;
@@ -78,7 +81,8 @@ fn address_towards(url: &str) -> IpAddr {
         socket.connect(peer)?;
         Ok(socket.local_addr()?.ip())
     };
-    route().unwrap_or_else(|_| Ipv4Addr::LOCALHOST.into())
+    // Any other answer would be taken for this worker's address as long as it lives.
+    route().map_err(io(&format!("finding this machine's address towards {url}; give it by --advertise IP")))
 }
 
 #[cfg(test)]
@@ -87,7 +91,9 @@ mod tests {
 
     #[test]
     fn a_worker_of_a_local_coordinator_is_reached_locally() {
-        assert_eq!(address_towards("http://127.0.0.1:7070"), IpAddr::from(Ipv4Addr::LOCALHOST));
-        assert_eq!(address_towards("not an address"), IpAddr::from(Ipv4Addr::LOCALHOST));
+        let found = address_towards("http://127.0.0.1:7070").unwrap();
+        assert_eq!(found, IpAddr::from(Ipv4Addr::LOCALHOST));
+        let error = address_towards("not an address").unwrap_err().to_string();
+        assert!(error.contains("--advertise"), "{error}");
     }
 }

@@ -161,8 +161,10 @@ impl Ranks {
                 }
                 match child.wait().await {
                     Ok(status) => {
+                        // Before anything else: an abort that comes now did not end it.
+                        let aborted = self.live().get(&key).is_some_and(|rank| rank.aborted);
                         self.drain(&key).await;
-                        process::exited(status, &log_path)
+                        RankExited { aborted, ..process::exited(status, &log_path) }
                     }
                     Err(error) => RankExited {
                         start_error: format!("waiting for the process: {error}"),
@@ -182,7 +184,9 @@ impl Ranks {
             process::signal_group(pid, Signal::SIGKILL);
         }
         metrics::rank_exited(exited.exit_code == Some(0));
-        exited.aborted = rank.is_some_and(|rank| rank.aborted);
+        if let Some(rank) = rank {
+            metrics::section(&key.job, key.rank, &rank.section, "");
+        }
         exited.task = assignment.task;
         exited.rank = key.rank;
         self.say(worker_message::Body::Exited(exited));

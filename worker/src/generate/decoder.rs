@@ -18,6 +18,8 @@ pub struct Decoder {
     numerics: Numerics,
     shape: BlockShape,
     embed: Vec<Tensor>,
+    /// Output embedding in the dtype of products.
+    head_vd: Tensor,
     blocks: Vec<Vec<Tensor>>,
 }
 
@@ -39,8 +41,9 @@ impl Decoder {
         let mut views = plan.units.iter().zip(&buffers).map(|(unit, buffer)| units::views(unit, buffer));
         let embed = views.next().unwrap_or_default();
         // Widened once: a token's products are too small to pay for it each time.
+        let head_vd = if config.tied_head { &embed[0] } else { &embed[2] }.to_kind(numerics.product_kind);
         let blocks = views.map(|views| numerics.for_products(views)).collect();
-        Ok(Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, blocks })
+        Ok(Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks })
     }
 
     /// The model's shape.
@@ -71,7 +74,7 @@ impl Decoder {
             let head = HeadParams {
                 norm_weight: &self.embed[norms],
                 norm_bias: &self.embed[norms + 1],
-                weight_vd: if self.config.tied_head { &self.embed[0] } else { &self.embed[2] },
+                weight_vd: &self.head_vd,
             };
             let last = x.narrow(1, ids.len() as i64 - 1, 1).to_kind(self.numerics.kind);
             let h = head::norm(&head, &last, self.config.norm_epsilon);

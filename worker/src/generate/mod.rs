@@ -91,6 +91,13 @@ pub fn run(args: Args) -> Result<(), Error> {
     let device = Device::cuda_if_available();
     let default = if device == Device::Cpu { Precision::Fp32 } else { Precision::Bf16 };
     let decoder = Decoder::load(&args.model, Numerics::new(device, args.dtype.unwrap_or(default)))?;
+    let (tokens, rows) = (tokenizer.vocab_size(), decoder.config().vocab_size);
+    if tokens > rows {
+        return Err(Error::Setting(format!(
+            "{}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together",
+            args.model.display()
+        )));
+    }
     prompt.check_room(args.max_new_tokens, decoder.config().max_positions)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let tokens = complete(&decoder, &prompt.tokens, args.max_new_tokens, tokenizer.eos(), sampling);

@@ -75,7 +75,7 @@ impl Prompt {
     /// [`Error::Long`].
     pub fn check_room(&self, new_tokens: usize, max_positions: u64) -> Result<(), Error> {
         let tokens = self.tokens.len();
-        if (tokens + new_tokens) as u64 > max_positions {
+        if tokens.saturating_add(new_tokens) as u64 > max_positions {
             return Err(Error::Long { tokens, new_tokens, max_positions });
         }
         Ok(())

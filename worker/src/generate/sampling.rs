@@ -15,6 +15,9 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+/// Tokens among which the nucleus is looked for first.
+const FIRST_LOOK: i64 = 1024;
+
 /// Draws tokens.
 pub struct Sampler {
     sampling: Sampling,
@@ -33,8 +36,7 @@ impl Sampler {
             return logits_v.argmax(0, false).int64_value(&[]) as u32;
         }
         let probabilities = (logits_v / self.sampling.temperature).softmax(0, Kind::Double);
-        let (sorted, order) = probabilities.sort(0, true);
-        let sorted = Vec::<f64>::try_from(sorted).unwrap_or_default();
+        let (sorted, order) = self.likeliest(&probabilities);
         // As in transformers: a token stays when the mass before it is below top_p.
         let mut mass = 0.0;
         let kept = sorted.iter().take_while(|&&p| {
@@ -54,6 +56,20 @@ impl Sampler {
             draw -= p;
         }
         order.int64_value(&[chosen as i64]) as u32
+    }
+
+    /// Probabilities from the largest down, at least as many as the nucleus has, and their tokens.
+    fn likeliest(&self, probabilities: &Tensor) -> (Vec<f64>, Tensor) {
+        let all = probabilities.size()[0];
+        // Sorting a whole vocabulary takes longer than a small model's step; the nucleus is small.
+        for most in [FIRST_LOOK.min(all), all] {
+            let (sorted, order) = probabilities.topk(most, 0, true, true);
+            let sorted = Vec::<f64>::try_from(sorted).unwrap_or_default();
+            if most == all || sorted.iter().sum::<f64>() >= self.sampling.top_p {
+                return (sorted, order);
+            }
+        }
+        (Vec::new(), Tensor::new())
     }
 }
 

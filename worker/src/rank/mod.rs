@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use tunefleet_proto::rpc::{BadToken, Token};
 
+use crate::{checkpoint, train};
 use session::Session;
 
 /// Longest token that is read from stdin.
@@ -73,9 +74,13 @@ impl Error {
         use crate::comm::Error::{Aborted, PeerGone};
         match self {
             Error::Aborted(_) => true,
-            Error::Join(cause) | Error::Train(crate::train::Error::Comm(cause)) => {
+            Error::Join(cause)
+            | Error::Train(
+                train::Error::Comm(cause) | train::Error::Checkpoint(checkpoint::Error::Comm(cause)),
+            ) => {
                 matches!(cause, PeerGone { .. } | Aborted(_))
             }
+            Error::Train(train::Error::Checkpoint(checkpoint::Error::Elsewhere(_))) => true,
             _ => false,
         }
     }

@@ -115,6 +115,8 @@ impl Session {
             }
         };
         let Session { host, ended, .. } = self;
+        // Here and not as the process exits: peers get this rank's farewell, and NCCL its shutdown.
+        drop(lock(&host.shared.group).take());
         host.shared.closing.store(true, Ordering::Release);
         host.send(rank_event::Body::Done(RankDone { outcome: Some(outcome) }));
         drop(host);
@@ -167,8 +169,10 @@ impl Shared {
         }
         *lock(&self.abort) = Some(cause.to_owned());
         drop(start);
-        if let Some(group) = lock(&self.group).as_ref() {
-            group.abort(cause);
+        if let Some(group) = lock(&self.group).clone() {
+            // On a thread of its own: an abort that hangs must not keep this process alive.
+            let cause = cause.to_owned();
+            std::thread::spawn(move || group.abort(&cause));
         }
         tokio::time::sleep(ABORT_GRACE).await;
         // Exit handlers of libraries may wait for threads that are stuck: they are not asked.

@@ -1,6 +1,6 @@
 //! Which sequences a rank sees when: a pure function of the step, so that resuming seeks.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::TrainSpec;
 
@@ -57,21 +57,18 @@ impl<'a> Batches<'a> {
 }
 
 /// This rank's share of the first `limit` validation sequences, in rounds in which every rank has
-/// a batch; missing rows count nothing.
-///
-/// # Errors
-/// Whatever reading the data meets.
+/// a batch, with its number of counted targets; missing rows count nothing. Each is read when it is
+/// asked for.
 pub fn validation(
     sequences: &Sequences,
     limit: u64,
     micro_batch: u64,
     rank: Rank,
     device: Device,
-) -> Result<Vec<(Batch, i64)>, Error> {
+) -> impl Iterator<Item = Result<(Batch, i64), Error>> + '_ {
     let total = limit.min(sequences.len_per_epoch());
     let per_round = micro_batch * u64::from(rank.world);
-    let mut rounds = Vec::new();
-    for round in 0..total.div_ceil(per_round) {
+    (0..total.div_ceil(per_round)).map(move |round| {
         let first = round * per_round + u64::from(rank.rank) * micro_batch;
         let mut rows = Vec::new();
         for index in first..first + micro_batch {
@@ -83,9 +80,8 @@ pub fn validation(
             rows.push(row);
         }
         let targets = counted(&rows);
-        rounds.push((batch(&rows, device), targets));
-    }
-    Ok(rounds)
+        Ok((batch(&rows, device), targets))
+    })
 }
 
 fn counted(rows: &[Sequence]) -> i64 {
@@ -96,6 +92,13 @@ fn batch(rows: &[Sequence], device: Device) -> Batch {
     let tokens: Vec<i64> = rows.iter().flat_map(|row| row.tokens.iter().map(|&t| i64::from(t))).collect();
     let targets: Vec<i64> = rows.iter().flat_map(|row| row.targets.iter().copied()).collect();
     let shape = [rows.len() as i64, -1];
-    let tensor = |values: &[i64]| Tensor::from_slice(values).view(shape).to_device(device);
+    let tensor = |values: &[i64]| {
+        let host = Tensor::from_slice(values).view(shape);
+        if device == Device::Cpu {
+            return host;
+        }
+        // From pinned memory the copy is only queued: the host does not wait for the device.
+        host.pin_memory(device).to_device_(device, Kind::Int64, true, false)
+    };
     Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets) }
 }

@@ -30,7 +30,7 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::checkpoint::{hugging_face, load, save};
+use crate::checkpoint::{self, hugging_face, load, save};
 use crate::comm::{Communicator, Tag};
 use crate::data::{Sequences, Split};
 use crate::model::numerics::Numerics;
@@ -221,20 +221,22 @@ impl<'a> Run<'a> {
     fn train(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
         let train = &self.spec.train;
         let mut meter = Meter::start(self.step, self.consumed);
-        // On a GPU the host runs one step ahead: what a step found is read after the next began.
+        // On a GPU the host runs one step ahead: what a step found, and whether some rank was asked
+        // to stop when it began, is read after the next one has begun.
         let mut unread: Option<(u64, StepStatus)> = None;
+        let mut stop_asked: Option<Tensor> = None;
         while self.step < train.steps {
             host.report(Event::Section("step"));
             let learning_rate = schedule::learning_rate(train, self.step + 1);
-            let status = self.one_step(learning_rate)?;
+            let (status, asked) = self.one_step(learning_rate, host.stop_requested())?;
             self.step += 1;
+            let stop = stop_asked.replace(asked).is_some_and(|asked| asked.double_value(&[]) > 0.0);
             if let Some((step, status)) = unread.replace((self.step, status)) {
                 self.check(step, &status)?;
             }
             let last = self.step == train.steps;
             let step = self.step;
             let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
-            let stop = self.stop_agreed(host)?;
             let save = last || stop || due(train.checkpoint_every_steps);
             if (due(train.log_every_steps) || save)
                 && let Some((step, status)) = unread.take()
@@ -245,16 +247,16 @@ impl<'a> Run<'a> {
                     host.report(Event::Step(meter.report(self.spec, step, sequences, learning_rate, values)));
                 }
             }
+            if save {
+                host.report(Event::Section("save"));
+                meter.pause(|| self.save(host))?;
+            }
             if due(train.eval_every_steps) && !stop {
                 host.report(Event::Section("evaluate"));
                 let loss = meter.pause(|| self.evaluate())?;
                 if let Some(loss) = loss {
                     host.report(Event::Evaluated { step: self.step, loss });
                 }
-            }
-            if save {
-                host.report(Event::Section("save"));
-                meter.pause(|| self.save(host))?;
             }
             if stop && !last {
                 return Ok(Outcome::Stopped(self.step));
@@ -266,16 +268,20 @@ impl<'a> Run<'a> {
         Ok(Outcome::Finished)
     }
 
-    /// One optimizer update.
-    fn one_step(&mut self, learning_rate: f64) -> Result<StepStatus, Error> {
+    /// One optimizer update. Besides what it found, a scalar on the device that is above 0 when any
+    /// rank was asked to stop: the same on all ranks.
+    fn one_step(&mut self, learning_rate: f64, asked_to_stop: bool) -> Result<(StepStatus, Tensor), Error> {
         let train = &self.spec.train;
         let batches = Batches::new(&self.training, train, self.rank, self.device);
         let (micro_batches, own_targets) = batches.step(self.consumed)?;
         self.consumed += batches.step_sequences();
 
         // The loss is a mean over all targets of the whole step: not a mean of means.
-        let targets = Tensor::from(own_targets as f64).to_device(self.device);
-        self.walk.comm().all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
+        let scalar = |value: f64| Tensor::full([], value, (Kind::Double, self.device));
+        let counts =
+            Tensor::stack(&[scalar(own_targets as f64), scalar(f64::from(u8::from(asked_to_stop)))], 0);
+        self.walk.comm().all_reduce(&counts, Tag { unit: None, what: "target count" })?.wait()?;
+        let (targets, asked) = (counts.get(0), counts.get(1));
         let scale = targets.reciprocal().to_kind(Kind::Float);
 
         self.walk.begin_step()?;
@@ -285,7 +291,9 @@ impl<'a> Run<'a> {
             loss_sum += self.walk.train_micro_batch(batch, position, &scale)?;
         }
         self.walk.finish_step()?;
-        optimizer::update(&mut self.walk, train, self.step + 1, learning_rate, &loss_sum, &targets)
+        let status =
+            optimizer::update(&mut self.walk, train, self.step + 1, learning_rate, &loss_sum, &targets)?;
+        Ok((status, asked))
     }
 
     fn check(&mut self, step: u64, status: &StepStatus) -> Result<StepValues, Error> {
@@ -297,26 +305,16 @@ impl<'a> Run<'a> {
         Ok(values)
     }
 
-    /// Whether any rank was asked to stop: all ranks get the same answer at the same step.
-    fn stop_agreed(&self, host: &dyn Host) -> Result<bool, Error> {
-        if self.rank.world == 1 {
-            return Ok(host.stop_requested());
-        }
-        let asked = Tensor::from(f64::from(u8::from(host.stop_requested()))).to_device(self.device);
-        self.walk.comm().all_reduce(&asked, Tag { unit: None, what: "stop request" })?.wait()?;
-        Ok(asked.double_value(&[]) > 0.0)
-    }
-
     /// Mean loss per counted validation target; `None` without validation data.
     fn evaluate(&mut self) -> Result<Option<f64>, Error> {
         let Some(sequences) = &self.validation else { return Ok(None) };
         let train = &self.spec.train;
         let (limit, micro) = (train.eval_sequences.into(), train.micro_batch_sequences.into());
-        let rounds = batches::validation(sequences, limit, micro, self.rank, self.device)?;
         let mut sums = Tensor::zeros([2], (Kind::Double, self.device));
-        for (batch, targets) in &rounds {
-            let loss = self.walk.evaluate(batch)?;
-            let targets = Tensor::from(*targets as f64).to_device(self.device);
+        for round in batches::validation(sequences, limit, micro, self.rank, self.device) {
+            let (batch, targets) = round?;
+            let loss = self.walk.evaluate(&batch)?;
+            let targets = Tensor::full([], targets as f64, (Kind::Double, self.device));
             sums += Tensor::stack(&[loss, targets], 0);
         }
         self.walk.comm().all_reduce(&sums, Tag { unit: None, what: "validation loss" })?.wait()?;
@@ -347,7 +345,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Rank 0 chooses the checkpoint, so that all ranks load the same one.
+/// The newest checkpoint that all ranks find sound, each looking at its share of the files. Rank 0
+/// says which one is looked at, so that all load the same.
 fn agree_on_checkpoint(
     spec: &JobSpec,
     comm: &dyn Communicator,
@@ -355,32 +354,44 @@ fn agree_on_checkpoint(
     host: &dyn Host,
 ) -> Result<(PathBuf, Manifest), Error> {
     let dir = spec.checkpoints_dir();
-    let found = if comm.rank().rank == 0 { Some(load::newest_sound(&dir)) } else { None };
-    let step = match &found {
-        Some(Ok(sound)) => sound.manifest.step as i64,
-        Some(Err(_)) => -1,
-        None => 0,
+    let rank = comm.rank();
+    let sum = |value: i64, what| -> Result<i64, Error> {
+        let tensor = Tensor::full([], value, (Kind::Int64, device));
+        comm.all_reduce(&tensor, Tag { unit: None, what })?.wait()?;
+        Ok(tensor.int64_value(&[]))
     };
-    let agreed = Tensor::from(step).to_device(device);
-    comm.all_reduce(&agreed, Tag { unit: None, what: "checkpoint choice" })?.wait()?;
-    match (found, agreed.int64_value(&[])) {
-        (Some(found), _) => {
-            let load::Sound { path, manifest, passed_over } = found?;
-            for error in passed_over {
-                host.report(Event::Note(format!("passed over a checkpoint: {error}")));
+    let (mut before, mut detail, mut broken) = (u64::MAX, String::new(), false);
+    loop {
+        let candidate = match rank.rank {
+            0 => {
+                load::steps(&dir).into_iter().rev().find(|step| *step < before).map_or(-1, |step| step as i64)
             }
-            host.report(Event::Note(format!("resuming from {}", path.display())));
-            Ok((path, manifest))
+            _ => 0,
+        };
+        let Ok(step) = u64::try_from(sum(candidate, "checkpoint choice")?) else {
+            // Whose part of the files was broken tells it.
+            return Err(match rank.rank == 0 && !broken || !detail.is_empty() {
+                true => checkpoint::Error::NoCheckpoint { path: dir, detail }.into(),
+                false => checkpoint::Error::Elsewhere("no sound checkpoint to resume from".to_owned()).into(),
+            });
+        };
+        let path = dir.join(tunefleet_proto::checkpoint::dir_name(step));
+        let verified = load::verify_share(&path, rank);
+        let failed = sum(i64::from(verified.is_err()), "checkpoint check")?;
+        match verified {
+            Ok(manifest) if failed == 0 => {
+                if rank.rank == 0 {
+                    host.report(Event::Note(format!("resuming from {}", path.display())));
+                }
+                return Ok((path, manifest));
+            }
+            Ok(_) => broken = true,
+            Err(error) => {
+                host.report(Event::Note(format!("passed over a checkpoint: {error}")));
+                detail.push_str(&format!("; {error}"));
+            }
         }
-        (None, step) if step >= 0 => {
-            let path = dir.join(tunefleet_proto::checkpoint::dir_name(step as u64));
-            let manifest = load::read_manifest(&path)?;
-            Ok((path, manifest))
-        }
-        (None, _) => {
-            let detail = "; rank 0 says why".to_owned();
-            Err(crate::checkpoint::Error::NoCheckpoint { path: dir, detail }.into())
-        }
+        before = step;
     }
 }
 

@@ -70,6 +70,7 @@ pub fn walk<'a>(
     options: WalkOptions,
     edit: impl FnOnce(&mut ModelConfig),
 ) -> Walk<'a> {
+    tunefleet_kernels::device::set_deterministic(true).unwrap();
     let mut config = hugging_face::read_config(dir).unwrap();
     edit(&mut config);
     let rank = comm.rank();

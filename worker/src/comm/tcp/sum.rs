@@ -57,13 +57,15 @@ fn add_all(sum: &mut Tensor, parts: &[Tensor]) -> Result<(), TchError> {
 #[derive(Default)]
 pub struct Pool(Mutex<Vec<Tensor>>);
 
-/// At most two operations of a kind are under way in the block walk.
-const KEPT: usize = 4;
+/// At most two operations of a kind are under way in the block walk; on a GPU each has three.
+const KEPT: usize = 8;
 
 impl Pool {
     /// A CPU tensor of `elements`; pinned when it is to be copied from or to `device`, a GPU.
     pub fn take(&self, kind: Kind, elements: i64, device: Device) -> Result<Tensor, Error> {
-        let fits = |t: &Tensor| t.kind() == kind && t.numel() as i64 == elements;
+        let fits = |t: &Tensor| {
+            t.kind() == kind && t.numel() as i64 == elements && (!device.is_cuda() || t.is_pinned(device))
+        };
         let mut kept = self.lock();
         if let Some(at) = kept.iter().position(fits) {
             return Ok(kept.remove(at));
