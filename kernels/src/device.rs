@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use tch::{Device, Kind, Tensor};
 use tunefleet_kernels_sys as sys;
 
 use crate::{Error, ffi};
@@ -23,9 +24,29 @@ pub fn cpu_bf16_matmul_is_native() -> bool {
 /// # Errors
 /// [`Error::Torch`] with libtorch's message.
 pub fn set_deterministic(on: bool) -> Result<(), Error> {
+    if on {
+        settle();
+    }
     // SAFETY: no precondition.
     let status = unsafe { sys::tf_set_deterministic(on.into()) };
     ffi::check("deterministic switch", status)
+}
+
+/// Makes the first calls of the mathematical libraries on one thread. They look then which
+/// instructions the CPU has; of two threads that are first together, one may compute a little
+/// otherwise than ever after, and a run does not repeat bit for bit.
+fn settle() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        for kind in [Kind::Float, Kind::Double, Kind::BFloat16] {
+            let x = Tensor::full([64, 64], 0.5, (kind, Device::Cpu));
+            let _ = (x.exp(), x.log(), x.erf(), x.tanh(), x.sqrt(), x.sin(), x.cos());
+            let _ = (x.mm(&x), x.softmax(-1, kind), x.gelu("none"), x.gelu("tanh"), x.bernoulli());
+        }
+        tch::set_num_threads(threads);
+    });
 }
 
 /// GPU memory of libtorch's caching allocator, bytes.
