@@ -113,7 +113,10 @@ pub fn logs(args: LogsArgs) -> ExitCode {
         let status = args.connect.client().await?.status(request).await?.into_inner();
         let attempt = args.attempt.unwrap_or(status.attempt);
         let dir = Path::new(&status.output).join("logs").join(format!("attempt-{attempt}"));
-        let missing = |error| Failure::new(exit::NOT_FOUND, format!("{}: {error}", dir.display()));
+        let missing = |error| {
+            let hint = "a job's logs are in its output directory, on the machines that its workers run on";
+            Failure::new(exit::NOT_FOUND, format!("{}: {error}; {hint}", dir.display()))
+        };
         let mut files = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(missing)? {
             files.push(entry.map_err(missing)?.path());

@@ -31,13 +31,17 @@ impl Place {
 
     /// `coordinator collect` of `sources` into `out`, with a home directory of its own.
     fn collect(&self, out: &str, sources: &[&str], options: &[&str]) -> Ended {
+        Running::start(self.command(out, sources, options)).wait()
+    }
+
+    fn command(&self, out: &str, sources: &[&str], options: &[&str]) -> Command {
         let mut command = Command::new(programs::coordinator());
         command.arg("collect").args(sources).arg("--out").arg(self.path(out)).args(options);
         command.args(["--validation-fraction", "0"]).env("HOME", self.path("home"));
         for variable in ["SSH_AUTH_SOCK", "XDG_CONFIG_HOME", "http_proxy", "HTTP_PROXY"] {
             command.env_remove(variable);
         }
-        Running::start(command).wait()
+        command
     }
 
     fn manifest(&self, out: &str) -> Manifest {
@@ -248,7 +252,7 @@ fn git_config_of_cache(cache: &Path) -> String {
 }
 
 #[test]
-fn repositories_come_over_ssh_by_a_key_file_and_a_stranger_host_is_refused() {
+fn repositories_come_over_ssh_by_a_key_file_or_the_agent_and_a_stranger_host_is_refused() {
     let sshd = "/usr/sbin/sshd";
     if !Path::new(sshd).exists() || !nix::unistd::geteuid().is_root() {
         return skip("needs root and an SSH server (apt-get install openssh-server)");
@@ -292,8 +296,23 @@ fn repositories_come_over_ssh_by_a_key_file_and_a_stranger_host_is_refused() {
     assert_eq!(place.manifest("out").repositories[0].files, 9);
     assert_eq!(place.manifest("out").repositories[0].commit, git(&repo, &["rev-parse", "HEAD"]).trim());
 
-    fs::remove_file(place.path("home/.ssh/id_ed25519")).unwrap();
+    let elsewhere = place.path("key");
+    fs::rename(place.path("home/.ssh/id_ed25519"), &elsewhere).unwrap();
     place.collect("denied", &[&url], &[]).expect(5).says(&["ssh-add"]);
+
+    // The agent has it still.
+    let socket = place.path("agent");
+    let mut agent = Command::new("ssh-agent");
+    agent.args(["-D", "-a"]).arg(&socket).stdout(Stdio::piped());
+    let mut agent = Server { child: agent.spawn().unwrap(), _stdin: None, port: 0 };
+    let mut line = String::new();
+    BufReader::new(agent.child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let added = Command::new("ssh-add").arg("-q").arg(&elsewhere).env("SSH_AUTH_SOCK", &socket).status();
+    assert!(added.unwrap().success());
+    let mut command = place.command("by-agent", &[&url], &[]);
+    command.env("SSH_AUTH_SOCK", &socket);
+    Running::start(command).wait().expect(0);
+    assert_eq!(place.manifest("by-agent").repositories[0].files, 9);
 }
 
 #[test]

@@ -5,12 +5,13 @@ use std::process::ExitCode;
 
 use tunefleet_proto::dataset::Manifest;
 use tunefleet_proto::job::{
-    self, CollectSpec, DatasetSpec, JobSpec, NotebookMode, SegmentFormat, SourceSpec, default_filters,
+    CollectSpec, DatasetSpec, NotebookMode, SegmentFormat, SourceSpec, default_filters,
 };
 
 use super::Error;
 use crate::cli::exit;
 use crate::dataset::inspect;
+use crate::job_file::JobArgs;
 use crate::{progress, repos};
 
 /// Arguments of `coordinator collect`.
@@ -31,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", conflicts_with = "config")]
     out: Option<PathBuf>,
     /// Share of files held out for evaluation.
-    #[arg(long, value_name = "FRACTION", default_value_t = 0.05, conflicts_with = "config", value_parser = fraction)]
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.005, conflicts_with = "config", value_parser = fraction)]
     validation_fraction: f64,
     /// Writes Parquet instead of Arrow.
     #[arg(long, conflicts_with = "config")]
@@ -61,7 +62,11 @@ pub fn run(args: Args) -> ExitCode {
 /// What to collect, where remotes are kept, and where the dataset goes.
 fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
     if let Some(config) = &args.config {
-        let job = load(config, &args.overrides)?;
+        let args = JobArgs { config: config.clone(), set: args.overrides.clone() };
+        let job = args.load().map_err(|error| {
+            eprintln!("{error}");
+            ExitCode::from(exit::BAD_CONFIG)
+        })?;
         let (cache_dir, out_dir) = (job.output.join("repos"), job.dataset_dir());
         return match job.dataset {
             DatasetSpec::Collect(spec) => Ok((spec, cache_dir, out_dir)),
@@ -89,18 +94,6 @@ fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
         parallel_fetches: 8,
     };
     Ok((spec, cache_dir.into(), out_dir))
-}
-
-fn load(config: &Path, overrides: &[String]) -> Result<JobSpec, ExitCode> {
-    let read = std::fs::read_to_string(config).and_then(|text| Ok((text, std::env::current_dir()?)));
-    let (text, cwd) = read.map_err(|e| {
-        eprintln!("error: {}: {e}", config.display());
-        ExitCode::from(exit::BAD_CONFIG)
-    })?;
-    job::load(config, &text, overrides, &cwd).map_err(|diagnostics| {
-        eprintln!("{diagnostics}");
-        ExitCode::from(exit::BAD_CONFIG)
-    })
 }
 
 fn source_spec(source: &str) -> SourceSpec {

@@ -88,7 +88,7 @@ impl Choice {
              # Few CPUs compute in bf16; fp32 is exact, and a model this small has the memory for it.\n  \
              precision: fp32\n"
         );
-        let model = "  # Random weights of about 6 million parameters: what a CPU can train while you wait. It learns\n  \
+        let model = "  # Random weights of about 5 million parameters: what a CPU can train while you wait. It learns\n  \
                      # the habits of your code, not programming. For a model that was trained before, write\n  \
                      #   path: /path/to/starcoderbase-1b    # config.json and safetensors files\n  \
                      # in the place of init, and run on a GPU.\n  \
