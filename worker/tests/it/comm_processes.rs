@@ -96,7 +96,8 @@ fn a_killed_rank_is_named_by_the_others_within_a_second() {
     let killed = Instant::now();
     for rank in [0, 2] {
         let error = ranks[rank].line();
-        assert!(error.starts_with("rank 1 is gone during gather"), "rank {rank}: {error}");
+        // Seen by itself, or told by the other.
+        assert!(error.starts_with("rank 1 is gone during"), "rank {rank}: {error}");
     }
     assert!(killed.elapsed() < Duration::from_secs(1), "{:?}", killed.elapsed());
 }
