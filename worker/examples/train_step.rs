@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
-use tunefleet_kernels::device::{cuda_memory, set_deterministic};
+use tunefleet_kernels::device::{cuda_memory, keep_freed_memory, set_deterministic};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
 use tunefleet_proto::model::{Dropout, ModelConfig};
@@ -83,6 +83,7 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
         On::Cpu => Device::Cpu,
         On::Cuda => Device::Cuda(0),
     };
+    keep_freed_memory();
     set_deterministic(true)?;
     let config = shape(args)?;
     let rank = comm.rank();

@@ -9,7 +9,9 @@ use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
 /// Rows of logits that exist at once; the worker computes the loss in chunks of so many tokens.
-const LOGITS_ROWS_CPU: u64 = 256;
+const LOGITS_ROWS_CPU: u64 = 128;
+/// Rows whose gradients of the logits are kept, in the dtype of products.
+const GRADIENT_ROWS_CPU: u64 = 1024;
 const LOGITS_ROWS_CUDA: u64 = 4096;
 /// Gathered blocks at once: one is computed with while the other fills.
 const GATHER_SLOTS: u64 = 2;
@@ -60,8 +62,9 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
     let graphs = if train.recompute { 1 } else { block_count };
 
     let rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { LOGITS_ROWS_CPU });
-    // Log-probabilities and gradient in fp32; a copy where products are in less.
-    let bytes_per_logit = if train.precision == Precision::Fp32 { 8 } else { 10 };
+    let gradient_rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { GRADIENT_ROWS_CPU });
+    // Log-probabilities and logits in fp32, with a copy where products are in less; the gradients.
+    let logit_bytes = rows * if train.precision == Precision::Fp32 { 8 } else { 10 } + gradient_rows * c;
 
     let item = |what, bytes| Item { what, bytes };
     let items = vec![
@@ -73,7 +76,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
         item("gradients being reduced, fp32", in_flight),
         item("block inputs", block_count * tokens * d * c),
         item("activations of blocks (estimate)", tokens * c * (graphs * kept_per_token + backward_per_token)),
-        item("logits and their gradient", rows * config.vocab_size * bytes_per_logit),
+        item("logits and their gradient", config.vocab_size * logit_bytes),
         item("program and libraries (allowance)", if on_gpu { ALLOWANCE_CUDA } else { ALLOWANCE_CPU }),
     ];
     items.into_iter().filter(|item| item.bytes > 0).collect()

@@ -46,6 +46,9 @@ int tf_cpu_bf16_matmul_is_native(int *native);
 /* Only deterministic algorithms from here on; an op that has none raises an error. */
 int tf_set_deterministic(int on);
 
+/* The C allocator keeps freed memory instead of giving it back to the system. No-op where it cannot. */
+void tf_keep_freed_memory(void);
+
 /* Address of a dense CPU tensor's first element. */
 int tf_data_ptr(tf_tensor tensor, void **data);
 

@@ -3,6 +3,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <limits>
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
 #include "guard.h"
 
 using TensorList = std::vector<at::Tensor>;
@@ -75,6 +80,15 @@ int tf_set_deterministic(int on) {
     // Filling fresh memory with NaN costs a pass over every tensor; all of ours are written.
     at::globalContext().setDeterministicFillUninitializedMemory(false);
   });
+}
+
+void tf_keep_freed_memory(void) {
+#ifdef __GLIBC__
+  // 32 MiB is the most that glibc takes from its heap instead of from the system.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TOP_PAD, 64 << 20);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+#endif
 }
 
 int tf_data_ptr(tf_tensor tensor, void **data) {

@@ -71,6 +71,7 @@ unsafe extern "C" {
     pub fn tf_foreach_norm(tensors: *const tf_tensor, len: usize, norms: *mut tf_tensor) -> c_int;
     pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;
     pub fn tf_set_deterministic(on: c_int) -> c_int;
+    pub fn tf_keep_freed_memory();
     pub fn tf_data_ptr(tensor: tf_tensor, data: *mut *mut c_void) -> c_int;
     pub fn tf_cuda_memory(device: c_int, memory: *mut tf_cuda_memory) -> c_int;
     pub fn tf_cuda_reset_peak(device: c_int) -> c_int;

@@ -8,8 +8,11 @@ use super::numerics::Numerics;
 /// Targets with this value do not count, as in transformers.
 pub const IGNORED: i64 = -100;
 
-/// Rows of logits at a time on the CPU: 256 x 49,152 fp32 are 50 MB.
-const CPU_CHUNK_ROWS: i64 = 256;
+/// Rows of logits at a time on the CPU: 128 x 49,152 fp32 are 25 MB, which the allocator keeps for
+/// the next chunk (see `kernels::device::keep_freed_memory`).
+const CPU_CHUNK_ROWS: i64 = 128;
+/// Rows whose gradients of the logits are multiplied at once on the CPU: 100 MB in bf16.
+const CPU_GROUP_ROWS: i64 = 1024;
 /// On a GPU: large products, and 4,096 x 49,152 fp32 are 805 MB.
 const CUDA_CHUNK_ROWS: i64 = 4096;
 
@@ -46,6 +49,20 @@ pub fn loss_sum(numerics: Numerics, weight_vd: &Tensor, h_nd: &Tensor, targets_n
     sum
 }
 
+/// Gradients of the logits of a group of rows, kept between calls: fresh memory would cost more
+/// than the arithmetic on it.
+#[derive(Debug, Default)]
+pub struct Scratch(Option<Tensor>);
+
+impl Scratch {
+    fn take(&mut self, rows: i64, vocab: i64, kind: Kind, device: Device) -> Tensor {
+        match &self.0 {
+            Some(kept) if kept.size()[0] >= rows && kept.size()[1] == vocab => kept.narrow(0, 0, rows),
+            _ => self.0.insert(Tensor::zeros([rows, vocab], (kind, device))).shallow_clone(),
+        }
+    }
+}
+
 /// [`loss_sum`], and its gradients times `scale` (fp32 scalar on the device): returns the sum and
 /// `dh_nd`, and adds the weight's gradient to `dweight_vd` (fp32).
 pub fn loss_sum_and_grads(
@@ -55,31 +72,48 @@ pub fn loss_sum_and_grads(
     targets_n: &Tensor,
     scale: &Tensor,
     dweight_vd: &Tensor,
+    scratch: &mut Scratch,
 ) -> (Tensor, Tensor) {
     let kind = numerics.product_kind;
     let weight_vd = weight_vd.to_kind(kind);
+    let (rows, vocab) = (h_nd.size()[0], weight_vd.size()[0]);
     let mut sum = Tensor::zeros([], (Kind::Double, numerics.device));
-    let mut dh_chunks = Vec::new();
-    for chunk in chunks(numerics, h_nd, targets_n) {
-        let mut log_probs_cv = logits(numerics, &weight_vd, &chunk.h_cd).log_softmax(-1, Kind::Float);
-        sum += chunk.loss(&log_probs_cv);
-        // d(loss)/d(logits) = softmax - onehot, in place.
-        let mut dlogits_cv = log_probs_cv.exp_();
-        let minus_one =
-            Tensor::full([1, 1], -1.0, (Kind::Float, numerics.device)).expand_as(&chunk.targets_c1);
-        let dlogits_cv = dlogits_cv.scatter_add_(1, &chunk.targets_c1, &minus_one).to_kind(kind);
+    let mut dh_groups = Vec::new();
+    let minus_one = Tensor::full([1, 1], -1.0, (Kind::Float, numerics.device));
+    for first in (0..rows).step_by(group_rows(numerics) as usize) {
+        let len = group_rows(numerics).min(rows - first);
+        let (h_gd, targets_g) = (h_nd.narrow(0, first, len), targets_n.narrow(0, first, len));
+        let dlogits_gv = scratch.take(len, vocab, kind, numerics.device);
+        let mut row = 0;
+        for chunk in chunks(numerics, &h_gd, &targets_g) {
+            let mut log_probs_cv = logits(numerics, &weight_vd, &chunk.h_cd).log_softmax(-1, Kind::Float);
+            sum += chunk.loss(&log_probs_cv);
+            // d(loss)/d(logits) = softmax - onehot, in place.
+            let mut dlogits_cv = log_probs_cv.exp_();
+            let ones = minus_one.expand_as(&chunk.targets_c1);
+            let dlogits_cv = dlogits_cv.scatter_add_(1, &chunk.targets_c1, &ones);
+            let count = chunk.h_cd.size()[0];
+            dlogits_gv.narrow(0, row, count).copy_(&dlogits_cv);
+            row += count;
+        }
         // The row weight (0 where ignored) and the scale go onto the narrow side.
-        let row_scale_c1 = &chunk.counts_c1 * scale;
-        let scaled_h_cd = (chunk.h_cd.to_kind(Kind::Float) * &row_scale_c1).to_kind(kind);
+        let row_scale_g1 = targets_g.ne(IGNORED).to_kind(Kind::Float).unsqueeze(1) * scale;
+        let scaled_h_gd = (h_gd.to_kind(Kind::Float) * &row_scale_g1).to_kind(kind);
+        // Once a group: the weight's gradient is the largest tensor here, and is read and written whole.
         let mut dweight_vd = dweight_vd.shallow_clone();
         if kind == Kind::Float {
-            let _ = dweight_vd.addmm_(&dlogits_cv.tr(), &scaled_h_cd);
+            let _ = dweight_vd.addmm_(&dlogits_gv.tr(), &scaled_h_gd);
         } else {
-            let _ = dweight_vd.g_add_(&dlogits_cv.tr().mm(&scaled_h_cd));
+            let _ = dweight_vd.g_add_(&dlogits_gv.tr().mm(&scaled_h_gd));
         }
-        dh_chunks.push((dlogits_cv.mm(&weight_vd) * row_scale_c1).to_kind(kind));
+        dh_groups.push((dlogits_gv.mm(&weight_vd) * row_scale_g1).to_kind(kind));
     }
-    (sum, Tensor::cat(&dh_chunks, 0))
+    (sum, Tensor::cat(&dh_groups, 0))
+}
+
+/// Rows whose gradients of the logits exist at a time.
+fn group_rows(numerics: Numerics) -> i64 {
+    if numerics.device == Device::Cpu { CPU_GROUP_ROWS } else { CUDA_CHUNK_ROWS }
 }
 
 struct Chunk {

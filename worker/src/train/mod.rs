@@ -181,6 +181,9 @@ impl<'a> Run<'a> {
         resume: bool,
         host: &dyn Host,
     ) -> Result<Self, Error> {
+        if device == Device::Cpu {
+            tunefleet_kernels::device::keep_freed_memory();
+        }
         tunefleet_kernels::device::set_deterministic(true)?;
         let rank = comm.rank();
         let mut config = hugging_face::read_config(&spec.model_dir())?;

@@ -63,6 +63,7 @@ pub struct Walk<'a> {
     reducer: Reducer,
     /// Full-size fp32 gradient of the embeddings' unit, reduced once per step.
     embed_grad: Tensor,
+    head_scratch: head::Scratch,
 }
 
 /// A block whose forward pass ran with grad.
@@ -92,7 +93,20 @@ impl<'a> Walk<'a> {
         } else {
             Tensor::zeros([plan.units[EMBED].elements as i64], (Kind::Float, numerics.device))
         };
-        Walk { config, plan, numerics, comm, options, seeds, shards, gathered, reducer, embed_grad }
+        let head_scratch = head::Scratch::default();
+        Walk {
+            config,
+            plan,
+            numerics,
+            comm,
+            options,
+            seeds,
+            shards,
+            gathered,
+            reducer,
+            embed_grad,
+            head_scratch,
+        }
     }
 
     /// The shards, one per unit.
@@ -300,7 +314,7 @@ impl<'a> Walk<'a> {
     }
 
     fn loss_and_dx(
-        &self,
+        &mut self,
         embed_params: &[Tensor],
         x: &Tensor,
         batch: &Batch,
@@ -315,6 +329,7 @@ impl<'a> Walk<'a> {
         let h_btd = head::norm(&with_leaves, &x, self.config.norm_epsilon);
         let grads = self.embed_grad_views();
         let dhead = self.head(&grads);
+        let mut scratch = std::mem::take(&mut self.head_scratch);
         let (loss, dh_nd) = tch::no_grad(|| {
             head::loss_sum_and_grads(
                 self.numerics,
@@ -323,6 +338,7 @@ impl<'a> Walk<'a> {
                 &batch.targets_bt.reshape([-1]),
                 scale,
                 dhead.weight_vd,
+                &mut scratch,
             )
         });
         let dh_btd = dh_nd.view_as(&h_btd);
@@ -332,6 +348,7 @@ impl<'a> Walk<'a> {
             let _ = dhead.norm_weight.shallow_clone().g_add_(&dnorm[0]);
             let _ = dhead.norm_bias.shallow_clone().g_add_(&dnorm[1]);
         });
+        self.head_scratch = scratch;
         Ok((loss, dx))
     }
 
