@@ -2,8 +2,9 @@
 //!
 //! `job` (what follows from a fact), `rank` (how ranks end), `placement` and `workers` (where
 //! ranks run) and `stage` (what is done already) know no protocol. `plane` is the one task that
-//! owns all jobs and workers; `service` is gRPC in front of it. State is kept in memory.
+//! owns all jobs (each an `entry`) and workers; `service` is gRPC in front of it. State is kept in memory.
 
+mod entry;
 mod events;
 mod job;
 mod metrics_log;

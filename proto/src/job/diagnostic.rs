@@ -138,6 +138,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_override_that_may_hold_a_password_is_shown_by_its_key() {
+        let place = |argument: &str| Place::Override(argument.to_owned()).to_string();
+        assert_eq!(place("train.steps=x"), "--set train.steps=x");
+        assert_eq!(place("collect.sources+=https://me:hunter2@host/x"), "--set collect.sources+");
+        let mut sink = Sink::default();
+        sink.report(&Place::Override("a.b=me:hunter2@host".to_owned()), "no such key");
+        let shown = sink.finish::<()>("job.yaml".to_owned(), None).unwrap_err().to_string();
+        assert_eq!(shown, "--set a.b: no such key");
+    }
+
+    #[test]
     fn slips_are_recognised_and_strangers_are_not() {
         let keys = ["learning_rate", "steps", "warmup_steps"];
         assert_eq!(did_you_mean("learing_rate", keys), " (did you mean \"learning_rate\"?)");

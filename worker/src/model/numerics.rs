@@ -40,7 +40,7 @@ impl Numerics {
 
 /// Scaled dot-product attention, differentiable. `q_bhtc`, and `k_bksc`, `v_bksc` with H a
 /// multiple of K. Causal masks let query t see keys up to t. Which of libtorch's paths it takes
-/// depends on device and dtype: fused on CPU without dropout, and in bf16 on GPU.
+/// depends on device, dtype and dropout; on CPU without dropout it is the fused one.
 pub fn attention(q_bhtc: &Tensor, k_bksc: &Tensor, v_bksc: &Tensor, causal: bool, dropout: f64) -> Tensor {
     Tensor::scaled_dot_product_attention(q_bhtc, k_bksc, v_bksc, None::<&Tensor>, dropout, causal, None, true)
 }
