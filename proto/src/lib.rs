@@ -14,6 +14,10 @@ pub mod ids;
 pub mod job;
 /// Model shapes, read from a Hugging Face `config.json`.
 pub mod model;
+/// LoRA adapters: settings, targets, PEFT's file format.
+pub mod adapter;
+/// How the frozen base of an adapter lies in memory and on disk.
+pub mod base_plan;
 /// gRPC messages, clients and servers.
 pub mod rpc;
 /// Who holds which elements of which parameter.

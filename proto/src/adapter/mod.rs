@@ -1,0 +1,281 @@
+//! LoRA adapters (Hu et al. 2021): settings, what they apply to, and PEFT's own file format.
+//!
+//! An adapted linear computes `x W^T + b + s (dropout(x) A^T) B^T` with `A` `[rank, in]`, `B`
+//! `[out, rank]` and `s = alpha / rank` (rsLoRA: `alpha / sqrt(rank)`). DoRA (Liu et al. 2024) adds a
+//! magnitude per output row. Torch-free: the coordinator counts and shards with it.
+
+mod peft;
+mod targets;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{ModelConfig, Parameter};
+pub use peft::{CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE};
+pub use targets::Targets;
+
+/// What an adapter is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoraConfig {
+    /// Inner width of every pair that `rank_pattern` does not name.
+    pub rank: u64,
+    /// Numerator of the scaling, where `alpha_pattern` names none.
+    pub alpha: f64,
+    /// On the input of `A`, in training.
+    pub dropout: f64,
+    /// Scale by the root of the rank instead of the rank.
+    pub rslora: bool,
+    /// Learn a magnitude per output row.
+    pub dora: bool,
+    /// Which linears get a pair.
+    pub targets: Targets,
+    /// Modules that are trained whole, by the end of their name.
+    pub modules_to_save: Vec<String>,
+    /// Ranks of modules whose names match, as PEFT matches them.
+    pub rank_pattern: BTreeMap<String, u64>,
+    /// Alphas of modules whose names match.
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// The model that it was trained on, for people.
+    pub base_model: Option<String>,
+}
+
+/// What a config asks for and cannot have.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No linear of the model is a target.
+    #[error("target_modules {targets} match no linear of this model; it has {linears}")]
+    NothingMatches {
+        /// What was asked for.
+        targets: String,
+        /// What there is, without block numbers.
+        linears: String,
+    },
+    /// A module that cannot be trained whole, or cannot have a pair.
+    #[error("{key} {module:?}: {rule}")]
+    Module {
+        /// `modules_to_save` or `target_modules`.
+        key: &'static str,
+        /// The offending entry.
+        module: String,
+        /// What is wrong.
+        rule: String,
+    },
+    /// A pattern that is not a regular expression.
+    #[error("{key}: {pattern:?} is not a regular expression that this program can read: {cause}")]
+    Pattern {
+        /// `target_modules`, `rank_pattern` or `alpha_pattern`.
+        key: &'static str,
+        /// The pattern.
+        pattern: String,
+        /// Why.
+        cause: String,
+    },
+    /// An `adapter_config.json` with something that is not supported, by key.
+    #[error("adapter_config.json: {key}: {rule}")]
+    Config {
+        /// Which key.
+        key: String,
+        /// What is wrong.
+        rule: String,
+    },
+}
+
+/// One linear with its pair.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdaptedLinear {
+    /// Name inside its block, e.g. `attn.c_attn`.
+    pub name: String,
+    /// Full name in Hugging Face files, e.g. `transformer.h.3.attn.c_attn`.
+    pub module: String,
+    /// Block that it belongs to.
+    pub block: u64,
+    /// Width of its output.
+    pub out_features: u64,
+    /// Width of its input.
+    pub in_features: u64,
+    /// Inner width of the pair.
+    pub rank: u64,
+    /// What the product of the pair is multiplied by.
+    pub scaling: f64,
+}
+
+/// A [`LoraConfig`] on a model: everything that it trains.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AdapterPlan {
+    /// In the order of blocks and of their parameters.
+    pub linears: Vec<AdaptedLinear>,
+    /// Whether a magnitude belongs to each pair.
+    pub dora: bool,
+    /// Base parameters outside the blocks that are trained whole.
+    pub saved_embed: Vec<Parameter>,
+    /// Base parameters of each block that are trained whole.
+    pub saved_blocks: Vec<Vec<Parameter>>,
+    /// Entries of `target_modules` that match nothing: worth a warning.
+    pub unmatched: Vec<String>,
+}
+
+impl LoraConfig {
+    /// Matches the config against `model`.
+    ///
+    /// # Errors
+    /// See [`Error`]; above all a config that matches nothing.
+    pub fn plan(&self, model: &ModelConfig) -> Result<AdapterPlan, Error> {
+        let saved_embed = self.saved(&model.embed_parameters());
+        let saved_blocks: Vec<_> =
+            (0..model.layers).map(|b| self.saved(&model.block_parameters(b))).collect();
+        self.check_saved(model)?;
+        let matcher = self.targets.matcher()?;
+        let ranks = targets::patterns("rank_pattern", &self.rank_pattern)?;
+        let alphas = targets::patterns("alpha_pattern", &self.alpha_pattern)?;
+        let mut linears = Vec::new();
+        for block in 0..model.layers {
+            for parameter in model.block_parameters(block) {
+                let (Some(module), &[out_features, in_features]) =
+                    (parameter.hf_name.strip_suffix(".weight"), &parameter.shape[..])
+                else {
+                    continue;
+                };
+                if !matcher.matches(module) {
+                    continue;
+                }
+                if saved_blocks.get(block as usize).is_some_and(|saved| saved.contains(&parameter)) {
+                    return Err(Error::Module {
+                        key: "target_modules",
+                        module: module.to_owned(),
+                        rule: "is in modules_to_save as well: keep one".to_owned(),
+                    });
+                }
+                let rank = targets::first_match(&ranks, module).unwrap_or(self.rank);
+                let alpha = targets::first_match(&alphas, module).unwrap_or(self.alpha);
+                linears.push(AdaptedLinear {
+                    name: parameter.name.trim_end_matches(".weight").to_owned(),
+                    module: module.to_owned(),
+                    block,
+                    out_features,
+                    in_features,
+                    rank,
+                    scaling: self.scaling(alpha, rank),
+                });
+            }
+        }
+        // PEFT would put a pair on the output head or an embedding, and train the wrong thing silently
+        // if we did not: both are said.
+        for name in ["lm_head", "transformer.wte", "transformer.wpe"] {
+            if matcher.names(name) {
+                return Err(Error::Module {
+                    key: "target_modules",
+                    module: name.to_owned(),
+                    rule: "pairs on embeddings and the output head are not supported: train it whole, with \
+                           modules_to_save"
+                        .to_owned(),
+                });
+            }
+        }
+        if linears.is_empty() {
+            let mut names: Vec<&str> = Vec::new();
+            let block = model.block_parameters(0);
+            names.extend(
+                block.iter().filter(|p| p.shape.len() == 2).map(|p| p.name.trim_end_matches(".weight")),
+            );
+            return Err(Error::NothingMatches {
+                targets: self.targets.to_string(),
+                linears: names.join(", "),
+            });
+        }
+        let unmatched = matcher.unmatched(linears.iter().map(|l| l.module.as_str()));
+        Ok(AdapterPlan { linears, dora: self.dora, saved_embed, saved_blocks, unmatched })
+    }
+
+    fn scaling(&self, alpha: f64, rank: u64) -> f64 {
+        let rank = rank.max(1) as f64;
+        alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+
+    fn saved(&self, parameters: &[Parameter]) -> Vec<Parameter> {
+        let is_saved = |p: &&Parameter| {
+            let module = p.hf_name.trim_end_matches(".weight").trim_end_matches(".bias");
+            self.modules_to_save.iter().any(|name| targets::ends_with_module(module, name))
+        };
+        parameters.iter().filter(is_saved).cloned().collect()
+    }
+
+    fn check_saved(&self, model: &ModelConfig) -> Result<(), Error> {
+        let refuse = |module: &str, rule: &str| {
+            Err(Error::Module { key: "modules_to_save", module: module.to_owned(), rule: rule.to_owned() })
+        };
+        for name in &self.modules_to_save {
+            if model.tied_head && (name == "wte" || name == "lm_head" || name.ends_with(".wte")) {
+                return refuse(
+                    name,
+                    "this model's output head is its token embedding, and training one of them would untie \
+                     them: not supported",
+                );
+            }
+            let one = LoraConfig { modules_to_save: vec![name.clone()], ..self.clone() };
+            if one.saved(&model.embed_parameters()).is_empty()
+                && one.saved(&model.block_parameters(0)).is_empty()
+            {
+                return refuse(name, "matches no module of this model");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AdaptedLinear {
+    /// Trained elements.
+    pub fn elements(&self, dora: bool) -> u64 {
+        self.rank * (self.in_features + self.out_features) + if dora { self.out_features } else { 0 }
+    }
+}
+
+impl AdapterPlan {
+    /// All trained elements.
+    pub fn trainable(&self) -> u64 {
+        let pairs: u64 = self.linears.iter().map(|linear| linear.elements(self.dora)).sum();
+        let saved = self.saved_blocks.iter().flatten().chain(&self.saved_embed);
+        pairs + saved.map(Parameter::elements).sum::<u64>()
+    }
+
+    /// As PEFT's `print_trainable_parameters` counts: the base, its pairs, and second copies of what is
+    /// trained whole.
+    pub fn all_parameters(&self, model: &ModelConfig) -> u64 {
+        model.parameter_count() + self.trainable()
+    }
+
+    /// Trained tensors outside the blocks, named as in PEFT's files.
+    pub fn embed_parameters(&self) -> Vec<Parameter> {
+        self.saved_embed.iter().map(saved_parameter).collect()
+    }
+
+    /// Trained tensors of one block, named as in PEFT's files. What decays comes first.
+    pub fn block_parameters(&self, block: u64) -> Vec<Parameter> {
+        let mut out = Vec::new();
+        for linear in self.linears.iter().filter(|linear| linear.block == block) {
+            let parameter = |part: &str, shape: Vec<u64>| Parameter {
+                name: format!("{}.{part}", linear.name),
+                hf_name: format!("{KEY_PREFIX}{}.{part}", linear.module),
+                shape,
+                decays: true,
+            };
+            out.push(parameter("lora_A.weight", vec![linear.rank, linear.in_features]));
+            out.push(parameter("lora_B.weight", vec![linear.out_features, linear.rank]));
+            if self.dora {
+                out.push(parameter("lora_magnitude_vector", vec![linear.out_features]));
+            }
+        }
+        let saved = self.saved_blocks.get(block as usize).into_iter().flatten();
+        out.extend(saved.map(saved_parameter));
+        // Stable: pairs stay together.
+        out.sort_by_key(|parameter| !parameter.decays);
+        out
+    }
+}
+
+fn saved_parameter(base: &Parameter) -> Parameter {
+    Parameter { hf_name: format!("{KEY_PREFIX}{}", base.hf_name), ..base.clone() }
+}
+
+#[cfg(test)]
+mod tests;
