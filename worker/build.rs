@@ -4,8 +4,6 @@
 use std::env;
 
 fn main() {
-    let lib =
-        env::var("DEP_TUNEFLEET_KERNELS_LIBTORCH_LIB").expect("kernels-sys exports libtorch's directory");
-    let lib = std::fs::canonicalize(&lib).map_or(lib, |p| p.display().to_string());
-    println!("cargo:rustc-link-arg=-Wl,--enable-new-dtags,-rpath,{lib}");
+    let rpath = env::var("DEP_TUNEFLEET_KERNELS_RPATH").expect("kernels-sys exports where libtorch lies");
+    println!("cargo:rustc-link-arg=-Wl,--enable-new-dtags,-rpath,{rpath}");
 }

@@ -25,6 +25,23 @@ pub fn grad(output: &Tensor, grad_output: &Tensor, inputs: &[Tensor]) -> Result<
     Ok(unsafe { ffi::owned(grads) })
 }
 
+/// `x W^T + bias`, differentiable in `x` alone. The graph refers to the memory of `weight_oi` and reads
+/// it in the backward pass, whatever was written there in between: a scratch that several weights
+/// share must hold this one again by then.
+///
+/// # Errors
+/// [`Error::Torch`] with libtorch's message.
+pub fn frozen_linear(x: &Tensor, weight_oi: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null_mut();
+    let bias = bias.map_or(std::ptr::null_mut(), ffi::ptr);
+    // SAFETY: live tensors borrowed for the call (the graph takes its own references), and a place for
+    // one pointer.
+    let status = unsafe { sys::tf_frozen_linear(ffi::ptr(x), ffi::ptr(weight_oi), bias, &mut out) };
+    ffi::check("frozen linear", status)?;
+    // SAFETY: on success the call wrote a tensor made by `new` for us.
+    Ok(unsafe { ffi::owned(vec![out]) }.remove(0))
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind};
@@ -37,6 +54,22 @@ mod tests {
         let weight = Tensor::randn([3, 4], (Kind::Double, Device::Cpu));
         let grads = grad(&(&x * &x), &weight, &[x.shallow_clone()]).unwrap();
         assert_eq!(grads[0], x.detach() * 2.0 * weight);
+    }
+
+    #[test]
+    fn a_frozen_linear_reads_its_weight_again_in_the_backward_pass() {
+        let cpu = (Kind::Float, Device::Cpu);
+        let x = Tensor::randn([3, 4], cpu).set_requires_grad(true);
+        let (weight, bias) = (Tensor::randn([5, 4], cpu), Tensor::randn([5], cpu));
+        let scratch = weight.copy();
+        let y = frozen_linear(&x, &scratch, Some(&bias)).unwrap();
+        assert_eq!(y.detach(), x.detach().linear(&weight, Some(&bias)));
+        // Another block's weights come and go.
+        let _ = scratch.shallow_clone().fill_(f64::NAN);
+        scratch.shallow_clone().copy_(&weight);
+        let dy = Tensor::randn([3, 5], cpu);
+        let grads = grad(&y, &dy, &[x.shallow_clone()]).unwrap();
+        assert_eq!(grads[0], dy.matmul(&weight));
     }
 
     #[test]

@@ -97,6 +97,21 @@ pub fn reset_cuda_peak(device: i32) -> Result<(), Error> {
     ffi::check("GPU memory", status)
 }
 
+/// fp32 zeros `[len]` on GPU `device`, in memory that it shares with the host: pages move to where they
+/// are used, and those that do not fit the GPU stay in main memory.
+///
+/// # Errors
+/// [`Error::NoCuda`] without a GPU; [`Error::Torch`] when main memory does not suffice.
+pub fn managed_zeros(len: i64, device: usize) -> Result<Tensor, Error> {
+    let mut out = std::ptr::null_mut();
+    let device = i32::try_from(device).unwrap_or(i32::MAX);
+    // SAFETY: `out` is a valid place for one pointer.
+    let status = unsafe { sys::tf_cuda_managed_zeros(len, device, &mut out) };
+    ffi::check("managed memory", status)?;
+    // SAFETY: on success the call wrote a tensor made by `new` for us.
+    Ok(unsafe { ffi::owned(vec![out]) }.remove(0))
+}
+
 /// What tells GPU `device` from every other GPU or MIG instance, on any machine.
 ///
 /// # Errors

@@ -11,8 +11,10 @@ pub mod bytes;
 pub mod device;
 /// libtorch's NCCL communicator.
 pub mod nccl;
-/// Fused optimizer update and norms.
+/// Fused optimizer updates and norms.
 pub mod optim;
+/// Quantised weights.
+pub mod quant;
 
 mod ffi;
 

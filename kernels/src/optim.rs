@@ -20,6 +20,13 @@ pub struct AdamW {
     pub epsilon: f64,
 }
 
+impl AdamW {
+    fn raw(self) -> sys::tf_adamw {
+        let AdamW { learning_rate, beta1, beta2, weight_decay, epsilon } = self;
+        sys::tf_adamw { learning_rate, beta1, beta2, weight_decay, epsilon }
+    }
+}
+
 /// One tensor's share of an update: four fp32 tensors of one shape on one device.
 pub struct AdamWState {
     /// Weights, updated in place.
@@ -66,13 +73,7 @@ pub fn fused_adamw(
     let grads = column(|s| &s.grad);
     let exp_avgs = column(|s| &s.exp_avg);
     let exp_avg_sqs = column(|s| &s.exp_avg_sq);
-    let options = sys::tf_adamw {
-        learning_rate: options.learning_rate,
-        beta1: options.beta1,
-        beta2: options.beta2,
-        weight_decay: options.weight_decay,
-        epsilon: options.epsilon,
-    };
+    let options = options.raw();
     // SAFETY: each array holds `tensors.len()` live `at::Tensor*`; kinds and shapes were checked
     // above; the scalars and `options` are borrowed for the call.
     let status = unsafe {
@@ -89,6 +90,85 @@ pub fn fused_adamw(
         )
     };
     ffi::check("fused AdamW", status)
+}
+
+/// One tensor's share of an 8-bit update; all dense, of one length, on one device.
+pub struct AdamW8State<'a> {
+    /// fp32 weights, updated in place.
+    pub param: &'a Tensor,
+    /// fp32 gradients; left as they are.
+    pub grad: &'a Tensor,
+    /// First moment: bytes into `signed8`, updated in place.
+    pub exp_avg: &'a Tensor,
+    /// Its scales, fp32, one per 256 elements.
+    pub exp_avg_absmax: &'a Tensor,
+    /// Second moment: bytes into `unsigned8`, updated in place.
+    pub exp_avg_sq: &'a Tensor,
+    /// Its scales.
+    pub exp_avg_sq_absmax: &'a Tensor,
+    /// [`crate::quant::dynamic_code`], signed.
+    pub signed8: &'a Tensor,
+    /// The same, unsigned.
+    pub unsigned8: &'a Tensor,
+}
+
+/// As [`fused_adamw`], with moments of 8 bits (Dettmers et al. 2022). The update uses the moments before
+/// they are rounded again.
+///
+/// # Errors
+/// [`Error::Precondition`] for tensors that do not fit.
+pub fn adamw_8bit(
+    state: &AdamW8State<'_>,
+    step: u64,
+    grad_divisor: &Tensor,
+    found_nonfinite: &Tensor,
+    options: AdamW,
+) -> Result<(), Error> {
+    const OP: &str = "8-bit AdamW";
+    let len = state.param.numel() as i64;
+    let blocks = crate::quant::blocks(len, crate::quant::DOUBLE_BLOCK);
+    let parts = [
+        (state.param, len, Kind::Float),
+        (state.grad, len, Kind::Float),
+        (state.exp_avg, len, Kind::Uint8),
+        (state.exp_avg_sq, len, Kind::Uint8),
+        (state.exp_avg_absmax, blocks, Kind::Float),
+        (state.exp_avg_sq_absmax, blocks, Kind::Float),
+        (state.signed8, 256, Kind::Float),
+        (state.unsigned8, 256, Kind::Float),
+        (grad_divisor, 1, Kind::Float),
+        (found_nonfinite, 1, Kind::Float),
+    ];
+    for (tensor, len, kind) in parts {
+        let fits = tensor.numel() as i64 == len
+            && tensor.kind() == kind
+            && tensor.device() == state.param.device()
+            && tensor.is_contiguous();
+        if !fits {
+            return Err(Error::Precondition {
+                op: OP,
+                rule: "must be dense, on its parameter's device and of the right length and dtype",
+                got: format!("{} of {:?}, expected {len} of {kind:?}", tensor.numel(), tensor.kind()),
+            });
+        }
+    }
+    let raw = sys::tf_adamw_8bit_state {
+        param: ffi::ptr(state.param),
+        grad: ffi::ptr(state.grad),
+        exp_avg: ffi::ptr(state.exp_avg),
+        exp_avg_absmax: ffi::ptr(state.exp_avg_absmax),
+        exp_avg_sq: ffi::ptr(state.exp_avg_sq),
+        exp_avg_sq_absmax: ffi::ptr(state.exp_avg_sq_absmax),
+        signed8: ffi::ptr(state.signed8),
+        unsigned8: ffi::ptr(state.unsigned8),
+        grad_divisor: ffi::ptr(grad_divisor),
+        found_nonfinite: ffi::ptr(found_nonfinite),
+    };
+    let step = i64::try_from(step).unwrap_or(i64::MAX);
+    // SAFETY: live tensors, whose lengths, kinds and devices were checked above; both structs are
+    // borrowed for the call.
+    let status = unsafe { sys::tf_adamw_8bit(&raw, step, &options.raw()) };
+    ffi::check(OP, status)
 }
 
 /// Euclidean norm of each tensor, as scalars on its device.

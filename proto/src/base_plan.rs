@@ -244,6 +244,26 @@ impl BaseUnit {
 }
 
 impl BaseTensor {
+    /// One matrix in a buffer of its own.
+    pub fn alone(shape: Vec<u64>, quantization: Quantization) -> Self {
+        let parameter = Parameter { name: String::new(), hf_name: String::new(), shape, decays: true };
+        let mut unit = BaseUnit::new(String::new(), vec![parameter], Some(quantization), PartDtype::F32);
+        unit.tensors.remove(0)
+    }
+
+    /// Past the last byte of its parts.
+    pub fn end(&self) -> u64 {
+        let end = |part: &Part| part.offset + part.bytes();
+        match &self.encoding {
+            Encoding::Plain(part) => end(part),
+            Encoding::Int8 { codes, scales } => end(codes).max(end(scales)),
+            Encoding::FourBit { codes, absmax, nested } => {
+                let nested = nested.as_ref().map_or(0, |(codes, offset)| end(codes).max(end(offset)));
+                end(codes).max(end(absmax)).max(nested)
+            }
+        }
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()

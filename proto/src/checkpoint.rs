@@ -6,6 +6,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::LoraConfig;
+use crate::base_plan::Quantization;
 use crate::shard_plan::ShardPlan;
 
 /// Version of [`Manifest`] that this build writes.
@@ -25,6 +27,9 @@ pub struct Manifest {
     pub step: u64,
     /// The layout of the rank files.
     pub shard_plan: ShardPlan,
+    /// What the shards are an adapter of; absent where they are all weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterRecord>,
     /// One entry per rank, in rank order.
     pub files: Vec<RankFile>,
     /// Position in the data: batches are a pure function of these and the step.
@@ -33,6 +38,39 @@ pub struct Manifest {
     pub seed: u64,
     /// Loss of the last step, for people.
     pub loss: f64,
+}
+
+/// An adapter, and what it was trained against.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterRecord {
+    /// Its settings.
+    pub lora: LoraConfig,
+    /// How the frozen linears were held.
+    pub quantization: Quantization,
+    /// Digest of the base's values.
+    pub base_sha256: String,
+}
+
+impl AdapterRecord {
+    /// How going on as `wanted` would contradict this; where the base lies does not matter.
+    pub fn misfit(&self, wanted: &AdapterRecord) -> Option<String> {
+        if self.base_sha256 != wanted.base_sha256 {
+            return Some(format!(
+                "was trained on another base (digest {}, the job's has {})",
+                self.base_sha256, wanted.base_sha256
+            ));
+        }
+        let pairs = |record: &AdapterRecord| {
+            let LoraConfig { rank, alpha, rslora, dora, .. } = &record.lora;
+            format!(
+                "rank {rank}, alpha {alpha}, rslora {rslora}, dora {dora}, base {}",
+                record.quantization.name()
+            )
+        };
+        let (own, other) = (pairs(self), pairs(wanted));
+        (own != other).then(|| format!("was trained with {own}; the job says {other}"))
+    }
 }
 
 /// One rank's file.

@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::AdapterPlan;
 use crate::model::{ModelConfig, Parameter};
 
 /// Parameters begin at multiples of this many elements (128 bytes in bf16).
@@ -75,6 +76,16 @@ impl ShardPlan {
         let mut units = vec![Unit::new(EMBED_UNIT.to_owned(), config.embed_parameters(), world_u64)];
         for block in 0..config.layers {
             units.push(Unit::new(format!("block.{block}"), config.block_parameters(block), world_u64));
+        }
+        ShardPlan { version: PLAN_VERSION, world: world.max(1), units }
+    }
+
+    /// The plan of what `adapter` trains of `config`; units may be empty.
+    pub fn of_adapter(adapter: &AdapterPlan, config: &ModelConfig, world: u32) -> Self {
+        let world_u64 = u64::from(world.max(1));
+        let mut units = vec![Unit::new(EMBED_UNIT.to_owned(), adapter.embed_parameters(), world_u64)];
+        for block in 0..config.layers {
+            units.push(Unit::new(format!("block.{block}"), adapter.block_parameters(block), world_u64));
         }
         ShardPlan { version: PLAN_VERSION, world: world.max(1), units }
     }

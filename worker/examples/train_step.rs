@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::device::{cuda_memory, keep_freed_memory, set_deterministic};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
-use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
+use tunefleet_proto::job::{DeviceKind, Optimizer, Precision, Schedule, TrainSpec};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::comm::tcp::TcpListener;
@@ -20,7 +20,7 @@ use tunefleet_worker::comm::{Communicator, Solo, Tag};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::optimizer;
 use tunefleet_worker::train::rng::Seeds;
-use tunefleet_worker::train::units::Shard;
+use tunefleet_worker::train::units;
 use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -90,7 +90,10 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     let plan = ShardPlan::new(&config, rank.world);
     let numerics = Numerics::new(device, args.precision);
     tch::manual_seed(i64::from(rank.rank));
-    let shards = plan.units.iter().map(|unit| fresh(unit, rank.world, numerics)).collect();
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW)?;
+    for shard in &shards {
+        let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
+    }
     let options = WalkOptions { recompute: args.recompute, poison: false };
     let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
     let spec = spec(args);
@@ -196,12 +199,6 @@ fn shape(args: &Args) -> Outcome<ModelConfig> {
     Ok(config)
 }
 
-fn fresh(unit: &tunefleet_proto::shard_plan::Unit, world: u32, numerics: Numerics) -> Shard {
-    let shard = Shard::zeros(unit, world, numerics);
-    let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
-    shard
-}
-
 fn spec(args: &Args) -> TrainSpec {
     TrainSpec {
         ranks: args.ranks,
@@ -211,6 +208,7 @@ fn spec(args: &Args) -> TrainSpec {
         micro_batch_sequences: args.batch as u32,
         accumulate_micro_batches: 1,
         learning_rate: 1e-4,
+        optimizer: Optimizer::AdamW,
         schedule: Schedule::Constant,
         warmup_steps: 0,
         weight_decay: 0.1,

@@ -12,7 +12,6 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{Continuation, JobStatus, Stage, StartTask, TaskId, Waiting};
-use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::events::EventLog;
 use super::job::{End, Job};
@@ -176,7 +175,8 @@ fn shard_plan(spec: &JobSpec) -> Result<String, String> {
     let at = |cause: String| format!("{}: {cause}", path.display());
     let text = std::fs::read_to_string(&path).map_err(|error| at(error.to_string()))?;
     let config = ModelConfig::from_json(&text).map_err(|error| at(error.to_string()))?;
-    serde_json::to_string(&ShardPlan::new(&config, spec.train.ranks)).map_err(|error| at(error.to_string()))
+    let plan = spec.shard_plan(&config).map_err(|error| at(error.to_string()))?;
+    serde_json::to_string(&plan).map_err(|error| at(error.to_string()))
 }
 
 fn attempt_dir(output: &Path, attempt: Attempt) -> std::path::PathBuf {

@@ -7,8 +7,8 @@ use tokio::sync::mpsc::UnboundedSender;
 use tonic::Code;
 use tonic::transport::Endpoint;
 use tunefleet_proto::job::{
-    DataSpec, DatasetSpec, DeviceKind, ExportSpec, FimLevel, ModelSpec, Packing, Precision, Schedule,
-    TokenizerSpec, TrainSpec, WorkersSpec,
+    DataSpec, DatasetSpec, DeviceKind, ExportSpec, FimLevel, MergeBase, ModelSpec, Optimizer, Packing,
+    Precision, Schedule, TokenizerSpec, TrainSpec, WorkersSpec,
 };
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
@@ -51,6 +51,7 @@ fn spec(dir: &Path) -> JobSpec {
             packing: Packing::Continuous,
             seed: 0,
         },
+        adapter: None,
         train: TrainSpec {
             ranks: 2,
             device: DeviceKind::Cpu,
@@ -59,6 +60,7 @@ fn spec(dir: &Path) -> JobSpec {
             micro_batch_sequences: 1,
             accumulate_micro_batches: 1,
             learning_rate: 1e-3,
+            optimizer: Optimizer::AdamW,
             schedule: Schedule::Cosine,
             warmup_steps: 0,
             weight_decay: 0.0,
@@ -74,7 +76,7 @@ fn spec(dir: &Path) -> JobSpec {
             checkpoint_every_steps: 0,
             keep_checkpoints: 1,
         },
-        export: ExportSpec { enabled: false, dtype: Precision::Fp32 },
+        export: ExportSpec { enabled: false, dtype: Precision::Fp32, merge: MergeBase::None },
         workers: WorkersSpec { coordinator: None, slots: None, threads_per_rank: None },
     }
 }

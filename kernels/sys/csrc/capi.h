@@ -37,6 +37,47 @@ int tf_fused_adamw(const tf_tensor *params, const tf_tensor *grads, const tf_ten
                    tf_tensor grad_divisor, tf_tensor found_nonfinite,
                    const struct tf_adamw *options);
 
+/* Quantised weights, as quant.h describes them. `code`: 0 NF4, 1 FP4. Flat, dense tensors on one device. */
+struct tf_nested_scales {
+  tf_tensor codes;
+  tf_tensor code8;
+  tf_tensor offset;
+};
+int tf_quantize_4bit(tf_tensor values, int code, int64_t block, tf_tensor codes, tf_tensor absmax);
+/* `nested` may be null. */
+int tf_dequantize_4bit(tf_tensor codes, tf_tensor absmax, const struct tf_nested_scales *nested, int code,
+                       int64_t block, tf_tensor out);
+/* `exact`: always the nearest code; else as bitsandbytes finds it on this device. */
+int tf_quantize_8bit(tf_tensor values, tf_tensor code8, int64_t block, int exact, tf_tensor codes,
+                     tf_tensor absmax);
+int tf_dequantize_8bit(tf_tensor codes, tf_tensor absmax, tf_tensor code8, int64_t block, tf_tensor out);
+int tf_quantize_int8_rows(tf_tensor values, tf_tensor codes, tf_tensor scales);
+int tf_dequantize_int8_rows(tf_tensor codes, tf_tensor scales, tf_tensor out);
+/* The 256 ascending values of the dynamic 8-bit code, on the CPU. */
+int tf_dynamic_code(int is_signed, tf_tensor *table);
+
+/* One AdamW update with 8-bit moments, in place; `step` counts from 1. */
+struct tf_adamw_8bit_state {
+  tf_tensor param;
+  tf_tensor grad;
+  tf_tensor exp_avg;
+  tf_tensor exp_avg_absmax;
+  tf_tensor exp_avg_sq;
+  tf_tensor exp_avg_sq_absmax;
+  tf_tensor signed8;
+  tf_tensor unsigned8;
+  tf_tensor grad_divisor;
+  tf_tensor found_nonfinite;
+};
+int tf_adamw_8bit(const struct tf_adamw_8bit_state *state, int64_t step, const struct tf_adamw *options);
+
+/* x W^T + bias, differentiable in x alone. The graph keeps the handle of `weight` and reads it again in
+ * the backward pass: whoever rewrites it must have put the same values back by then. */
+int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *out);
+
+/* fp32 zeros in memory that the GPU shares with the host and pages in as it needs them. */
+int tf_cuda_managed_zeros(int64_t len, int device, tf_tensor *out);
+
 /* Euclidean norm of each tensor, as fp32 scalars. */
 int tf_foreach_norm(const tf_tensor *tensors, size_t len, tf_tensor *norms);
 

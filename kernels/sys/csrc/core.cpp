@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <limits>
 #ifdef __linux__
@@ -54,6 +55,28 @@ int tf_fused_adamw(const tf_tensor *params, const tf_tensor *grads, const tf_ten
                       options->beta2, options->weight_decay, options->epsilon,
                       /*amsgrad=*/false, /*maximize=*/false, ref(grad_divisor),
                       ref(found_nonfinite));
+  });
+}
+
+namespace {
+// libtorch's own linear would save the weight under its version counter, and refuse the backward pass
+// once a scratch buffer was written to in between.
+struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
+  static at::Tensor forward(torch::autograd::AutogradContext *context, const at::Tensor &x,
+                            const at::Tensor &weight, const at::Tensor &bias) {
+    context->saved_data["weight"] = weight;
+    return at::linear(x, weight, bias);
+  }
+  static torch::autograd::tensor_list backward(torch::autograd::AutogradContext *context,
+                                               torch::autograd::tensor_list grads) {
+    return {at::matmul(grads[0], context->saved_data["weight"].toTensor()), at::Tensor(), at::Tensor()};
+  }
+};
+}  // namespace
+
+int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *out) {
+  return tf_guard([&] {
+    *out = new at::Tensor(FrozenLinear::apply(ref(x), ref(weight), bias ? ref(bias) : at::Tensor()));
   });
 }
 

@@ -4,12 +4,15 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <cstring>
 
 #include "guard.h"
+
+void *tf_current_stream(int device) { return at::cuda::getCurrentCUDAStream(device).stream(); }
 
 namespace {
 
@@ -58,6 +61,20 @@ class CallbackStore : public c10d::Store {
 at::Tensor &ref(tf_tensor tensor) { return *static_cast<at::Tensor *>(tensor); }
 
 }  // namespace
+
+int tf_cuda_managed_zeros(int64_t len, int device, tf_tensor *out) {
+  if (at::cuda::device_count() == 0) return tf_no_cuda("allocating managed memory");
+  return tf_guard([&] {
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    void *memory = nullptr;
+    C10_CUDA_CHECK(cudaMallocManaged(&memory, static_cast<size_t>(len) * sizeof(float)));
+    auto options = at::TensorOptions().dtype(at::kFloat).device(at::kCUDA, device);
+    // Freed late, when the process may be ending: a failure then means nothing.
+    at::Tensor tensor = at::from_blob(memory, {len}, [](void *p) { (void)cudaFree(p); }, options);
+    tensor.zero_();
+    *out = new at::Tensor(std::move(tensor));
+  });
+}
 
 struct tf_nccl {
   c10::intrusive_ptr<ProcessGroupNCCL> group;

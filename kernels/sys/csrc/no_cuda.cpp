@@ -4,6 +4,8 @@
 int tf_cuda_memory(int, struct tf_cuda_memory *) { return tf_no_cuda("reading GPU memory"); }
 int tf_cuda_reset_peak(int) { return tf_no_cuda("resetting GPU memory peaks"); }
 int tf_cuda_uuid(int, uint8_t *) { return tf_no_cuda("reading a GPU's identity"); }
+int tf_cuda_managed_zeros(int64_t, int, tf_tensor *) { return tf_no_cuda("allocating managed memory"); }
+void *tf_current_stream(int) { return nullptr; }
 int tf_nccl_join(int, int, int, const struct tf_store *, int64_t, tf_nccl **) {
   return tf_no_cuda("joining an NCCL group (this build has no CUDA)");
 }

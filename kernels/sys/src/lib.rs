@@ -31,6 +31,27 @@ pub struct tf_cuda_memory {
 }
 
 #[repr(C)]
+pub struct tf_nested_scales {
+    pub codes: tf_tensor,
+    pub code8: tf_tensor,
+    pub offset: tf_tensor,
+}
+
+#[repr(C)]
+pub struct tf_adamw_8bit_state {
+    pub param: tf_tensor,
+    pub grad: tf_tensor,
+    pub exp_avg: tf_tensor,
+    pub exp_avg_absmax: tf_tensor,
+    pub exp_avg_sq: tf_tensor,
+    pub exp_avg_sq_absmax: tf_tensor,
+    pub signed8: tf_tensor,
+    pub unsigned8: tf_tensor,
+    pub grad_divisor: tf_tensor,
+    pub found_nonfinite: tf_tensor,
+}
+
+#[repr(C)]
 pub struct tf_store {
     pub context: *mut c_void,
     pub set: unsafe extern "C" fn(*mut c_void, *const c_char, usize, *const u8, usize) -> c_int,
@@ -68,6 +89,42 @@ unsafe extern "C" {
         found_nonfinite: tf_tensor,
         options: *const tf_adamw,
     ) -> c_int;
+    pub fn tf_quantize_4bit(
+        values: tf_tensor,
+        code: c_int,
+        block: i64,
+        codes: tf_tensor,
+        absmax: tf_tensor,
+    ) -> c_int;
+    pub fn tf_dequantize_4bit(
+        codes: tf_tensor,
+        absmax: tf_tensor,
+        nested: *const tf_nested_scales,
+        code: c_int,
+        block: i64,
+        out: tf_tensor,
+    ) -> c_int;
+    pub fn tf_quantize_8bit(
+        values: tf_tensor,
+        code8: tf_tensor,
+        block: i64,
+        exact: c_int,
+        codes: tf_tensor,
+        absmax: tf_tensor,
+    ) -> c_int;
+    pub fn tf_dequantize_8bit(
+        codes: tf_tensor,
+        absmax: tf_tensor,
+        code8: tf_tensor,
+        block: i64,
+        out: tf_tensor,
+    ) -> c_int;
+    pub fn tf_quantize_int8_rows(values: tf_tensor, codes: tf_tensor, scales: tf_tensor) -> c_int;
+    pub fn tf_dequantize_int8_rows(codes: tf_tensor, scales: tf_tensor, out: tf_tensor) -> c_int;
+    pub fn tf_dynamic_code(is_signed: c_int, table: *mut tf_tensor) -> c_int;
+    pub fn tf_adamw_8bit(state: *const tf_adamw_8bit_state, step: i64, options: *const tf_adamw) -> c_int;
+    pub fn tf_frozen_linear(x: tf_tensor, weight: tf_tensor, bias: tf_tensor, out: *mut tf_tensor) -> c_int;
+    pub fn tf_cuda_managed_zeros(len: i64, device: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_foreach_norm(tensors: *const tf_tensor, len: usize, norms: *mut tf_tensor) -> c_int;
     pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;
     pub fn tf_set_deterministic(on: c_int) -> c_int;

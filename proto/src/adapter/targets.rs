@@ -30,6 +30,17 @@ impl Targets {
         Targets::Pattern(ALL_LINEAR.to_owned())
     }
 
+    /// From one text, as people write it: names with commas between them, `all-linear`, or a regular
+    /// expression. In PEFT's files a text is never a list of names.
+    pub fn from_text(text: &str) -> Self {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | ',' | ' ');
+        if text == ALL_LINEAR || !text.chars().all(plain) {
+            return Targets::Pattern(text.to_owned());
+        }
+        let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+        Targets::Suffixes(names.map(str::to_owned).collect())
+    }
+
     pub(super) fn matcher(&self) -> Result<Matcher<'_>, Error> {
         Ok(match self {
             Targets::Suffixes(suffixes) => Matcher::Suffixes(suffixes),

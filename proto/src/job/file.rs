@@ -6,8 +6,12 @@
 
 use super::diagnostic::Sink;
 use super::read::{At, Field, FromNode, ManualEntry, entries, join, one_of, read, section, words};
-use super::spec::{DeviceKind, FimLevel, NotebookMode, Packing, Precision, Schedule, SegmentFormat};
+use super::spec::{
+    DeviceKind, FimLevel, MergeBase, NotebookMode, Optimizer, Packing, Precision, Schedule, SegmentFormat,
+};
 use super::tree::{Node, Value};
+use crate::adapter::Targets;
+use crate::base_plan::QuantKind;
 use crate::model::PRESETS;
 
 section! {
@@ -29,6 +33,9 @@ section! {
         model: ModelFile,
         /// How files become batches.
         data: DataFile,
+        /// Train a LoRA adapter on frozen, quantised weights instead of all weights.
+        /// Default: all weights are trained.
+        adapter: AdapterFile,
         /// How batches become weights.
         train: TrainFile,
         /// How the trained weights leave.
@@ -146,6 +153,38 @@ section! {
 }
 
 section! {
+    /// A LoRA adapter on frozen weights; `adapter: {}` takes all defaults.
+    AdapterFile {
+        /// Inner width of each pair of matrices, 1 to 65536. Default: 32.
+        rank: u64,
+        /// The product of a pair is multiplied by `alpha / rank`. Above 0. Default: twice the rank.
+        alpha: f64,
+        /// Dropout on the input of each pair, 0 to below 1. Default: 0.
+        dropout: f64,
+        /// rsLoRA: multiply by `alpha / sqrt(rank)` instead. Default: false.
+        rslora: bool,
+        /// DoRA: learn a magnitude per output row as well; slower. Default: false.
+        dora: bool,
+        /// Which linears get a pair: a list of ends of their names (`c_attn`, `mlp.c_proj`), the same as
+        /// text with commas, `all-linear`, or a regular expression over whole names
+        /// (`transformer.h.0.attn.c_attn`). What matches nothing is told; nothing at all is an error.
+        /// Default: `all-linear`.
+        target_modules: Targets,
+        /// Modules that are trained whole beside the pairs, by the end of their name, such as `ln_f`.
+        /// Default: none.
+        modules_to_save: Vec<At<String>>,
+        /// How the frozen linears are held: `nf4` (4 bits, for normally distributed weights), `fp4`,
+        /// `int8` (a scale per row), or `none` (in `train.precision`). Default: `nf4`.
+        quantize: QuantKind,
+        /// Weights that share a scale in the 4-bit kinds: a power of two from 32 to 4096. Default: 64.
+        quantize_block: u32,
+        /// Quantise the scales of the 4-bit kinds as well: 0.13 bits a weight instead of 0.5.
+        /// Default: true.
+        double_quantize: bool,
+    }
+}
+
+section! {
     /// How batches become weights.
     TrainFile {
         /// Number of ranks over which weights and optimizer are sharded, 1 to 1024: one per GPU,
@@ -165,9 +204,12 @@ section! {
         /// Micro-batches whose gradients are summed in one step. A step learns from
         /// `ranks x micro_batch_sequences x accumulate_micro_batches` sequences. Default: 2.
         accumulate_micro_batches: u32,
-        /// Peak learning rate, above 0 to 1. Default: 5e-5, for fine-tuning; random weights want
-        /// about 1e-3.
+        /// Peak learning rate, above 0 to 1. Default: 5e-5, for fine-tuning, and 2e-4 with an `adapter`;
+        /// random weights want about 1e-3.
         learning_rate: f64,
+        /// `adamw` (fp32 moments), `adamw_8bit` (moments of 8 bits: 2 bytes a trained weight instead of
+        /// 8), or `adamw_paged` (fp32 moments that a GPU pages from main memory). Default: `adamw`.
+        optimizer: Optimizer,
         /// `cosine`, `linear` (both down to 0 at the last step) or `constant`. Default: `cosine`.
         schedule: Schedule,
         /// Steps of linear warm-up from 0. Default: 30, or a tenth of `steps` where that is fewer.
@@ -205,10 +247,14 @@ section! {
 section! {
     /// How the trained weights leave.
     ExportFile {
-        /// Write a Hugging Face model directory, `<output>/export`, after training. Default: true.
+        /// Write what was trained after training: a Hugging Face model directory, `<output>/export`; of
+        /// an `adapter`, its files as PEFT has them, `<output>/adapter`. Default: true.
         enabled: bool,
-        /// Dtype of the exported weights, `bf16` or `fp32`. Default: `bf16`.
+        /// Dtype of the exported model's weights, `bf16` or `fp32`. Default: `bf16`.
         dtype: Precision,
+        /// Write a whole model from an `adapter` as well, `<output>/export`: `original` merges into the
+        /// weights as they were, `dequantized` into what it was trained against. Default: `none`.
+        merge: MergeBase,
     }
 }
 
@@ -228,6 +274,15 @@ section! {
 
 words! { DeviceKind, "auto, cpu or cuda" { "auto" => Auto, "cpu" => Cpu, "cuda" => Cuda, } }
 words! { Precision, "bf16 or fp32" { "bf16" => Bf16, "fp32" => Fp32, } }
+words! { Optimizer, "adamw, adamw_8bit or adamw_paged" {
+    "adamw" => AdamW, "adamw_8bit" => AdamW8bit, "adamw_paged" => AdamWPaged,
+} }
+words! { QuantKind, "nf4, fp4, int8 or none" {
+    "nf4" => Nf4, "fp4" => Fp4, "int8" => Int8, "none" => None,
+} }
+words! { MergeBase, "none, original or dequantized" {
+    "none" => None, "original" => Original, "dequantized" => Dequantized,
+} }
 words! { Schedule, "cosine, linear or constant" {
     "cosine" => Cosine, "linear" => Linear, "constant" => Constant,
 } }
@@ -247,6 +302,24 @@ impl FromNode for Preset {
 
     fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
         one_of(&PRESETS, node, path, sink).map(Preset)
+    }
+}
+
+impl FromNode for Targets {
+    const KIND: &'static str = "a list of names, or text";
+
+    fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
+        match &node.value {
+            Value::List(_) => {
+                let names = Vec::<At<String>>::from_node(node, path, sink)?;
+                Some(Targets::Suffixes(names.into_iter().map(|name| name.value).collect()))
+            }
+            Value::Text(text) => Some(Targets::from_text(text)),
+            other => {
+                sink.report(&node.place, format!("{path}: expected {}, got {}", Self::KIND, other.found()));
+                None
+            }
+        }
     }
 }
 

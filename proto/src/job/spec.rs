@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::{self, AdapterPlan, LoraConfig};
+use crate::base_plan::{BasePlan, PartDtype, Quantization};
 use crate::model::ModelConfig;
+use crate::shard_plan::ShardPlan;
 
 /// A whole job. A stage that is absent was not asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +25,8 @@ pub struct JobSpec {
     pub model: ModelSpec,
     /// How files become batches.
     pub data: DataSpec,
+    /// What is trained in place of all weights.
+    pub adapter: Option<AdapterSpec>,
     /// How batches become weights.
     pub train: TrainSpec,
     /// How weights leave.
@@ -166,6 +171,15 @@ pub enum Packing {
     SeedCompatible,
 }
 
+/// A LoRA adapter on frozen weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AdapterSpec {
+    /// What is trained.
+    pub lora: LoraConfig,
+    /// How the frozen linears are held.
+    pub quantization: Quantization,
+}
+
 /// How batches become weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainSpec {
@@ -183,6 +197,8 @@ pub struct TrainSpec {
     pub accumulate_micro_batches: u32,
     /// Peak learning rate.
     pub learning_rate: f64,
+    /// How moments are held.
+    pub optimizer: Optimizer,
     /// Shape of the learning rate after warm-up.
     pub schedule: Schedule,
     /// Steps of linear warm-up from 0.
@@ -235,6 +251,30 @@ pub enum Precision {
     Bf16,
 }
 
+/// How AdamW's moments are held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// In fp32.
+    AdamW,
+    /// In 8 bits, block by block.
+    AdamW8bit,
+    /// In fp32, in memory that a GPU pages from the host.
+    AdamWPaged,
+}
+
+/// What an adapter is merged into at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergeBase {
+    /// No merged model.
+    None,
+    /// The weights as they were.
+    Original,
+    /// The weights as they were dequantised in training.
+    Dequantized,
+}
+
 /// Shape of the learning rate after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -252,8 +292,10 @@ pub enum Schedule {
 pub struct ExportSpec {
     /// Write `<output>/export` after training.
     pub enabled: bool,
-    /// Dtype of the exported weights.
+    /// Dtype of the exported model's weights.
     pub dtype: Precision,
+    /// What an adapter is merged into.
+    pub merge: MergeBase,
 }
 
 /// Where ranks run.
@@ -303,6 +345,45 @@ impl JobSpec {
         self.output.join("export")
     }
 
+    /// Directory of the exported adapter.
+    pub fn adapter_dir(&self) -> PathBuf {
+        self.output.join("adapter")
+    }
+
+    /// Directory of the quantised base.
+    pub fn base_dir(&self) -> PathBuf {
+        self.output.join("base")
+    }
+
+    /// What the job's adapter trains of `model`; `None` where all weights are trained.
+    ///
+    /// # Errors
+    /// Settings that do not fit the model.
+    pub fn adapter_plan(&self, model: &ModelConfig) -> Result<Option<AdapterPlan>, adapter::Error> {
+        self.adapter.as_ref().map(|adapter| adapter.lora.plan(model)).transpose()
+    }
+
+    /// Who holds which elements of what is trained.
+    ///
+    /// # Errors
+    /// An adapter's settings that do not fit the model.
+    pub fn shard_plan(&self, model: &ModelConfig) -> Result<ShardPlan, adapter::Error> {
+        let ranks = self.train.ranks;
+        Ok(match self.adapter_plan(model)? {
+            Some(adapter) => ShardPlan::of_adapter(&adapter, model, ranks),
+            None => ShardPlan::new(model, ranks),
+        })
+    }
+
+    /// How the frozen weights lie; `None` where all weights are trained.
+    pub fn base_plan(&self, model: &ModelConfig) -> Option<BasePlan> {
+        let plain = match self.train.precision {
+            Precision::Fp32 => PartDtype::F32,
+            Precision::Bf16 => PartDtype::Bf16,
+        };
+        self.adapter.as_ref().map(|adapter| BasePlan::new(model, adapter.quantization, plain))
+    }
+
     /// Sequences of one step, over all ranks.
     pub fn step_sequences(&self) -> u64 {
         u64::from(self.train.ranks)
@@ -316,7 +397,10 @@ impl JobSpec {
             TokenizerSpec::Train { vocab_size } => vocab_size,
             TokenizerSpec::Existing(_) | TokenizerSpec::FromModel => 0,
         };
-        sequence_misfit(self.data.sequence_tokens, model).or_else(|| vocab_misfit(vocab_size, model))
+        let adapter_misfit = || self.adapter_plan(model).err().map(|error| format!("adapter: {error}"));
+        sequence_misfit(self.data.sequence_tokens, model)
+            .or_else(|| vocab_misfit(vocab_size, model))
+            .or_else(adapter_misfit)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
@@ -73,22 +73,52 @@ impl ModelFiles {
     fn reader(&self, name: &str) -> Option<&Reader> {
         self.readers.get(*self.tensors.get(name)?)
     }
+
+    /// The files, in the order of their names.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.readers.iter().map(Reader::path)
+    }
+
+    /// Every parameter of `config` is there in its shape, and nothing else is.
+    ///
+    /// # Errors
+    /// The first tensor that is missing, extra or misshapen, by name.
+    pub fn check(&self, dir: &Path, config: &ModelConfig) -> Result<(), Error> {
+        check_names(dir, self, &ShardPlan::new(config, 1))
+    }
+
+    /// A whole tensor in fp32 on the CPU, flat; `look` sees its values on the way.
+    ///
+    /// # Errors
+    /// A value that is not finite; whatever the file breaks.
+    pub fn read(&self, dir: &Path, name: &str, mut look: impl FnMut(&[f32])) -> Result<Tensor, Error> {
+        let absent = || Error::tensor(dir, name, "is in none of the files");
+        let reader = self.reader(name).ok_or_else(absent)?;
+        let elements: usize = reader.info(name).ok_or_else(absent)?.shape.iter().product();
+        let out = Tensor::zeros([elements as i64], (Kind::Float, Device::Cpu));
+        let mut finite = true;
+        reader.read_f32(name, 0..elements as u64, |first, values| {
+            finite &= values.iter().all(|v| v.is_finite());
+            look(values);
+            out.narrow(0, first as i64, values.len() as i64).copy_(&Tensor::from_slice(values));
+        })?;
+        if finite { Ok(out) } else { Err(Error::tensor(dir, name, NOT_FINITE)) }
+    }
 }
 
-/// This rank's shards of the weights in `dir`; moments are zero.
+const NOT_FINITE: &str = "holds a value that is not finite";
+
+/// Fills this rank's `shards` with the weights in `dir`; moments stay as they are.
 ///
 /// # Errors
 /// A missing, extra or misshapen tensor, by name; a value that is not finite.
-pub fn load(dir: &Path, plan: &ShardPlan, rank: u32, numerics: Numerics) -> Result<Vec<Shard>, Error> {
+pub fn load(dir: &Path, plan: &ShardPlan, rank: u32, shards: &[Shard]) -> Result<(), Error> {
     let files = ModelFiles::open(dir)?;
     check_names(dir, &files, plan)?;
-    let mut shards = Vec::with_capacity(plan.units.len());
-    for unit in &plan.units {
-        let shard = Shard::zeros(unit, plan.world, numerics);
+    for (unit, shard) in plan.units.iter().zip(shards) {
         fill(dir, &files, unit, rank, plan.world, &shard.master)?;
-        shards.push(shard);
     }
-    Ok(shards)
+    Ok(())
 }
 
 /// All weights in `dir` for computing with: one flat buffer per unit of a plan for one rank, in
@@ -127,7 +157,7 @@ fn fill(
             into.narrow(0, offset as i64, values.len() as i64).copy_(&Tensor::from_slice(values));
         })?;
         if !finite {
-            return Err(Error::tensor(dir, name, "holds a value that is not finite"));
+            return Err(Error::tensor(dir, name, NOT_FINITE));
         }
     }
     Ok(())

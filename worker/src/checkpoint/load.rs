@@ -13,7 +13,6 @@ use tunefleet_proto::shard_plan::{PLAN_VERSION, ShardPlan};
 use super::Error;
 use super::safetensors::Reader;
 use super::save::{STATE_NAMES, rank_file};
-use crate::model::numerics::Numerics;
 use crate::train::units::Shard;
 
 /// Steps of all checkpoints under `dir`, ascending; sound or not.
@@ -130,7 +129,7 @@ fn digest(path: &Path) -> Result<String, Error> {
     }
 }
 
-/// `rank`'s shards under `plan`, from a checkpoint that may have been written by another number
+/// Fills `rank`'s `shards` under `plan` from a checkpoint that may have been written by another number
 /// of ranks. Bit-equal where the number is the same.
 ///
 /// # Errors
@@ -140,15 +139,14 @@ pub fn load(
     manifest: &Manifest,
     plan: &ShardPlan,
     rank: u32,
-    numerics: Numerics,
-) -> Result<Vec<Shard>, Error> {
+    shards: &[Shard],
+) -> Result<(), Error> {
     let saved = &manifest.shard_plan;
     check_same_model(dir, saved, plan)?;
     let readers: Vec<Reader> =
         manifest.files.iter().map(|f| Reader::open(&dir.join(&f.file))).collect::<Result<_, _>>()?;
-    let mut shards = Vec::with_capacity(plan.units.len());
-    for (unit, saved_unit) in plan.units.iter().zip(&saved.units) {
-        let shard = Shard::zeros(unit, plan.world, numerics);
+    for ((unit, saved_unit), shard) in plan.units.iter().zip(&saved.units).zip(shards) {
+        let moments = shard.moments.to_fp32()?;
         for piece in unit.pieces(rank, plan.world) {
             for (source, reader) in readers.iter().enumerate() {
                 for held in saved_unit.pieces(source as u32, saved.world) {
@@ -159,9 +157,7 @@ pub fn load(
                     }
                     let into = piece.shard_offset + (from - piece.range.start);
                     let begin = held.shard_offset + (from - held.range.start);
-                    for (name, tensor) in
-                        STATE_NAMES.iter().zip([&shard.master, &shard.exp_avg, &shard.exp_avg_sq])
-                    {
+                    for (name, tensor) in STATE_NAMES.iter().zip([&shard.master, &moments[0], &moments[1]]) {
                         let name = format!("{}.{name}", unit.name);
                         reader.read_f32(&name, begin..begin + (to - from), |first, values| {
                             let offset = into + (first - begin);
@@ -172,9 +168,9 @@ pub fn load(
                 }
             }
         }
-        shards.push(shard);
+        shard.moments.restore(&moments)?;
     }
-    Ok(shards)
+    Ok(())
 }
 
 fn check_same_model(dir: &Path, saved: &ShardPlan, plan: &ShardPlan) -> Result<(), Error> {

@@ -64,6 +64,11 @@ impl Reader {
         Ok(Reader { path: path.to_owned(), file, metadata, data_begin })
     }
 
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<String> {
         let mut names = self.metadata.offset_keys();

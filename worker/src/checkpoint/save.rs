@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
-use tunefleet_proto::checkpoint::{self as proto, DataPosition, Manifest, RankFile};
+use tunefleet_proto::checkpoint::{self as proto, AdapterRecord, DataPosition, Manifest, RankFile};
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::Error;
@@ -27,6 +27,8 @@ pub struct State {
     pub data: DataPosition,
     /// Loss of the last step.
     pub loss: f64,
+    /// What the shards are an adapter of.
+    pub adapter: Option<AdapterRecord>,
 }
 
 /// Writes `<dir>/step-NNNNNNNN` and removes what is older than the newest `keep`. Collective: all
@@ -97,7 +99,8 @@ fn write_rank(dir: &Path, rank: u32, plan: &ShardPlan, shards: &[Shard]) -> Resu
     }
     let mut writer = Writer::create(&dir.join(rank_file(rank)), &entries, WriteDtype::F32)?;
     for shard in shards {
-        for tensor in [&shard.master, &shard.exp_avg, &shard.exp_avg_sq] {
+        let [exp_avg, exp_avg_sq] = shard.moments.to_fp32()?;
+        for tensor in [&shard.master, &exp_avg, &exp_avg_sq] {
             let host = tensor.to_device(Device::Cpu);
             writer.bytes(tunefleet_kernels::bytes::bytes(&host)?)?;
         }
@@ -159,6 +162,7 @@ fn publish(
         written_by: concat!("tunefleet ", env!("CARGO_PKG_VERSION")).to_owned(),
         step: state.step,
         shard_plan: plan.clone(),
+        adapter: state.adapter.clone(),
         files,
         data: state.data.clone(),
         seed: state.seed,

@@ -66,7 +66,7 @@ impl Decoder {
             let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_bt, context.tokens);
             let mut x = x.to_kind(self.numerics.product_kind);
             for (params, cache) in self.blocks.iter().zip(&mut context.caches) {
-                let params = BlockParams::new(params);
+                let params = BlockParams::plain(params);
                 x = block::forward(&self.shape, &params, &x, Some((cache, context.tokens)));
             }
             context.tokens += ids.len() as i64;

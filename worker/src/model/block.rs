@@ -4,6 +4,7 @@
 use tch::Tensor;
 use tunefleet_proto::model::{Activation, ModelConfig};
 
+use super::linear::{Adapted, Linear};
 use super::numerics::{Numerics, attention};
 
 /// What a block does, apart from its weights.
@@ -21,20 +22,19 @@ pub struct BlockShape {
     residual_dropout: f64,
 }
 
-/// A block's weights, in the order of `ModelConfig::block_parameters`.
+/// Parameters of a block, and which of them are the weights of linears.
+pub const PARAMETERS: usize = 12;
+
+/// A block's weights.
 pub struct BlockParams<'a> {
-    c_attn_weight: &'a Tensor,
-    c_proj_weight: &'a Tensor,
-    c_fc_weight: &'a Tensor,
-    mlp_proj_weight: &'a Tensor,
+    c_attn: Linear<'a>,
+    c_proj: Linear<'a>,
+    c_fc: Linear<'a>,
+    mlp_proj: Linear<'a>,
     ln_1_weight: &'a Tensor,
     ln_1_bias: &'a Tensor,
-    c_attn_bias: &'a Tensor,
-    c_proj_bias: &'a Tensor,
     ln_2_weight: &'a Tensor,
     ln_2_bias: &'a Tensor,
-    c_fc_bias: &'a Tensor,
-    mlp_proj_bias: &'a Tensor,
 }
 
 /// Keys and values of the tokens seen so far: two tensors `[B, K, S_max, C]`.
@@ -61,12 +61,13 @@ impl BlockShape {
 }
 
 impl<'a> BlockParams<'a> {
-    /// Names the 12 tensors of a block; the plan and the model agree on their order.
+    /// Names the 12 tensors of a block, in the order of `ModelConfig::block_parameters`; `adapted` tells
+    /// of each of the four linears, by the index of its weight, what stands beside it.
     ///
     /// # Panics
     /// With another number of tensors, which is a programming error.
-    pub fn new(params: &'a [Tensor]) -> Self {
-        let [
+    pub fn new(params: &[&'a Tensor], adapted: impl Fn(usize) -> Adapted<'a>) -> Self {
+        let &[
             c_attn_weight,
             c_proj_weight,
             c_fc_weight,
@@ -81,22 +82,24 @@ impl<'a> BlockParams<'a> {
             mlp_proj_bias,
         ] = params
         else {
-            panic!("a block has 12 parameters, got {}", params.len());
+            panic!("a block has {PARAMETERS} parameters, got {}", params.len());
         };
+        let linear = |index, weight, bias| Linear { weight, bias, adapted: adapted(index) };
         BlockParams {
-            c_attn_weight,
-            c_proj_weight,
-            c_fc_weight,
-            mlp_proj_weight,
+            c_attn: linear(0, c_attn_weight, c_attn_bias),
+            c_proj: linear(1, c_proj_weight, c_proj_bias),
+            c_fc: linear(2, c_fc_weight, c_fc_bias),
+            mlp_proj: linear(3, mlp_proj_weight, mlp_proj_bias),
             ln_1_weight,
             ln_1_bias,
-            c_attn_bias,
-            c_proj_bias,
             ln_2_weight,
             ln_2_bias,
-            c_fc_bias,
-            mlp_proj_bias,
         }
+    }
+
+    /// A block with nothing beside its weights.
+    pub fn plain(params: &'a [Tensor]) -> Self {
+        BlockParams::new(&params.iter().collect::<Vec<_>>(), |_| Adapted::Trained)
     }
 }
 
@@ -128,16 +131,16 @@ pub fn forward(
     };
 
     let normed_btd = norm(x_btd, p.ln_1_weight, p.ln_1_bias);
-    let qkv = normed_btd.linear(p.c_attn_weight, Some(p.c_attn_bias));
+    let qkv = p.c_attn.forward(&normed_btd);
     let attended_btd = attend(shape, &qkv, cache);
-    let x_btd = x_btd + dropout(attended_btd.linear(p.c_proj_weight, Some(p.c_proj_bias)));
+    let x_btd = x_btd + dropout(p.c_proj.forward(&attended_btd));
 
     let normed_btd = norm(&x_btd, p.ln_2_weight, p.ln_2_bias);
-    let inner_bti = normed_btd.linear(p.c_fc_weight, Some(p.c_fc_bias)).gelu(match shape.activation {
+    let inner_bti = p.c_fc.forward(&normed_btd).gelu(match shape.activation {
         Activation::Gelu => "none",
         Activation::GeluPytorchTanh => "tanh",
     });
-    x_btd + dropout(inner_bti.linear(p.mlp_proj_weight, Some(p.mlp_proj_bias)))
+    x_btd + dropout(p.mlp_proj.forward(&inner_bti))
 }
 
 /// Splits the fused projection (all query heads, then keys, then values) and attends.

@@ -9,10 +9,15 @@ pub fn forward(wte_vd: &Tensor, wpe_pd: &Tensor, tokens_bt: &Tensor, first_posit
     Tensor::embedding(wte_vd, tokens_bt, -1, false, false) + positions
 }
 
-/// Adds the gradients of the fp32 tables.
-pub fn backward(dx_btd: &Tensor, tokens_bt: &Tensor, dwte_vd: &Tensor, dwpe_pd: &Tensor) {
+/// Adds the gradients of the fp32 tables, of those that are trained.
+pub fn backward(dx_btd: &Tensor, tokens_bt: &Tensor, dwte_vd: Option<&Tensor>, dwpe_pd: Option<&Tensor>) {
     let (tokens, width) = (dx_btd.size()[1], dx_btd.size()[2]);
     let dx_btd = dx_btd.to_kind(Kind::Float);
-    let _ = dwte_vd.shallow_clone().index_add_(0, &tokens_bt.reshape([-1]), &dx_btd.reshape([-1, width]));
-    let _ = dwpe_pd.narrow(0, 0, tokens).g_add_(&dx_btd.sum_dim_intlist(0, false, None));
+    if let Some(dwte_vd) = dwte_vd {
+        let rows = dx_btd.reshape([-1, width]);
+        let _ = dwte_vd.shallow_clone().index_add_(0, &tokens_bt.reshape([-1]), &rows);
+    }
+    if let Some(dwpe_pd) = dwpe_pd {
+        let _ = dwpe_pd.narrow(0, 0, tokens).g_add_(&dx_btd.sum_dim_intlist(0, false, None));
+    }
 }

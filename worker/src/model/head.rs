@@ -64,14 +64,14 @@ impl Scratch {
 }
 
 /// [`loss_sum`], and its gradients times `scale` (fp32 scalar on the device): returns the sum and
-/// `dh_nd`, and adds the weight's gradient to `dweight_vd` (fp32).
+/// `dh_nd`, and adds the weight's gradient to `dweight_vd` (fp32), where it is trained.
 pub fn loss_sum_and_grads(
     numerics: Numerics,
     weight_vd: &Tensor,
     h_nd: &Tensor,
     targets_n: &Tensor,
     scale: &Tensor,
-    dweight_vd: &Tensor,
+    dweight_vd: Option<&Tensor>,
     scratch: &mut Scratch,
 ) -> (Tensor, Tensor) {
     let kind = numerics.product_kind;
@@ -98,13 +98,15 @@ pub fn loss_sum_and_grads(
         }
         // The row weight (0 where ignored) and the scale go onto the narrow side.
         let row_scale_g1 = targets_g.ne(IGNORED).to_kind(Kind::Float).unsqueeze(1) * scale;
-        let scaled_h_gd = (h_gd.to_kind(Kind::Float) * &row_scale_g1).to_kind(kind);
         // Once a group: the weight's gradient is the largest tensor here, and is read and written whole.
-        let mut dweight_vd = dweight_vd.shallow_clone();
-        if kind == Kind::Float {
-            let _ = dweight_vd.addmm_(&dlogits_gv.tr(), &scaled_h_gd);
-        } else {
-            let _ = dweight_vd.g_add_(&dlogits_gv.tr().mm(&scaled_h_gd));
+        if let Some(dweight_vd) = dweight_vd {
+            let scaled_h_gd = (h_gd.to_kind(Kind::Float) * &row_scale_g1).to_kind(kind);
+            let mut dweight_vd = dweight_vd.shallow_clone();
+            if kind == Kind::Float {
+                let _ = dweight_vd.addmm_(&dlogits_gv.tr(), &scaled_h_gd);
+            } else {
+                let _ = dweight_vd.g_add_(&dlogits_gv.tr().mm(&scaled_h_gd));
+            }
         }
         dh_groups.push((dlogits_gv.mm(&weight_vd) * row_scale_g1).to_kind(kind));
     }

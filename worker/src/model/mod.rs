@@ -8,6 +8,8 @@
 pub mod numerics;
 /// Token and position embeddings.
 pub mod embed;
+/// One linear, with or without an adapter.
+pub mod linear;
 /// One transformer block.
 pub mod block;
 /// Final norm and output head, with the chunked loss.

@@ -5,8 +5,14 @@
 
 /// Which sequences a rank sees when.
 pub mod batches;
-/// A rank's fp32 state, and the gathered weights.
+/// A rank's fp32 state, and gathered buffers.
 pub mod units;
+/// AdamW's moments, in fp32 or 8 bits.
+pub mod moments;
+/// What an adapter trains beside its frozen base.
+pub mod adapter;
+/// Whether gradients reach all of it.
+pub mod gradients;
 /// Gradients on their way to the shards.
 pub mod reduce;
 /// Forward, loss and backward, block by block.
@@ -24,17 +30,21 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::checkpoint::{DataPosition, Manifest};
+use tunefleet_proto::adapter::AdapterPlan;
+use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Manifest};
 use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
+use crate::base::{Base, cache};
 use crate::checkpoint::{self, hugging_face, load, save};
 use crate::comm::{Communicator, Tag};
 use crate::data::{Sequences, Split};
 use crate::model::numerics::Numerics;
+use adapter::{Frozen, Wiring};
 use batches::Batches;
+use gradients::Checks;
 use meter::Meter;
 use optimizer::{StepStatus, StepValues};
 use rng::Seeds;
@@ -118,6 +128,16 @@ pub enum Error {
     /// A kernel refused.
     #[error(transparent)]
     Kernel(#[from] tunefleet_kernels::Error),
+    /// A trained tensor that learns nothing.
+    #[error("step {step}: the gradient of {tensor} {fault}; no rank was updated")]
+    Gradient {
+        /// The step.
+        step: u64,
+        /// Full name.
+        tensor: String,
+        /// What is wrong with it.
+        fault: &'static str,
+    },
     /// Settings that do not fit the model, the data or the checkpoint.
     #[error("{0}")]
     Mismatch(String),
@@ -134,6 +154,15 @@ pub enum Error {
         /// Its gradient norm.
         grad_norm: f64,
     },
+}
+
+impl From<crate::base::Error> for Error {
+    fn from(error: crate::base::Error) -> Self {
+        match error {
+            crate::base::Error::Comm(error) => error.into(),
+            crate::base::Error::Kernel(error) => error.into(),
+        }
+    }
 }
 
 /// Trains from the newest sound checkpoint under `spec.checkpoints_dir()` when `resume` is set,
@@ -170,6 +199,9 @@ struct Run<'a> {
     /// Mean loss of the last step that was read.
     loss: f64,
     saved_step: Option<u64>,
+    /// What is trained, where it is an adapter.
+    adapter: Option<AdapterRecord>,
+    checks: Checks,
 }
 
 impl<'a> Run<'a> {
@@ -190,7 +222,9 @@ impl<'a> Run<'a> {
         if let Some(p) = spec.train.dropout {
             config.dropout = Dropout { attention: p, embedding: p, residual: p };
         }
-        if *plan != ShardPlan::new(&config, rank.world) {
+        let misfit = |error: tunefleet_proto::adapter::Error| Error::Mismatch(format!("adapter: {error}"));
+        let adapter_plan = spec.adapter_plan(&config).map_err(misfit)?;
+        if *plan != spec.shard_plan(&config).map_err(misfit)? || plan.world != rank.world {
             return Err(Error::Mismatch(format!(
                 "the shard plan of this attempt is not that of {} on {} ranks; both sides must run the same version",
                 spec.model_dir().display(),
@@ -206,19 +240,49 @@ impl<'a> Run<'a> {
         check_fit(spec, &config, &training)?;
 
         let numerics = Numerics::new(device, spec.train.precision);
-        let (shards, step, consumed) = if resume {
+        let shards = units::shards(plan, rank.rank, numerics, spec.train.optimizer)?;
+        let opened =
+            adapter_plan.map(|adapter| open_base(spec, &config, adapter, plan, comm, numerics, host));
+        let mut opened = opened.transpose()?;
+        let record = opened.as_ref().map(|(_, record)| record.clone());
+        let (step, consumed) = if resume {
             let (dir, manifest) = agree_on_checkpoint(spec, comm, device, host)?;
             check_data(&dir, &manifest.data, &training)?;
-            let shards = load::load(&dir, &manifest, plan, rank.rank, numerics)?;
-            (shards, manifest.step, manifest.data.sequences)
+            check_adapter(&dir, manifest.adapter.as_ref(), record.as_ref())?;
+            load::load(&dir, &manifest, plan, rank.rank, &shards)?;
+            (manifest.step, manifest.data.sequences)
         } else {
-            (hugging_face::load(&spec.model_dir(), plan, rank.rank, numerics)?, 0, 0)
+            match &mut opened {
+                Some((frozen, _)) => {
+                    let base = &mut frozen.base;
+                    tch::no_grad(|| adapter::init(&shards, plan, &config, base, comm, spec.train.seed))?;
+                }
+                None => hugging_face::load(&spec.model_dir(), plan, rank.rank, &shards)?,
+            }
+            (0, 0)
         };
         let options = WalkOptions { recompute: spec.train.recompute, poison: false };
         let seeds = Seeds::new(spec.train.seed);
         let walk = Walk::new(config, plan.clone(), shards, numerics, comm, seeds, options);
-        let saved_step = resume.then_some(step);
-        Ok(Run { spec, walk, training, validation, rank, device, step, consumed, loss: f64::NAN, saved_step })
+        let walk = match opened {
+            Some((frozen, _)) => walk.over(frozen),
+            None => walk,
+        };
+        let moved = (1..=step).rev().take(2).any(|done| schedule::learning_rate(&spec.train, done) > 0.0);
+        Ok(Run {
+            spec,
+            walk,
+            training,
+            validation,
+            rank,
+            device,
+            step,
+            consumed,
+            loss: f64::NAN,
+            saved_step: resume.then_some(step),
+            adapter: record,
+            checks: Checks::new(moved),
+        })
     }
 
     fn train(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
@@ -294,8 +358,14 @@ impl<'a> Run<'a> {
             loss_sum += self.walk.train_micro_batch(batch, position, &scale)?;
         }
         self.walk.finish_step()?;
-        let status =
-            optimizer::update(&mut self.walk, train, self.step + 1, learning_rate, &loss_sum, &targets)?;
+        let step = self.step + 1;
+        if self.adapter.is_some()
+            && let Some(expected) = self.checks.due()
+        {
+            gradients::check(self.walk.plan(), self.walk.shards(), self.walk.comm(), step, expected)?;
+        }
+        let status = optimizer::update(&mut self.walk, train, step, learning_rate, &loss_sum, &targets)?;
+        self.checks.updated(learning_rate);
         Ok((status, asked))
     }
 
@@ -337,6 +407,7 @@ impl<'a> Run<'a> {
                 sequences: self.consumed,
             },
             loss: self.loss,
+            adapter: self.adapter.clone(),
         };
         let dir = self.spec.checkpoints_dir();
         let keep = self.spec.train.keep_checkpoints as usize;
@@ -345,6 +416,63 @@ impl<'a> Run<'a> {
         self.saved_step = Some(self.step);
         host.report(Event::Saved { step: self.step, path, pause_seconds: started.elapsed().as_secs_f64() });
         Ok(())
+    }
+}
+
+/// The frozen base of `spec`'s adapter, and the record of what is trained on it.
+fn open_base(
+    spec: &JobSpec,
+    config: &ModelConfig,
+    adapter: AdapterPlan,
+    plan: &ShardPlan,
+    comm: &dyn Communicator,
+    numerics: Numerics,
+    host: &dyn Host,
+) -> Result<(Frozen, AdapterRecord), Error> {
+    let (Some(settings), Some(base_plan)) = (&spec.adapter, spec.base_plan(config)) else {
+        return Err(Error::Mismatch("the job has no adapter".to_owned()));
+    };
+    let note = |text: String| {
+        if comm.rank().rank == 0 {
+            host.report(Event::Note(text));
+        }
+    };
+    if !adapter.unmatched.is_empty() {
+        note(format!("adapter.target_modules: nothing matches {}", adapter.unmatched.join(", ")));
+    }
+    let (cache_dir, model_dir) = (spec.base_dir(), spec.model_dir());
+    let opened = cache::open(&cache_dir, &model_dir, config, &base_plan, comm, numerics.device)?;
+    if let Some(why) = opened.built {
+        note(format!("quantised {} to {}: {why}", model_dir.display(), base_plan.quantization.name()));
+    }
+    let resident = !spec.train.recompute;
+    let base = Base::new(base_plan, opened.shards, comm.rank().world, numerics, resident, false)?;
+    let wiring = Wiring::new(&settings.lora, &adapter, config, plan);
+    let record = AdapterRecord {
+        lora: settings.lora.clone(),
+        quantization: settings.quantization,
+        base_sha256: opened.base_sha256,
+    };
+    Ok((Frozen { base, wiring }, record))
+}
+
+fn check_adapter(
+    dir: &Path,
+    saved: Option<&AdapterRecord>,
+    wanted: Option<&AdapterRecord>,
+) -> Result<(), Error> {
+    let misfit = match (saved, wanted) {
+        (None, None) => None,
+        (Some(saved), Some(wanted)) => saved.misfit(wanted),
+        (Some(_), None) => Some("holds an adapter; the job trains all weights".to_owned()),
+        (None, Some(_)) => Some("holds all weights; the job trains an adapter".to_owned()),
+    };
+    match misfit {
+        None => Ok(()),
+        Some(misfit) => Err(Error::Mismatch(format!(
+            "{}: {misfit}; restore it, or start over with launch --fresh",
+            dir.display()
+        ))),
     }
 }
 

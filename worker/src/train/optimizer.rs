@@ -1,12 +1,12 @@
 //! One update: global norm, clipping and AdamW on the shards, without a host synchronisation.
 
 use tch::{Kind, Tensor};
-use tunefleet_kernels::optim::{self, AdamW, AdamWState};
+use tunefleet_kernels::optim::{self, AdamW, AdamW8State, AdamWState};
 use tunefleet_proto::job::TrainSpec;
-use tunefleet_proto::shard_plan::Unit;
 
 use super::Error;
-use super::units::Shard;
+use super::moments::Moments;
+use super::units;
 use super::walk::Walk;
 use crate::comm::Tag;
 
@@ -61,7 +61,8 @@ pub fn update(
         // Padding has no gradient, and every element has one owner: the sum needs no exclusions.
         // Pieces, because on the CPU libtorch adds the squares of a tensor in fp32, one after the
         // other: a hundred million of them are off by more than half a per cent.
-        let grads: Vec<Tensor> = walk.shards().iter().flat_map(|s| s.grad.split(NORM_PIECE, 0)).collect();
+        let held = walk.shards().iter().filter(|shard| shard.grad.numel() > 0);
+        let grads: Vec<Tensor> = held.flat_map(|shard| shard.grad.split(NORM_PIECE, 0)).collect();
         let norms = Tensor::stack(&optim::norms(&grads)?, 0).to_kind(Kind::Double);
         let sums = Tensor::stack(&[loss_sum.shallow_clone(), norms.square().sum(Kind::Double)], 0);
         walk.comm().all_reduce(&sums, Tag { unit: None, what: "loss and norm" })?.wait()?;
@@ -84,46 +85,46 @@ pub fn update(
         let step_scalar = Tensor::full([], step as f64, (Kind::Float, device));
         let divisor = divisor.to_kind(Kind::Float);
         let found = nonfinite.to_kind(Kind::Float);
-        let world = walk.plan().world;
-        let rank = walk.comm().rank().rank;
+        let rank = walk.comm().rank();
         for (decays, weight_decay) in [(true, spec.weight_decay), (false, 0.0)] {
-            let mut states = Vec::new();
+            let mut fp32 = Vec::new();
             for (unit, shard) in walk.plan().units.iter().zip(walk.shards()) {
-                states.extend(runs(unit, shard, rank, world, decays));
+                match &shard.moments {
+                    Moments::Fp32 { exp_avg, exp_avg_sq } => {
+                        let runs = units::runs(unit, rank).into_iter().filter(|run| run.decays == decays);
+                        fp32.extend(runs.map(|run| {
+                            let part = |t: &Tensor| t.narrow(0, run.begin, run.end - run.begin);
+                            AdamWState {
+                                param: part(&shard.master),
+                                grad: part(&shard.grad),
+                                exp_avg: part(exp_avg),
+                                exp_avg_sq: part(exp_avg_sq),
+                            }
+                        }));
+                    }
+                    Moments::Bits8 { runs, .. } => {
+                        for run8 in runs.iter().filter(|run8| run8.run.decays == decays) {
+                            let part =
+                                |t: &Tensor| t.narrow(0, run8.run.begin, run8.run.end - run8.run.begin);
+                            let state = AdamW8State {
+                                param: &part(&shard.master),
+                                grad: &part(&shard.grad),
+                                exp_avg: &run8.exp_avg.codes,
+                                exp_avg_absmax: &run8.exp_avg.absmax,
+                                exp_avg_sq: &run8.exp_avg_sq.codes,
+                                exp_avg_sq_absmax: &run8.exp_avg_sq.absmax,
+                                signed8: &run8.exp_avg.code8,
+                                unsigned8: &run8.exp_avg_sq.code8,
+                            };
+                            optim::adamw_8bit(&state, step, &divisor, &found, options(weight_decay))?;
+                        }
+                    }
+                }
             }
-            optim::fused_adamw(&states, &step_scalar, &divisor, &found, options(weight_decay))?;
+            optim::fused_adamw(&fp32, &step_scalar, &divisor, &found, options(weight_decay))?;
         }
         walk.invalidate();
         let values = Tensor::stack(&[sums.get(0) / targets, grad_norm, nonfinite.to_kind(Kind::Double)], 0);
         Ok(StepStatus { values })
     })
-}
-
-/// The parts of a shard whose parameters decay (or do not), neighbours joined: at most two.
-fn runs(unit: &Unit, shard: &Shard, rank: u32, world: u32, decays: bool) -> Vec<AdamWState> {
-    let mut ranges: Vec<(i64, i64)> = Vec::new();
-    let mut previous_decays = None;
-    for piece in unit.pieces(rank, world) {
-        let end = (piece.shard_offset + piece.range.end - piece.range.start) as i64;
-        if piece.slot.decays == decays {
-            match ranges.last_mut() {
-                // The padding between two neighbours is zero and stays zero.
-                Some(last) if previous_decays == Some(decays) => last.1 = end,
-                _ => ranges.push((piece.shard_offset as i64, end)),
-            }
-        }
-        previous_decays = Some(piece.slot.decays);
-    }
-    ranges
-        .into_iter()
-        .map(|(begin, end)| {
-            let part = |t: &Tensor| t.narrow(0, begin, end - begin);
-            AdamWState {
-                param: part(&shard.master),
-                grad: part(&shard.grad),
-                exp_avg: part(&shard.exp_avg),
-                exp_avg_sq: part(&shard.exp_avg_sq),
-            }
-        })
-        .collect()
 }

@@ -57,6 +57,9 @@ impl Reducer {
         first: bool,
         comm: &dyn Communicator,
     ) -> Result<(), Error> {
+        if grads.is_empty() {
+            return Ok(());
+        }
         if self.lanes.is_empty() {
             for (mut into, grad) in units::views(unit, &shard.grad).into_iter().zip(grads) {
                 if first {

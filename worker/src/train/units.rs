@@ -1,37 +1,76 @@
-//! A rank's fp32 state, and the gathered weights that the walk computes with.
+//! A rank's fp32 state of what is trained, and gathered buffers that the walk computes with.
 //!
-//! A unit's gathered buffer holds its parameters end to end (see `proto::shard_plan`), so that
-//! gathering needs no copy: each parameter is a view. Blocks share a fixed set of buffers
-//! ("slots"); block `i` uses slot `i % slots`. With two slots, one is computed with while the
-//! other fills; with one per block, all stay resident.
+//! A unit's gathered buffer holds its tensors end to end (see `proto::shard_plan` and
+//! `proto::base_plan`), so that gathering needs no copy: each tensor is a view. Blocks share a fixed
+//! set of buffers ("slots"); block `i` uses slot `i % slots`. With two slots, one is computed with
+//! while the other fills; with one per block, all stay resident.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::ids::Rank;
+use tunefleet_proto::job::Optimizer;
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
+use super::moments::Moments;
 use crate::comm::{Communicator, Error, Tag, Work};
 use crate::model::numerics::Numerics;
 
 /// Index of the embeddings' unit in a plan; block `i` is unit `i + 1`.
 pub const EMBED: usize = 0;
 
-/// This rank's elements of one unit, all fp32 and of one length.
+/// This rank's elements of one unit, all of one length.
 pub struct Shard {
-    /// Master weights.
+    /// Master weights, fp32.
     pub master: Tensor,
-    /// First moment of AdamW.
-    pub exp_avg: Tensor,
-    /// Second moment of AdamW.
-    pub exp_avg_sq: Tensor,
-    /// Gradient of the current step.
+    /// Moments of AdamW.
+    pub moments: Moments,
+    /// Gradient of the current step, fp32.
     pub grad: Tensor,
 }
 
-impl Shard {
-    /// All zero.
-    pub fn zeros(unit: &Unit, world: u32, numerics: Numerics) -> Self {
-        let zeros = || Tensor::zeros([unit.shard_elements(world) as i64], (Kind::Float, numerics.device));
-        Shard { master: zeros(), exp_avg: zeros(), exp_avg_sq: zeros(), grad: zeros() }
+/// A stretch of a shard whose parameters all decay, or all do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// First element.
+    pub begin: i64,
+    /// Past the last element.
+    pub end: i64,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// This rank's shards of `plan`, all zero.
+///
+/// # Errors
+/// Where memory of the optimizer's kind is not to be had.
+pub fn shards(
+    plan: &ShardPlan,
+    rank: u32,
+    numerics: Numerics,
+    optimizer: Optimizer,
+) -> Result<Vec<Shard>, tunefleet_kernels::Error> {
+    let rank = Rank { rank, world: plan.world };
+    let shard = |unit: &Unit| {
+        let len = unit.shard_elements(rank.world) as i64;
+        let zeros = || Tensor::zeros([len], (Kind::Float, numerics.device));
+        let moments = Moments::zeros(len, &runs(unit, rank), numerics.device, optimizer)?;
+        Ok(Shard { master: zeros(), moments, grad: zeros() })
+    };
+    plan.units.iter().map(shard).collect()
+}
+
+/// The runs of a rank's shard of `unit`, neighbours joined: at most two where what decays comes first.
+pub fn runs(unit: &Unit, rank: Rank) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for piece in unit.pieces(rank.rank, rank.world) {
+        let begin = piece.shard_offset as i64;
+        let end = begin + (piece.range.end - piece.range.start) as i64;
+        match runs.last_mut() {
+            // The padding between two neighbours is zero and stays zero.
+            Some(last) if last.decays == piece.slot.decays => last.end = end,
+            _ => runs.push(Run { begin, end, decays: piece.slot.decays }),
+        }
     }
+    runs
 }
 
 /// A unit's parameters as views of its gathered (or gradient) buffer, in plan order.
@@ -45,48 +84,59 @@ pub fn views(unit: &Unit, buffer: &Tensor) -> Vec<Tensor> {
         .collect()
 }
 
-/// The gathered weights of all units.
+/// Buffers that are gathered from all ranks' shards, unit by unit.
 pub struct Gathered {
     embed: Slot,
     blocks: Vec<Slot>,
-    /// Fill a buffer with NaN before it is gathered into: a test that nothing stale is read.
-    poison: bool,
+    /// What a buffer is filled with before it is gathered into: a test that nothing stale is read.
+    poison: Option<f64>,
 }
 
 struct Slot {
     buffer: Tensor,
-    /// Unit whose current weights the buffer holds or is being filled with.
+    /// Unit whose current content the buffer holds or is being filled with.
     holds: Option<usize>,
     pending: Option<Box<dyn Work>>,
 }
 
 impl Gathered {
-    /// Buffers for `plan`, with `slots` for the blocks.
-    pub fn new(plan: &ShardPlan, shards: &[Shard], numerics: Numerics, slots: usize, poison: bool) -> Self {
+    /// Buffers of `elements` (one entry per unit, [`EMBED`] first) in `kind`, with `slots` for the
+    /// blocks. Alone, and where it has that dtype, a shard is its own gathered buffer.
+    pub fn new(
+        elements: &[u64],
+        shards: &[&Tensor],
+        world: u32,
+        (kind, device): (Kind, Device),
+        slots: usize,
+        poison: bool,
+    ) -> Self {
         let slot = |unit: usize, elements: u64| Slot {
-            // Alone and in fp32 the master weights are the gathered weights.
-            buffer: if plan.world == 1 && numerics.kind == Kind::Float {
-                shards[unit].master.shallow_clone()
-            } else {
-                Tensor::zeros([elements as i64], (numerics.kind, numerics.device))
+            buffer: match shards.get(unit) {
+                Some(shard) if world == 1 && shard.kind() == kind => shard.shallow_clone(),
+                _ => Tensor::zeros([elements as i64], (kind, device)),
             },
             holds: None,
             pending: None,
         };
-        let blocks = plan.units.len() - 1;
-        let slots = if plan.world == 1 { blocks } else { slots.min(blocks) };
+        let (embed, blocks) = elements.split_first().map_or((0, &[][..]), |(embed, rest)| (*embed, rest));
+        let slots = if world == 1 { blocks.len() } else { slots.min(blocks.len()) };
+        // Slots are shared, so each has room for the largest block.
+        let largest = blocks.iter().copied().max().unwrap_or(0);
+        let of_slot = |index: usize| if world == 1 { blocks[index] } else { largest };
+        // All bits set are no number in any of the dtypes.
+        let poison_value = if kind == Kind::Uint8 { 255.0 } else { f64::NAN };
         Gathered {
-            embed: slot(EMBED, plan.units[EMBED].elements),
-            blocks: (1..=slots).map(|unit| slot(unit, plan.units[unit].elements)).collect(),
-            poison: poison && plan.world > 1,
+            embed: slot(EMBED, embed),
+            blocks: (0..slots).map(|index| slot(index + 1, of_slot(index))).collect(),
+            poison: (poison && world > 1).then_some(poison_value),
         }
     }
 
-    /// Starts to fill `unit`'s buffer, unless it is current already.
+    /// Starts to fill `unit`'s buffer from this rank's `shard` and its peers', unless it is current.
     ///
     /// # Errors
     /// Whatever the communicator refuses.
-    pub fn start(&mut self, unit: usize, shard: &Shard, comm: &dyn Communicator) -> Result<(), Error> {
+    pub fn start(&mut self, unit: usize, shard: &Tensor, comm: &dyn Communicator) -> Result<(), Error> {
         let poison = self.poison;
         let slot = self.slot(unit);
         if slot.holds == Some(unit) {
@@ -95,34 +145,38 @@ impl Gathered {
         if let Some(work) = slot.pending.take() {
             work.wait()?;
         }
-        if poison {
-            let _ = slot.buffer.fill_(f64::NAN);
-        }
-        let len = shard.master.size()[0];
-        let own = slot.buffer.narrow(0, i64::from(comm.rank().rank) * len, len);
-        if own.data_ptr() != shard.master.data_ptr() {
-            own.shallow_clone().copy_(&shard.master);
-        }
-        let tag = Tag { unit: Some(unit as u32), what: "gather" };
-        slot.pending = Some(comm.all_gather(&slot.buffer, tag)?);
         slot.holds = Some(unit);
+        let rank = comm.rank();
+        let len = shard.size()[0];
+        if len == 0 {
+            return Ok(());
+        }
+        let buffer = slot.buffer.narrow(0, 0, len * i64::from(rank.world));
+        if let Some(poison) = poison {
+            let _ = buffer.shallow_clone().fill_(poison);
+        }
+        let own = buffer.narrow(0, i64::from(rank.rank) * len, len);
+        if own.data_ptr() != shard.data_ptr() {
+            own.shallow_clone().copy_(shard);
+        }
+        slot.pending = Some(comm.all_gather(&buffer, Tag { unit: Some(unit as u32), what: "gather" })?);
         Ok(())
     }
 
-    /// The parameters of `unit`, once [`Gathered::start`] has filled its buffer.
+    /// The buffer of `unit`, once [`Gathered::start`] has filled it.
     ///
     /// # Errors
     /// Whatever the gather met.
-    pub fn wait(&mut self, unit: usize, plan: &Unit) -> Result<Vec<Tensor>, Error> {
+    pub fn wait(&mut self, unit: usize) -> Result<&Tensor, Error> {
         let slot = self.slot(unit);
         debug_assert_eq!(slot.holds, Some(unit), "waiting for a gather that was not started");
         if let Some(work) = slot.pending.take() {
             work.wait()?;
         }
-        Ok(views(plan, &slot.buffer))
+        Ok(&slot.buffer)
     }
 
-    /// The weights have changed: everything must be gathered anew.
+    /// What the shards hold has changed: everything must be gathered anew.
     pub fn invalidate(&mut self) {
         self.embed.holds = None;
         for slot in &mut self.blocks {

@@ -8,6 +8,9 @@
 //!                    with grad; gradients -> dx and the reducer
 //! ```
 //!
+//! With an adapter the same walk goes over a frozen base: a block is dequantised into one scratch when
+//! it is gathered, and only what is trained has gradients.
+//!
 //! Nothing in here waits for the device on the host.
 
 use tch::{Kind, Tensor};
@@ -15,6 +18,7 @@ use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::Error;
+use super::adapter::Frozen;
 use super::reduce::Reducer;
 use super::rng::Seeds;
 use super::units::{self, EMBED, Gathered, Shard};
@@ -64,12 +68,28 @@ pub struct Walk<'a> {
     /// Full-size fp32 gradient of the embeddings' unit, reduced once per step.
     embed_grad: Tensor,
     head_scratch: head::Scratch,
+    /// What stands beside what is trained; `None` where all weights are.
+    frozen: Option<Frozen>,
+}
+
+/// A block's tensors in the dtype of products.
+struct BlockWeights {
+    /// Empty where all weights are trained.
+    base: Vec<Tensor>,
+    trained: Vec<Tensor>,
+}
+
+/// The head's gradients, of what is trained.
+struct HeadGrads<'t> {
+    norm_weight: Option<&'t Tensor>,
+    norm_bias: Option<&'t Tensor>,
+    weight_vd: Option<&'t Tensor>,
 }
 
 /// A block whose forward pass ran with grad.
 struct Kept {
     x: Tensor,
-    params: Vec<Tensor>,
+    trained: Vec<Tensor>,
     y: Tensor,
 }
 
@@ -86,7 +106,10 @@ impl<'a> Walk<'a> {
     ) -> Self {
         // Without recompute the graphs refer to the gathered weights until the backward pass.
         let slots = if options.recompute { 2 } else { plan.units.len() };
-        let gathered = Gathered::new(&plan, &shards, numerics, slots, options.poison);
+        let sizes: Vec<u64> = plan.units.iter().map(|unit| unit.elements).collect();
+        let masters: Vec<&Tensor> = shards.iter().map(|shard| &shard.master).collect();
+        let computed = (numerics.kind, numerics.device);
+        let gathered = Gathered::new(&sizes, &masters, plan.world, computed, slots, options.poison);
         let reducer = Reducer::new(&plan, numerics);
         let embed_grad = if plan.world == 1 {
             shards[EMBED].grad.shallow_clone()
@@ -106,7 +129,13 @@ impl<'a> Walk<'a> {
             reducer,
             embed_grad,
             head_scratch,
+            frozen: None,
         }
+    }
+
+    /// The same walk over a frozen base.
+    pub fn over(self, frozen: Frozen) -> Self {
+        Walk { frozen: Some(frozen), ..self }
     }
 
     /// The shards, one per unit.
@@ -156,21 +185,23 @@ impl<'a> Walk<'a> {
     ) -> Result<Tensor, Error> {
         let shape = BlockShape::new(&self.config, true);
         let blocks = self.plan.units.len() - 1;
-        let embed_params = self.gather_now(EMBED)?;
+        // Below it nothing is trained: no gradient goes there.
+        let lowest = self.lowest_trained_block();
+        let embed_params = self.gathered_embed()?;
         let (mut x, embed_mask) = tch::no_grad(|| self.embed(&embed_params, batch, position));
 
         let mut inputs: Vec<Tensor> = Vec::with_capacity(blocks);
         let mut kept: Vec<Option<Kept>> = Vec::with_capacity(blocks);
         for i in 0..blocks {
-            let params = self.gathered_block(i, i + 1)?;
+            let weights = self.gathered_block(i, i + 1)?;
             self.seed(position, i + 1);
             // The last block's backward pass comes next: recomputing it would be for nothing.
-            if self.options.recompute && i + 1 < blocks {
+            if i < lowest || self.options.recompute && i + 1 < blocks {
                 inputs.push(x.shallow_clone());
                 kept.push(None);
-                x = tch::no_grad(|| self.forward_block(&shape, &params, &x));
+                x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, true));
             } else {
-                let run = self.forward_with_grad(&shape, &params, &x);
+                let run = self.forward_with_grad(&shape, i, &weights, &x);
                 x = run.y.detach().to_kind(self.numerics.kind);
                 inputs.push(run.x.shallow_clone());
                 kept.push(Some(run));
@@ -179,19 +210,29 @@ impl<'a> Walk<'a> {
 
         let (loss, mut dx) = self.loss_and_dx(&embed_params, &x, batch, scale)?;
 
-        for i in (0..blocks).rev() {
+        for i in (lowest..blocks).rev() {
             let run = match kept[i].take() {
-                Some(run) => run,
+                Some(run) => {
+                    // Its graph reads the frozen weights again, in the scratch where they were.
+                    if let Some(frozen) = &mut self.frozen {
+                        frozen.base.block(i, self.comm)?;
+                    }
+                    run
+                }
                 None => {
-                    let params = self.gathered_block(i, i.wrapping_sub(1))?;
+                    let weights = self.gathered_block(i, i.wrapping_sub(1))?;
                     self.seed(position, i + 1);
-                    self.forward_with_grad(&shape, &params, &inputs[i])
+                    self.forward_with_grad(&shape, i, &weights, &inputs[i])
                 }
             };
             let mut leaves = vec![run.x.shallow_clone()];
-            leaves.extend(run.params.iter().map(Tensor::shallow_clone));
-            let mut grads = tunefleet_kernels::autograd::grad(&run.y, &dx, &leaves)?;
-            dx = grads.remove(0);
+            leaves.extend(run.trained.iter().map(Tensor::shallow_clone));
+            // Nobody asks for the gradient of the lowest block's input, unless the embeddings do.
+            let asked = usize::from(i == lowest && !self.trains_embeddings());
+            let mut grads = tunefleet_kernels::autograd::grad(&run.y, &dx, &leaves[asked..])?;
+            if asked == 0 {
+                dx = grads.remove(0);
+            }
             inputs.truncate(i);
             let unit = i + 1;
             self.reducer.start(
@@ -203,7 +244,9 @@ impl<'a> Walk<'a> {
                 self.comm,
             )?;
         }
-        tch::no_grad(|| self.embed_backward(dx, embed_mask, batch));
+        if self.trains_embeddings() {
+            tch::no_grad(|| self.embed_backward(dx, embed_mask, batch));
+        }
         Ok(loss)
     }
 
@@ -213,7 +256,7 @@ impl<'a> Walk<'a> {
     /// Whatever a collective meets.
     pub fn finish_step(&mut self) -> Result<(), Error> {
         self.reducer.finish()?;
-        if self.plan.world > 1 {
+        if self.plan.world > 1 && self.plan.units[EMBED].elements > 0 {
             let tag = Tag { unit: Some(EMBED as u32), what: "reduce" };
             self.comm.reduce_scatter(&self.embed_grad, &self.shards[EMBED].grad, tag)?.wait()?;
         }
@@ -250,29 +293,45 @@ impl<'a> Walk<'a> {
     /// Normed states of the last block, and the embeddings' parameters.
     fn forward(&mut self, tokens_bt: &Tensor) -> Result<(Tensor, Vec<Tensor>), Error> {
         let shape = BlockShape::new(&self.config, false);
-        let embed_params = self.gather_now(EMBED)?;
+        let embed_params = self.gathered_embed()?;
         let mut x = tch::no_grad(|| embed::forward(&embed_params[0], &embed_params[1], tokens_bt, 0));
         for i in 0..self.plan.units.len() - 1 {
-            let params = self.gathered_block(i, i + 1)?;
-            x = tch::no_grad(|| self.forward_block(&shape, &params, &x));
+            let weights = self.gathered_block(i, i + 1)?;
+            x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, false));
         }
         let h = tch::no_grad(|| head::norm(&self.head(&embed_params), &x, self.config.norm_epsilon));
         Ok((h, embed_params))
     }
 
-    /// Block `i`'s parameters; the gather of block `next` starts behind it (if there is one).
-    fn gathered_block(&mut self, i: usize, next: usize) -> Result<Vec<Tensor>, Error> {
-        let params = self.gather_now(i + 1)?;
-        let params = self.numerics.for_products(params);
+    /// The embeddings' parameters, of whatever origin.
+    fn gathered_embed(&mut self) -> Result<Vec<Tensor>, Error> {
+        let trained = self.gather_now(EMBED)?;
+        Ok(match &mut self.frozen {
+            None => trained,
+            Some(frozen) => frozen.wiring.embed(&frozen.base.embed(self.comm)?, &trained),
+        })
+    }
+
+    /// Block `i`'s weights; the gather of block `next` starts behind it (if there is one).
+    fn gathered_block(&mut self, i: usize, next: usize) -> Result<BlockWeights, Error> {
+        let trained = self.gather_now(i + 1)?;
+        let trained = self.numerics.for_products(trained);
+        let base = match &mut self.frozen {
+            None => Vec::new(),
+            Some(frozen) => tch::no_grad(|| frozen.base.block(i, self.comm))?,
+        };
         if next < self.plan.units.len() - 1 {
-            self.gathered.start(next + 1, &self.shards[next + 1], self.comm)?;
+            self.gathered.start(next + 1, &self.shards[next + 1].master, self.comm)?;
+            if let Some(frozen) = &mut self.frozen {
+                frozen.base.start(next + 1, self.comm)?;
+            }
         }
-        Ok(params)
+        Ok(BlockWeights { base, trained })
     }
 
     fn gather_now(&mut self, unit: usize) -> Result<Vec<Tensor>, Error> {
-        tch::no_grad(|| self.gathered.start(unit, &self.shards[unit], self.comm))?;
-        Ok(self.gathered.wait(unit, &self.plan.units[unit])?)
+        tch::no_grad(|| self.gathered.start(unit, &self.shards[unit].master, self.comm))?;
+        Ok(units::views(&self.plan.units[unit], self.gathered.wait(unit)?))
     }
 
     /// Embeddings and their dropout mask.
@@ -295,22 +354,58 @@ impl<'a> Walk<'a> {
             }
             None => dx,
         };
-        let grads = self.embed_grad_views();
-        embed::backward(&dx, &batch.tokens_bt, &grads[0], &grads[1]);
+        let grads = self.embed_grads();
+        embed::backward(&dx, &batch.tokens_bt, grads[0].as_ref(), grads[1].as_ref());
     }
 
-    fn forward_with_grad(&self, shape: &BlockShape, params: &[Tensor], x: &Tensor) -> Kept {
+    fn forward_with_grad(&self, shape: &BlockShape, i: usize, weights: &BlockWeights, x: &Tensor) -> Kept {
         let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
         let x = leaf(&x.to_kind(self.numerics.product_kind));
-        let params: Vec<Tensor> = params.iter().map(leaf).collect();
-        let y = block::forward(shape, &BlockParams::new(&params), &x, None);
-        Kept { x, params, y }
+        let trained: Vec<Tensor> = weights.trained.iter().map(leaf).collect();
+        let y = block::forward(shape, &self.block_params(i, &weights.base, &trained, true), &x, None);
+        Kept { x, trained, y }
     }
 
     /// The residual stream behind a block, without grad.
-    fn forward_block(&self, shape: &BlockShape, params: &[Tensor], x: &Tensor) -> Tensor {
+    fn forward_block(
+        &self,
+        shape: &BlockShape,
+        i: usize,
+        weights: &BlockWeights,
+        x: &Tensor,
+        training: bool,
+    ) -> Tensor {
         let x = x.to_kind(self.numerics.product_kind);
-        block::forward(shape, &BlockParams::new(params), &x, None).to_kind(self.numerics.kind)
+        let params = self.block_params(i, &weights.base, &weights.trained, training);
+        block::forward(shape, &params, &x, None).to_kind(self.numerics.kind)
+    }
+
+    fn block_params<'t>(
+        &self,
+        i: usize,
+        base: &'t [Tensor],
+        trained: &'t [Tensor],
+        training: bool,
+    ) -> BlockParams<'t> {
+        match &self.frozen {
+            None => BlockParams::plain(trained),
+            Some(Frozen { wiring, .. }) => BlockParams::new(&wiring.block(i, base, trained), |weight| {
+                wiring.adapted(i, weight, trained, training)
+            }),
+        }
+    }
+
+    /// The first block that holds something trained, or that what is trained below lies behind.
+    fn lowest_trained_block(&self) -> usize {
+        if self.trains_embeddings() {
+            return 0;
+        }
+        let blocks = &self.plan.units[1..];
+        blocks.iter().position(|unit| unit.elements > 0).unwrap_or(blocks.len())
+    }
+
+    fn trains_embeddings(&self) -> bool {
+        self.frozen.as_ref().is_none_or(|frozen| frozen.wiring.trains_embeddings())
     }
 
     fn loss_and_dx(
@@ -327,8 +422,8 @@ impl<'a> Walk<'a> {
         let with_leaves =
             HeadParams { norm_weight: &norm_weight, norm_bias: &norm_bias, weight_vd: head.weight_vd };
         let h_btd = head::norm(&with_leaves, &x, self.config.norm_epsilon);
-        let grads = self.embed_grad_views();
-        let dhead = self.head(&grads);
+        let grads = self.embed_grads();
+        let dhead = self.head_grads(&grads);
         let mut scratch = std::mem::take(&mut self.head_scratch);
         let (loss, dh_nd) = tch::no_grad(|| {
             head::loss_sum_and_grads(
@@ -345,33 +440,47 @@ impl<'a> Walk<'a> {
         let mut dnorm = tunefleet_kernels::autograd::grad(&h_btd, &dh_btd, &[x, norm_weight, norm_bias])?;
         let dx = dnorm.remove(0);
         tch::no_grad(|| {
-            let _ = dhead.norm_weight.shallow_clone().g_add_(&dnorm[0]);
-            let _ = dhead.norm_bias.shallow_clone().g_add_(&dnorm[1]);
+            for (into, grad) in [dhead.norm_weight, dhead.norm_bias].into_iter().zip(&dnorm) {
+                if let Some(into) = into {
+                    let _ = into.shallow_clone().g_add_(grad);
+                }
+            }
         });
         self.head_scratch = scratch;
         Ok((loss, dx))
     }
 
-    fn embed_grad_views(&self) -> Vec<Tensor> {
-        units::views(&self.plan.units[EMBED], &self.embed_grad)
+    /// Of each of the embeddings' parameters the gradient so far, where it is trained.
+    fn embed_grads(&self) -> Vec<Option<Tensor>> {
+        let grads = units::views(&self.plan.units[EMBED], &self.embed_grad);
+        match &self.frozen {
+            None => grads.into_iter().map(Some).collect(),
+            Some(frozen) => frozen.wiring.embed_grads(&grads),
+        }
     }
 
-    /// The head among the embeddings' tensors (weights or gradients), see
-    /// `ModelConfig::embed_parameters`.
+    /// The head among the embeddings' tensors, see `ModelConfig::embed_parameters`.
     fn head<'t>(&self, embed: &'t [Tensor]) -> HeadParams<'t> {
-        let norms = embed.len() - 2;
-        HeadParams {
-            norm_weight: &embed[norms],
-            norm_bias: &embed[norms + 1],
-            weight_vd: if self.config.tied_head { &embed[0] } else { &embed[2] },
-        }
+        let [weight_vd, norm_weight, norm_bias] = self.head_indices(embed.len()).map(|i| &embed[i]);
+        HeadParams { norm_weight, norm_bias, weight_vd }
+    }
+
+    fn head_grads<'t>(&self, embed: &'t [Option<Tensor>]) -> HeadGrads<'t> {
+        let [weight_vd, norm_weight, norm_bias] = self.head_indices(embed.len()).map(|i| embed[i].as_ref());
+        HeadGrads { norm_weight, norm_bias, weight_vd }
+    }
+
+    /// Where the output embedding and the final norm stand.
+    fn head_indices(&self, parameters: usize) -> [usize; 3] {
+        [if self.config.tied_head { 0 } else { 2 }, parameters - 2, parameters - 1]
     }
 
     /// Dropout masks are a function of the seed and the position alone: recomputing a block, or
     /// resuming a run, draws the same ones.
     fn seed(&self, position: MicroPosition, unit: usize) {
         let dropout = self.config.dropout;
-        if dropout.attention + dropout.embedding + dropout.residual > 0.0 {
+        let of_pairs = self.frozen.as_ref().map_or(0.0, |frozen| frozen.wiring.dropout());
+        if dropout.attention + dropout.embedding + dropout.residual + of_pairs > 0.0 {
             tch::manual_seed(self.seeds.at(position, self.comm.rank().rank, unit));
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::job::Precision;
+use tunefleet_proto::job::{Optimizer, Precision};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::hugging_face;
@@ -76,7 +76,8 @@ pub fn walk<'a>(
     let rank = comm.rank();
     let plan = ShardPlan::new(&config, rank.world);
     let numerics = Numerics::new(Device::Cpu, precision);
-    let shards = hugging_face::load(dir, &plan, rank.rank, numerics).unwrap();
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW).unwrap();
+    hugging_face::load(dir, &plan, rank.rank, &shards).unwrap();
     Walk::new(config, plan, shards, numerics, comm, Seeds::new(3), options)
 }
 

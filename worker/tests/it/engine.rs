@@ -39,6 +39,7 @@ fn spec(ranks: u32, micro_batch: u32, accumulate: u32) -> TrainSpec {
         micro_batch_sequences: micro_batch,
         accumulate_micro_batches: accumulate,
         learning_rate: LEARNING_RATE,
+        optimizer: tunefleet_proto::job::Optimizer::AdamW,
         schedule: Schedule::Constant,
         warmup_steps: 0,
         weight_decay: 0.05,

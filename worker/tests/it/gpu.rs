@@ -87,7 +87,10 @@ fn step(
     let config = hugging_face::read_config(dir).unwrap();
     let plan = ShardPlan::new(&config, 1);
     let numerics = Numerics::new(device, precision);
-    let shards = hugging_face::load(dir, &plan, 0, numerics).unwrap();
+    let shards =
+        tunefleet_worker::train::units::shards(&plan, 0, numerics, tunefleet_proto::job::Optimizer::AdamW)
+            .unwrap();
+    hugging_face::load(dir, &plan, 0, &shards).unwrap();
     let options = WalkOptions { recompute: true, poison: false };
     let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
     tch::manual_seed(11);

@@ -120,7 +120,8 @@ fn export_of(model: &std::path::Path, out: &std::path::Path) {
     let checkpoints = out.with_extension("checkpoints");
     let walk = walk(model, Precision::Fp32, &Solo, KEEP, |_| ());
     let data = DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
-    let state = tunefleet_worker::checkpoint::save::State { step: 1, seed: 0, data, loss: 0.0 };
+    let state =
+        tunefleet_worker::checkpoint::save::State { step: 1, seed: 0, data, loss: 0.0, adapter: None };
     let device = tch::Device::Cpu;
     tunefleet_worker::checkpoint::save::save(
         &checkpoints,

@@ -3,6 +3,7 @@
 
 mod dataset;
 mod model;
+mod adapter;
 mod train;
 
 use std::fmt::Display;
@@ -13,7 +14,7 @@ use super::diagnostic::{Place, Sink, shown};
 use super::file::{DataFile, ExportFile, JobFile, TrainFile, WorkersFile};
 use super::location;
 use super::read::{At, Field};
-use super::spec::{DatasetSpec, ExportSpec, JobSpec, ModelSpec, Precision, WorkersSpec};
+use super::spec::{DatasetSpec, JobSpec, ModelSpec, WorkersSpec};
 use crate::model::ModelConfig;
 
 const MAX_RANKS: u32 = 1024;
@@ -48,9 +49,10 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         Some(DatasetSpec::Collect(collect)) => collect.validation_fraction > 0.0,
         _ => true,
     };
-    let train = resolver.train(&file.train.or(TrainFile::default()), held_out);
+    let adapter = resolver.adapter(&file.adapter, model.as_ref(), shape.as_ref());
+    let train = resolver.train(&file.train.or(TrainFile::default()), held_out, adapter.is_some());
     let workers = resolver.workers(&file.workers.or(WorkersFile::default()), train.ranks);
-    let export = export(&file.export.or(ExportFile::default()));
+    let export = resolver.export(&file.export.or(ExportFile::default()), adapter.as_ref());
     Some(JobSpec {
         name,
         output,
@@ -58,6 +60,7 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         tokenizer: tokenizer?,
         model: model?,
         data,
+        adapter,
         train,
         export,
         workers,
@@ -158,10 +161,6 @@ impl Resolver<'_> {
             threads.given().map(|_| self.within("workers.threads_per_rank", threads, 1..=1024, 1));
         WorkersSpec { coordinator, slots, threads_per_rank }
     }
-}
-
-fn export(export: &ExportFile) -> ExportSpec {
-    ExportSpec { enabled: export.enabled.or(true), dtype: export.dtype.or(Precision::Bf16) }
 }
 
 /// An end of a range, in words where the number is only the neighbour of what is meant.

@@ -4,7 +4,7 @@ use super::{ABOVE_0, BELOW_1, MAX_RANKS, Resolver};
 use crate::job::file::{DataFile, TrainFile};
 use crate::job::read::{At, Field};
 use crate::job::spec::{
-    DataSpec, DeviceKind, FimLevel, Packing, Precision, Schedule, TrainSpec, sequence_misfit,
+    DataSpec, DeviceKind, FimLevel, Optimizer, Packing, Precision, Schedule, TrainSpec, sequence_misfit,
 };
 use crate::model::ModelConfig;
 
@@ -43,7 +43,7 @@ impl Resolver<'_> {
         }
     }
 
-    pub(super) fn train(&mut self, train: &TrainFile, held_out: bool) -> TrainSpec {
+    pub(super) fn train(&mut self, train: &TrainFile, held_out: bool, adapter: bool) -> TrainSpec {
         let steps = self.within("train.steps", &train.steps, 1..=MAX_STEPS, 2000);
         let warmup_steps =
             self.within("train.warmup_steps", &train.warmup_steps, 0..=MAX_STEPS, (steps / 10).min(30));
@@ -91,7 +91,13 @@ impl Resolver<'_> {
                 1..=65_536,
                 2,
             ),
-            learning_rate: self.within("train.learning_rate", &train.learning_rate, ABOVE_0..=1.0, 5e-5),
+            learning_rate: self.within(
+                "train.learning_rate",
+                &train.learning_rate,
+                ABOVE_0..=1.0,
+                if adapter { 2e-4 } else { 5e-5 },
+            ),
+            optimizer: train.optimizer.or(Optimizer::AdamW),
             schedule: train.schedule.or(Schedule::Cosine),
             warmup_steps,
             weight_decay: self.within("train.weight_decay", &train.weight_decay, 0.0..=1.0, 0.01),

@@ -1,0 +1,89 @@
+//! One linear: trained whole, or frozen with a low-rank pair beside it.
+
+use tch::{Kind, Tensor};
+use tunefleet_kernels::autograd::frozen_linear;
+
+/// A linear's tensors for one forward pass, all in the dtype of products. I and O: widths of input and
+/// output, R: inner width of the pair, N: rows.
+pub struct Linear<'a> {
+    /// `[O, I]`.
+    pub weight: &'a Tensor,
+    /// `[O]`.
+    pub bias: &'a Tensor,
+    /// What an adapter adds; the weight is then frozen, and may lie in a scratch.
+    pub adapted: Adapted<'a>,
+}
+
+/// What stands beside a weight.
+pub enum Adapted<'a> {
+    /// Nothing: the weight itself is trained.
+    Trained,
+    /// Nothing, and the weight is frozen.
+    Frozen,
+    /// A pair, and the weight is frozen.
+    Pair(Pair<'a>),
+}
+
+/// A low-rank pair (Hu et al. 2021), with a magnitude in DoRA (Liu et al. 2024).
+pub struct Pair<'a> {
+    /// `A`, `[R, I]`.
+    pub a: &'a Tensor,
+    /// `B`, `[O, R]`.
+    pub b: &'a Tensor,
+    /// What the product is multiplied by.
+    pub scaling: f64,
+    /// On the input of `A`; 0 in evaluation.
+    pub dropout: f64,
+    /// `[O]`; with it, rows of the adapted weight are scaled to these lengths.
+    pub magnitude: Option<&'a Tensor>,
+}
+
+impl Linear<'_> {
+    /// `[.., I]` to `[.., O]`; differentiable in the input and in what is trained.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let pair = match &self.adapted {
+            Adapted::Trained => return x.linear(self.weight, Some(self.bias)),
+            Adapted::Frozen => return frozen(x, self.weight, Some(self.bias)),
+            Adapted::Pair(pair) => pair,
+        };
+        let mut size = x.size();
+        // Rows and columns from here on: in-place sums on views would cost copies in the backward pass.
+        let x_ni = x.reshape([-1, size.pop().unwrap_or(1)]);
+        size.push(self.weight.size()[0]);
+        let dropped_ni = match pair.dropout {
+            0.0 => x_ni.shallow_clone(),
+            probability => x_ni.dropout(probability, true),
+        };
+        let inner_nr = dropped_ni.mm(&pair.a.tr()) * pair.scaling;
+        let y_no = match pair.magnitude {
+            None => frozen(&x_ni, self.weight, Some(self.bias)).addmm_(&inner_nr, &pair.b.tr()),
+            Some(magnitude) => {
+                let scale_o = magnitude / tch::no_grad(|| row_norms(self.weight, pair));
+                if pair.dropout == 0.0 {
+                    frozen(&x_ni, self.weight, None).addmm_(&inner_nr, &pair.b.tr()) * scale_o + self.bias
+                } else {
+                    // The frozen part sees the whole input, its correction the dropped one.
+                    let dropped_no = frozen(&dropped_ni, self.weight, None);
+                    frozen(&x_ni, self.weight, Some(self.bias))
+                        + dropped_no * (&scale_o - 1.0)
+                        + inner_nr.mm(&pair.b.tr()) * scale_o
+                }
+            }
+        };
+        y_no.view(size.as_slice())
+    }
+}
+
+/// Lengths of the rows of `W + scaling B A`, `[O]`, in the dtype of products. No gradient flows through
+/// them (section 4.3 of the paper).
+fn row_norms(weight: &Tensor, pair: &Pair<'_>) -> Tensor {
+    let delta = pair.b.to_kind(Kind::Float).mm(&pair.a.to_kind(Kind::Float)) * pair.scaling;
+    let norms = (delta + weight).norm_scalaropt_dim(2.0, 1, false);
+    norms.to_kind(weight.kind())
+}
+
+/// # Panics
+/// Where libtorch fails, as every operation of tch does; the rank process turns it into an error.
+fn frozen(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    frozen_linear(x, weight, bias).unwrap_or_else(|error| panic!("{error}"))
+}

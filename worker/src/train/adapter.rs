@@ -1,0 +1,213 @@
+//! What an adapter trains: how its tensors and the frozen base's make up the parameters of a block, and
+//! how they begin.
+
+use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::adapter::{AdapterPlan, LoraConfig};
+use tunefleet_proto::model::{ModelConfig, Parameter};
+use tunefleet_proto::shard_plan::{ShardPlan, Slot, Unit};
+
+use super::Error;
+use super::units::{EMBED, Shard};
+use crate::base::Base;
+use crate::comm::Communicator;
+use crate::model::linear::{Adapted, Pair};
+
+/// A frozen base, and how trained tensors join it.
+pub struct Frozen {
+    /// The base.
+    pub base: Base,
+    /// The joints.
+    pub wiring: Wiring,
+}
+
+/// Where each parameter comes from.
+pub struct Wiring {
+    embed: Vec<Source>,
+    blocks: Vec<BlockWiring>,
+    dropout: f64,
+}
+
+struct BlockWiring {
+    sources: Vec<Source>,
+    pairs: Vec<PairWiring>,
+}
+
+/// Index among the base's parameters of a unit, or among the trained ones.
+#[derive(Clone, Copy)]
+enum Source {
+    Base(usize),
+    Trained(usize),
+}
+
+struct PairWiring {
+    /// Index of the weight among the block's parameters.
+    weight: usize,
+    a: usize,
+    b: usize,
+    magnitude: Option<usize>,
+    scaling: f64,
+}
+
+impl Wiring {
+    /// The wiring of `adapter` on `config`, whose trained tensors `plan` lays out.
+    pub fn new(lora: &LoraConfig, adapter: &AdapterPlan, config: &ModelConfig, plan: &ShardPlan) -> Self {
+        let blocks = (0..config.layers).zip(plan.units.iter().skip(1)).map(|(block, unit)| {
+            let parameters = config.block_parameters(block);
+            let pairs = adapter.linears.iter().filter(|linear| linear.block == block);
+            let pairs = pairs.filter_map(|linear| {
+                let part = |part: &str| position(unit, &format!("{}.{part}", linear.name));
+                Some(PairWiring {
+                    weight: parameters.iter().position(|p| p.name == format!("{}.weight", linear.name))?,
+                    a: part("lora_A.weight")?,
+                    b: part("lora_B.weight")?,
+                    magnitude: part("lora_magnitude_vector"),
+                    scaling: linear.scaling,
+                })
+            });
+            BlockWiring { pairs: pairs.collect(), sources: sources(&parameters, unit) }
+        });
+        Wiring {
+            embed: sources(&config.embed_parameters(), &plan.units[EMBED]),
+            blocks: blocks.collect(),
+            dropout: lora.dropout,
+        }
+    }
+
+    /// Whether anything is trained that the embeddings' own backward pass reaches.
+    pub fn trains_embeddings(&self) -> bool {
+        self.embed.iter().take(2).any(|source| matches!(source, Source::Trained(_)))
+    }
+
+    /// Dropout on the inputs of pairs.
+    pub fn dropout(&self) -> f64 {
+        self.dropout
+    }
+
+    /// The embeddings' parameters: `base`'s, or the trained ones in their place.
+    pub fn embed(&self, base: &[Tensor], trained: &[Tensor]) -> Vec<Tensor> {
+        self.embed.iter().map(|source| pick(*source, base, trained).shallow_clone()).collect()
+    }
+
+    /// For each of the embeddings' parameters its gradient, where it is trained.
+    pub fn embed_grads(&self, grads: &[Tensor]) -> Vec<Option<Tensor>> {
+        let grad = |source: &Source| match source {
+            Source::Base(_) => None,
+            Source::Trained(index) => Some(grads[*index].shallow_clone()),
+        };
+        self.embed.iter().map(grad).collect()
+    }
+
+    /// A block's parameters, in the order of the model.
+    pub fn block<'a>(&self, block: usize, base: &'a [Tensor], trained: &'a [Tensor]) -> Vec<&'a Tensor> {
+        self.blocks[block].sources.iter().map(|source| pick(*source, base, trained)).collect()
+    }
+
+    /// What stands beside the block's weight of that index.
+    pub fn adapted<'a>(
+        &self,
+        block: usize,
+        weight: usize,
+        trained: &'a [Tensor],
+        training: bool,
+    ) -> Adapted<'a> {
+        let wiring = &self.blocks[block];
+        if let Source::Trained(_) = wiring.sources[weight] {
+            return Adapted::Trained;
+        }
+        match wiring.pairs.iter().find(|pair| pair.weight == weight) {
+            None => Adapted::Frozen,
+            Some(pair) => Adapted::Pair(Pair {
+                a: &trained[pair.a],
+                b: &trained[pair.b],
+                scaling: pair.scaling,
+                dropout: if training { self.dropout } else { 0.0 },
+                magnitude: pair.magnitude.map(|index| &trained[index]),
+            }),
+        }
+    }
+}
+
+fn pick<'a>(source: Source, base: &'a [Tensor], trained: &'a [Tensor]) -> &'a Tensor {
+    match source {
+        Source::Base(index) => &base[index],
+        Source::Trained(index) => &trained[index],
+    }
+}
+
+fn sources(parameters: &[Parameter], unit: &Unit) -> Vec<Source> {
+    let source = |(index, parameter): (usize, &Parameter)| match position(unit, &parameter.name) {
+        Some(trained) => Source::Trained(trained),
+        None => Source::Base(index),
+    };
+    parameters.iter().enumerate().map(source).collect()
+}
+
+fn position(unit: &Unit, name: &str) -> Option<usize> {
+    unit.parameters.iter().position(|slot| slot.name == name)
+}
+
+/// Fills `shards` with what an adapter begins as: `A` uniform within the root of its input's width
+/// (PyTorch's default for a linear, as in PEFT), `B` zero, magnitudes the lengths of the base's rows,
+/// and copies of what is trained whole. The same values on any number of ranks. Collective.
+///
+/// # Errors
+/// Whatever gathering the base meets.
+pub fn init(
+    shards: &[Shard],
+    plan: &ShardPlan,
+    config: &ModelConfig,
+    base: &mut Base,
+    comm: &dyn Communicator,
+    seed: u64,
+) -> Result<(), Error> {
+    let rank = comm.rank();
+    for (index, (unit, shard)) in plan.units.iter().zip(shards).enumerate() {
+        if unit.elements == 0 {
+            continue;
+        }
+        let from_base = |slot: &Slot| !slot.name.contains(".lora_A") && !slot.name.contains(".lora_B");
+        // Every rank or none: gathering is collective.
+        let (base_tensors, parameters) = match unit.parameters.iter().any(from_base) {
+            false => (Vec::new(), Vec::new()),
+            true if index == EMBED => (base.embed(comm)?, config.embed_parameters()),
+            true => (base.block(index - 1, comm)?, config.block_parameters(index as u64 - 1)),
+        };
+        let of_base = |name: &str| {
+            let position = parameters.iter().position(|parameter| parameter.name == name);
+            position.and_then(|position| base_tensors.get(position))
+        };
+        for piece in unit.pieces(rank.rank, rank.world) {
+            let slot = piece.slot;
+            let shape: Vec<i64> = slot.shape.iter().map(|&n| n as i64).collect();
+            let values = if slot.name.ends_with(".lora_A.weight") {
+                let bound = 1.0 / (slot.shape[1] as f64).sqrt();
+                tch::manual_seed(seed_of(seed, &slot.hf_name));
+                Tensor::empty(shape.as_slice(), (Kind::Float, Device::Cpu)).uniform_(-bound, bound)
+            } else if slot.name.ends_with(".lora_B.weight") {
+                continue;
+            } else if let Some(linear) = slot.name.strip_suffix(".lora_magnitude_vector") {
+                match of_base(&format!("{linear}.weight")) {
+                    Some(weight) => weight.to_kind(Kind::Float).norm_scalaropt_dim(2.0, 1, false),
+                    None => continue,
+                }
+            } else {
+                match of_base(&slot.name) {
+                    Some(values) => values.to_kind(Kind::Float),
+                    None => continue,
+                }
+            };
+            let len = (piece.range.end - piece.range.start) as i64;
+            let own = values.reshape([-1]).narrow(0, piece.range.start as i64, len);
+            shard.master.narrow(0, piece.shard_offset as i64, len).copy_(&own);
+        }
+    }
+    Ok(())
+}
+
+fn seed_of(seed: u64, name: &str) -> i64 {
+    let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(name).finalize();
+    let mut first = [0; 8];
+    first.copy_from_slice(&digest[..8]);
+    i64::from_le_bytes(first)
+}
