@@ -189,7 +189,7 @@ fn fits(preset: &str, ranks: u32, hardware: &Hardware) -> Option<bool> {
 
 fn report(preset: &str, ranks: u32, on_gpu: bool, hardware: &Hardware) -> Option<Report> {
     let spec = sketch(preset, ranks, on_gpu)?;
-    Some(Report::new(&spec, ModelConfig::preset(preset).ok()?, hardware, None))
+    Report::new(&spec, ModelConfig::preset(preset).ok()?, hardware, None).ok()
 }
 
 /// The chosen job without its sources: all that memory depends on.
@@ -265,7 +265,7 @@ mod tests {
             let locations: Vec<_> = collect.sources.iter().map(|source| source.location.clone()).collect();
             assert_eq!(locations, sources);
             let job::ModelSpec::Init { preset, .. } = &spec.model else { panic!("no init") };
-            let report = Report::new(&spec, ModelConfig::preset(preset).unwrap(), &hardware, None);
+            let report = Report::new(&spec, ModelConfig::preset(preset).unwrap(), &hardware, None).unwrap();
             assert_ne!(report.fits, Some(false), "{text}");
         }
     }

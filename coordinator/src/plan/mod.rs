@@ -37,7 +37,13 @@ pub fn run(args: Args) -> ExitCode {
         }
     };
     let rank_memory = args.memory_gib.map(|gib| (gib * (1u64 << 30) as f64) as u64);
-    let report = Report::new(&spec, config, &Hardware::find(), rank_memory);
+    let report = match Report::new(&spec, config, &Hardware::find(), rank_memory) {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("adapter: {error}");
+            return ExitCode::from(exit::BAD_CONFIG);
+        }
+    };
     let stdout = &mut std::io::stdout().lock();
     let printed = match args.json {
         true => serde_json::to_string_pretty(&report)

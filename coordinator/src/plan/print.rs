@@ -31,6 +31,20 @@ pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
         config.layers,
         count(parameters.per_block),
     )?;
+    if let Some(adapter) = &parameters.adapter {
+        writeln!(
+            out,
+            "adapter     {} trainable of {}: {:.4}%, on {} linears, over {}",
+            count(adapter.trainable),
+            count(adapter.all),
+            adapter.percent,
+            count(adapter.linears),
+            adapter.base,
+        )?;
+        if !adapter.unmatched.is_empty() {
+            writeln!(out, "            nothing matches {}", adapter.unmatched.join(", "))?;
+        }
+    }
     writeln!(
         out,
         "step        {} ranks x {} micro-batches x {} sequences x {} tokens = {} tokens",
@@ -63,6 +77,15 @@ pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "  {:<36} {:>11}", item.what, size(item.bytes))?;
     }
     writeln!(out, "  {:<36} {:>11}", "total", size(memory.needed_bytes))?;
+    if let Some(rule) = parameters.adapter.as_ref().map(|adapter| &adapter.rule_of_thumb)
+        && !rule.is_empty()
+    {
+        let gb = |bytes: u64| format!("{:.2}", bytes as f64 / 1e9);
+        let terms: Vec<String> =
+            rule.iter().map(|item| format!("{} ({})", gb(item.bytes), item.what)).collect();
+        let sum = gb(rule.iter().map(|item| item.bytes).sum());
+        writeln!(out, "  rule of thumb, GB, activations apart: {} = {sum}", terms.join(" + "))?;
+    }
     let place = if memory.on_gpu { "GPU" } else { "main memory, shared by its ranks" };
     match memory.available_bytes {
         Some(bytes) => writeln!(out, "  {:<36} {:>11}  ({place})", "available", size(bytes))?,

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use tunefleet_proto::job::{DeviceKind, JobSpec, ModelSpec};
+use tunefleet_proto::adapter;
+use tunefleet_proto::base_plan::QuantKind;
+use tunefleet_proto::job::{DeviceKind, JobSpec, MergeBase, ModelSpec};
 use tunefleet_proto::model::{ModelConfig, Parameter};
 use tunefleet_proto::shard_plan::ShardPlan;
 
@@ -53,6 +55,27 @@ pub struct Parameters {
     pub embeddings: u64,
     /// One block.
     pub per_block: u64,
+    /// What is trained, where it is an adapter.
+    pub adapter: Option<AdapterParameters>,
+}
+
+/// An adapter in numbers, counted as PEFT counts.
+#[derive(Debug, Serialize)]
+pub struct AdapterParameters {
+    /// Trained elements.
+    pub trainable: u64,
+    /// The base's and the adapter's together.
+    pub all: u64,
+    /// Share of the one in the other.
+    pub percent: f64,
+    /// Linears with a pair.
+    pub linears: u64,
+    /// Targets that match nothing.
+    pub unmatched: Vec<String>,
+    /// How the frozen linears are held.
+    pub base: String,
+    /// What people reckon it takes, activations apart.
+    pub rule_of_thumb: Vec<Item>,
 }
 
 /// Token counts.
@@ -116,9 +139,17 @@ pub struct RankPiece {
 impl Report {
     /// Works the job out. `rank_memory` is what a rank can have, where the user says so; else it is
     /// this machine's, unless the job runs elsewhere.
-    pub fn new(spec: &JobSpec, config: ModelConfig, hardware: &Hardware, rank_memory: Option<u64>) -> Self {
+    ///
+    /// # Errors
+    /// An adapter's settings that do not fit the model.
+    pub fn new(
+        spec: &JobSpec,
+        config: ModelConfig,
+        hardware: &Hardware,
+        rank_memory: Option<u64>,
+    ) -> Result<Self, adapter::Error> {
         let train = &spec.train;
-        let shard_plan = ShardPlan::new(&config, train.ranks);
+        let shard_plan = spec.shard_plan(&config)?;
         let elsewhere = spec.workers.coordinator.is_some() || rank_memory.is_some();
         let on_gpu = match train.device {
             DeviceKind::Cpu => false,
@@ -140,12 +171,17 @@ impl Report {
         let fits = available_bytes.map(|bytes| needed_bytes <= bytes);
         let fits = if missing_slots > 0 { Some(false) } else { fits };
         let per_step = spec.step_sequences() * u64::from(spec.data.sequence_tokens);
-        let parameters = Parameters::new(&config);
-        let export_bytes = match spec.export.enabled {
-            true => parameters.total * memory::bytes_of(spec.export.dtype),
-            false => 0,
+        let parameters = Parameters::new(spec, &config)?;
+        let whole = parameters.total * memory::bytes_of(spec.export.dtype);
+        let export_bytes = match (&parameters.adapter, spec.export.enabled) {
+            (_, false) => 0,
+            (None, true) => whole,
+            // The adapter's file is fp32.
+            (Some(adapter), true) => {
+                4 * adapter.trainable + if spec.export.merge == MergeBase::None { 0 } else { whole }
+            }
         };
-        Report {
+        Ok(Report {
             job: spec.name.clone(),
             output: spec.output.clone(),
             model: match &spec.model {
@@ -171,18 +207,36 @@ impl Report {
             ranks: (0..train.ranks).map(|rank| RankShards::new(&shard_plan, rank)).collect(),
             config,
             shard_plan,
-        }
+        })
     }
 }
 
 impl Parameters {
-    fn new(config: &ModelConfig) -> Self {
+    fn new(spec: &JobSpec, config: &ModelConfig) -> Result<Self, adapter::Error> {
         let sum = |list: Vec<Parameter>| list.iter().map(Parameter::elements).sum();
-        Parameters {
-            total: config.parameter_count(),
+        let total = config.parameter_count();
+        let plan = spec.adapter_plan(config)?;
+        let adapter = plan.zip(spec.adapter.as_ref()).map(|(plan, settings)| {
+            let (trainable, all) = (plan.trainable(), plan.all_parameters(config));
+            AdapterParameters {
+                trainable,
+                all,
+                percent: 100.0 * trainable as f64 / all as f64,
+                linears: plan.linears.len() as u64,
+                base: settings.quantization.name(),
+                rule_of_thumb: match settings.quantization.kind {
+                    QuantKind::Nf4 | QuantKind::Fp4 => memory::rule_of_thumb(total, trainable),
+                    QuantKind::Int8 | QuantKind::None => Vec::new(),
+                },
+                unmatched: plan.unmatched,
+            }
+        });
+        Ok(Parameters {
+            total,
             embeddings: sum(config.embed_parameters()),
             per_block: sum(config.block_parameters(0)),
-        }
+            adapter,
+        })
     }
 }
 

@@ -13,8 +13,8 @@ pub const IGNORED: i64 = -100;
 const CPU_CHUNK_ROWS: i64 = 128;
 /// Rows whose gradients of the logits are multiplied at once on the CPU: 100 MB in bf16.
 const CPU_GROUP_ROWS: i64 = 1024;
-/// On a GPU: large products, and 4,096 x 49,152 fp32 are 805 MB.
-const CUDA_CHUNK_ROWS: i64 = 4096;
+/// On a GPU: products large enough to keep it busy, and 1,024 x 49,152 fp32 are 201 MB.
+const CUDA_CHUNK_ROWS: i64 = 1024;
 
 /// The head's weights.
 pub struct HeadParams<'a> {
