@@ -16,14 +16,17 @@ import warnings
 
 PRESETS = {
     "bench": dict(layers=6, width=384, heads=6, inner=1536, vocab=49152, positions=512),
+    "qlora": dict(layers=8, width=1024, heads=16, inner=4096, vocab=8192, positions=2048),
     "starcoderbase-1b": dict(layers=24, width=2048, heads=16, inner=8192, vocab=49152, positions=8192),
 }
 
 
-def flags(description):
-    """The flags that every program of a benchmark takes; shape flags override the preset."""
+def flags(description, preset="bench", add=None):
+    """The flags that every program of a benchmark takes; shape flags override the preset, `add(parser)` adds more."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="bench")
+    if add:
+        add(parser)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default=preset)
     for name in ("layers", "width", "heads", "inner", "vocab", "positions"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--sequence", type=int, default=512, help="tokens of one sequence")

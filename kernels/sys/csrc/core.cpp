@@ -63,7 +63,7 @@ namespace {
 // once a scratch buffer was written to in between.
 struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
   static at::Tensor forward(torch::autograd::AutogradContext *context, const at::Tensor &x,
-                            const at::Tensor &weight, const at::Tensor &bias) {
+                            const at::Tensor &weight, const std::optional<at::Tensor> &bias) {
     context->saved_data["weight"] = weight;
     return at::linear(x, weight, bias);
   }
@@ -76,7 +76,9 @@ struct FrozenLinear : torch::autograd::Function<FrozenLinear> {
 
 int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *out) {
   return tf_guard([&] {
-    *out = new at::Tensor(FrozenLinear::apply(ref(x), ref(weight), bias ? ref(bias) : at::Tensor()));
+    std::optional<at::Tensor> given;
+    if (bias != nullptr) given = ref(bias);
+    *out = new at::Tensor(FrozenLinear::apply(ref(x), ref(weight), given));
   });
 }
 

@@ -157,7 +157,7 @@ void quantize_8bit_nearest(const float *values, int64_t len, const float *code8,
   for_blocks(len, block, [&](int64_t b, int64_t first, int64_t count) {
     const float most = largest(values + first, count);
     absmax[b] = most;
-    const float inverse = most > 0 ? 1.0f / most : 0.0f;
+    const float inverse = 1.0f / std::max(most, kLeastScale);
     for (int64_t i = first; i < first + count; ++i) codes[i] = nearest(code8, values[i] * inverse);
   });
 }
@@ -176,7 +176,8 @@ void quantize_int8_rows(const void *values, quant_dtype dtype, int64_t rows, int
     for_blocks(rows * columns, columns, [&](int64_t row, int64_t first, int64_t count) {
       const float most = largest(typed + first, count);
       scales[row] = most;
-      const float factor = most == 0 ? 0.0f : 127.0f / most;
+      // A reciprocal and a product, as Python spells 127 / most.
+      const float factor = most == 0 ? 0.0f : 1.0f / most * 127.0f;
       for (int64_t i = first; i < first + count; ++i) {
         codes[i] = static_cast<int8_t>(std::nearbyint(static_cast<float>(typed[i]) * factor));
       }
@@ -222,7 +223,7 @@ void adamw_8bit(const quant_adamw8 &s) {
     }
     s.exp_avg_absmax[b] = most_m;
     s.exp_avg_sq_absmax[b] = most_v;
-    const float inverse_m = most_m > 0 ? 1.0f / most_m : 0.0f, inverse_v = most_v > 0 ? 1.0f / most_v : 0.0f;
+    const float inverse_m = 1.0f / std::max(most_m, kLeastScale), inverse_v = 1.0f / std::max(most_v, kLeastScale);
     for (int64_t i = 0; i < count; ++i) {
       s.exp_avg[first + i] = nearest(s.signed8, m[i] * inverse_m);
       s.exp_avg_sq[first + i] = nearest(s.unsigned8, v[i] * inverse_v);

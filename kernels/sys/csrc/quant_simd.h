@@ -43,7 +43,7 @@ inline const Table4 &table4(quant_code code) {
        0.7229568362236023f, 1.0f});
   // Sign, two bits of exponent, one of fraction; the largest is 12.
   static const Table4 fp4 = make_table4({0.0f, 0.0625f / 12, 8.0f / 12, 1.0f, 4.0f / 12, 6.0f / 12, 2.0f / 12,
-                                         3.0f / 12, -0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12,
+                                         3.0f / 12, 0.0f, -0.0625f / 12, -8.0f / 12, -1.0f, -4.0f / 12, -6.0f / 12,
                                          -2.0f / 12, -3.0f / 12});
   return code == QUANT_NF4 ? nf4 : fp4;
 }

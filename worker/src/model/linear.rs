@@ -58,8 +58,9 @@ impl Linear<'_> {
         let y_no = match pair.magnitude {
             None => frozen(&x_ni, self.weight, Some(self.bias)).addmm_(&inner_nr, &pair.b.tr()),
             Some(magnitude) => {
-                let scale_o = magnitude / tch::no_grad(|| row_norms(self.weight, pair));
-                if pair.dropout == 0.0 {
+                // Near 1 throughout, where bf16 is coarse: in fp32, rounded once at the end.
+                let scale_o = magnitude.to_kind(Kind::Float) / tch::no_grad(|| row_norms(self.weight, pair));
+                let y_no = if pair.dropout == 0.0 {
                     frozen(&x_ni, self.weight, None).addmm_(&inner_nr, &pair.b.tr()) * scale_o + self.bias
                 } else {
                     // The frozen part sees the whole input, its correction the dropped one.
@@ -67,19 +68,19 @@ impl Linear<'_> {
                     frozen(&x_ni, self.weight, Some(self.bias))
                         + dropped_no * (&scale_o - 1.0)
                         + inner_nr.mm(&pair.b.tr()) * scale_o
-                }
+                };
+                y_no.to_kind(x_ni.kind())
             }
         };
         y_no.view(size.as_slice())
     }
 }
 
-/// Lengths of the rows of `W + scaling B A`, `[O]`, in the dtype of products. No gradient flows through
-/// them (section 4.3 of the paper).
+/// Lengths of the rows of `W + scaling B A`, `[O]`, fp32. No gradient flows through them (section 4.3 of
+/// the paper).
 fn row_norms(weight: &Tensor, pair: &Pair<'_>) -> Tensor {
     let delta = pair.b.to_kind(Kind::Float).mm(&pair.a.to_kind(Kind::Float)) * pair.scaling;
-    let norms = (delta + weight).norm_scalaropt_dim(2.0, 1, false);
-    norms.to_kind(weight.kind())
+    (delta + weight).norm_scalaropt_dim(2.0, 1, false)
 }
 
 /// # Panics

@@ -25,14 +25,14 @@ pub fn python() -> Option<PathBuf> {
     let python = root().join(".venv/bin/python");
     let ready = python.exists()
         && Command::new(&python)
-            .args(["-c", "import torch, transformers, safetensors"])
+            .args(["-c", "import torch, transformers, safetensors, peft, bitsandbytes"])
             .output()
             .is_ok_and(|o| o.status.success());
     if ready {
         return Some(python);
     }
-    assert!(std::env::var_os("CI").is_none(), "no .venv with transformers: run make setup");
-    println!("skipped: no .venv with torch and transformers; run make setup");
+    assert!(std::env::var_os("CI").is_none(), "no .venv with the tests' peers: run make setup-tests");
+    println!("skipped: no .venv with torch, transformers, peft and bitsandbytes; run make setup-tests");
     None
 }
 
@@ -49,6 +49,14 @@ pub fn fixtures() -> Option<PathBuf> {
     let python = python()?;
     let dir = root().join("target/parity");
     run_python(&python, &["tests/parity/make_fixtures.py", "--out", dir.to_str().unwrap()]);
+    Some(dir)
+}
+
+/// The fixtures that a program of `tests/parity` makes, under a name of their own.
+pub fn fixtures_of(program: &str, name: &str) -> Option<PathBuf> {
+    let python = python()?;
+    let dir = root().join("target/parity").join(name);
+    run_python(&python, &[&format!("tests/parity/{program}"), dir.to_str().unwrap()]);
     Some(dir)
 }
 

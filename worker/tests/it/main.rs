@@ -13,6 +13,8 @@ mod data_parity;
 mod data_tokenizer;
 mod comm;
 mod comm_processes;
+mod quant;
 mod engine;
 mod parity;
+mod qlora;
 mod gpu;

@@ -1,0 +1,156 @@
+//! The quantisation kernels against bitsandbytes' on the CPU, bit for bit; what the fixtures hold stands
+//! in `tests/parity/README.md`.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::optim::{AdamW, AdamW8State, adamw_8bit};
+use tunefleet_kernels::quant::{self, Code4, FourBit, Nested};
+
+use crate::common::*;
+
+type Fixture = (serde_json::Value, HashMap<String, Tensor>);
+
+fn fixture() -> Option<Fixture> {
+    let dir = fixtures_of("make_quant_fixtures.py", "quant")?;
+    let index = std::fs::read_to_string(dir.join("index.json")).unwrap();
+    Some((serde_json::from_str(&index).unwrap(), tensors(&dir.join("quant.safetensors"))))
+}
+
+fn cases(index: &serde_json::Value, key: &str) -> Vec<(String, serde_json::Value)> {
+    let cases = index[key].as_array().unwrap();
+    assert!(!cases.is_empty());
+    cases.iter().map(|case| (case["name"].as_str().unwrap().to_owned(), case.clone())).collect()
+}
+
+/// Equal in every bit, zeros of either sign and all.
+fn assert_bits(ours: &Tensor, theirs: &Tensor, what: &str) {
+    let bytes = |t: &Tensor| tunefleet_kernels::bytes::bytes(&t.contiguous()).unwrap().to_vec();
+    let (ours, theirs) = (ours.contiguous(), theirs.contiguous());
+    assert_eq!(ours.kind(), theirs.kind(), "{what}");
+    if bytes(&ours) != bytes(&theirs) {
+        let differ = ours.reshape([-1]).ne_tensor(&theirs.reshape([-1]));
+        let count = differ.sum(Kind::Int64).int64_value(&[]);
+        panic!("{what}: {count} of {} differ, or signs of zeros do", ours.numel());
+    }
+}
+
+#[test]
+fn codes_scales_and_values_of_4_bits_are_bitsandbytes_to_the_bit() {
+    let Some((index, file)) = fixture() else { return };
+    let code8 = quant::dynamic_code(true, Device::Cpu).unwrap();
+    for (name, case) in cases(&index, "four_bit") {
+        let values = &file[case["values"].as_str().unwrap()];
+        let (len, block) = (values.numel() as i64, case["block"].as_i64().unwrap());
+        let code = if case["kind"] == "fp4" { Code4::Fp4 } else { Code4::Nf4 };
+        let zeros = |len: i64, kind| Tensor::zeros([len], (kind, Device::Cpu));
+        let blocks = quant::blocks(len, block);
+        let double = case["double"].as_bool().unwrap();
+        let codes = zeros((len + 1) / 2, Kind::Uint8);
+        let absmax = zeros(if double { quant::blocks(blocks, 256) } else { blocks }, Kind::Float);
+        let (absmax8, offset) = (zeros(blocks, Kind::Uint8), zeros(1, Kind::Float));
+        let nested = double.then(|| Nested { codes: &absmax8, code8: &code8, offset: &offset });
+        let parts = FourBit { code, block, codes: &codes, absmax: &absmax, nested };
+        quant::quantize_4bit(values, &parts).unwrap();
+
+        let theirs = |part: &str| &file[&format!("{name}.{part}")];
+        assert_bits(&codes, theirs("codes"), &format!("{name}: codes"));
+        if double {
+            assert_bits(&offset, theirs("offset"), &format!("{name}: offset"));
+            assert_bits(&absmax, theirs("absmax2"), &format!("{name}: second scales"));
+            assert_bits(&absmax8, theirs("absmax8"), &format!("{name}: codes of scales"));
+        } else {
+            assert_bits(&absmax, theirs("absmax"), &format!("{name}: scales"));
+        }
+        for (part, kind) in [("f32", Kind::Float), ("bf16", Kind::BFloat16)] {
+            // Its kernel takes denormals for zeros where the CPU rounds to bf16 in one instruction.
+            if name.starts_with("denormal") && kind == Kind::BFloat16 {
+                continue;
+            }
+            let out = zeros(len, kind);
+            quant::dequantize_4bit(&parts, &out).unwrap();
+            assert_bits(&out, &theirs(part).reshape([-1]), &format!("{name}: values in {part}"));
+        }
+    }
+}
+
+#[test]
+fn rows_of_8_bits_are_bitsandbytes_to_the_bit() {
+    let Some((index, file)) = fixture() else { return };
+    for (name, case) in cases(&index, "int8") {
+        let values = &file[case["values"].as_str().unwrap()];
+        let theirs = |part: &str| &file[&format!("{name}.{part}")];
+        let codes = theirs("codes").zeros_like();
+        let scales = theirs("scales").zeros_like();
+        quant::quantize_int8_rows(values, &codes, &scales).unwrap();
+        assert_bits(&codes, theirs("codes"), &format!("{name}: codes"));
+        assert_bits(&scales, theirs("scales"), &format!("{name}: scales"));
+        let out = theirs("f32").zeros_like();
+        quant::dequantize_int8_rows(&codes, &scales, &out).unwrap();
+        assert_bits(&out, theirs("f32"), &format!("{name}: values"));
+    }
+}
+
+#[test]
+fn blocks_of_8_bits_are_bitsandbytes_to_the_bit_and_the_nearest_where_asked() {
+    let Some((index, file)) = fixture() else { return };
+    for signed in [true, false] {
+        let name = if signed { "code8.signed" } else { "code8.unsigned" };
+        assert_bits(&quant::dynamic_code(signed, Device::Cpu).unwrap(), &file[name], name);
+    }
+    for (name, case) in cases(&index, "blockwise8") {
+        let theirs = |part: &str| file[&format!("{name}.{part}")].reshape([-1]);
+        let code8 = &file[case["code"].as_str().unwrap()];
+        let values = theirs("values");
+        let (codes, absmax) = (theirs("codes").zeros_like(), theirs("absmax").zeros_like());
+        quant::quantize_8bit_by_steps(&values, code8, 256, &codes, &absmax).unwrap();
+        assert_bits(&codes, &theirs("codes"), &format!("{name}: codes"));
+        assert_bits(&absmax, &theirs("absmax"), &format!("{name}: scales"));
+        let out = values.zeros_like();
+        quant::dequantize_8bit(&codes, &absmax, code8, 256, &out).unwrap();
+        assert_bits(&out, &theirs("f32"), &format!("{name}: values"));
+        quant::quantize_8bit(&values, code8, 256, &codes, &absmax).unwrap();
+        // The values of the nearest codes: at a block of zeros several codes are as near.
+        quant::dequantize_8bit(&codes, &absmax, code8, 256, &out).unwrap();
+        let nearest = values.zeros_like();
+        quant::dequantize_8bit(&theirs("nearest"), &absmax, code8, 256, &nearest).unwrap();
+        assert_eq!(out, nearest, "{name}: nearest");
+    }
+}
+
+/// bitsandbytes' own states drift from these: its table takes small second moments for zero.
+#[test]
+fn adamw_in_8_bits_takes_the_steps_of_its_arithmetic() {
+    let Some((_, file)) = fixture() else { return };
+    let len = file["adamw8.start"].numel() as i64;
+    let zeros = |len: i64, kind| Tensor::zeros([len], (kind, Device::Cpu));
+    let blocks = quant::blocks(len, 256);
+    let param = file["adamw8.start"].copy();
+    let (exp_avg, exp_avg_sq) = (zeros(len, Kind::Uint8), zeros(len, Kind::Uint8));
+    let (avg_absmax, sq_absmax) = (zeros(blocks, Kind::Float), zeros(blocks, Kind::Float));
+    let (signed8, unsigned8) = (&file["code8.signed"], &file["code8.unsigned"]);
+    let options = AdamW { learning_rate: 1e-3, beta1: 0.9, beta2: 0.999, weight_decay: 0.01, epsilon: 1e-8 };
+    let (one, zero) = (Tensor::ones([], (Kind::Float, Device::Cpu)), zeros(1, Kind::Float));
+    for step in 0..file["adamw8.grads"].size()[0] {
+        let state = AdamW8State {
+            param: &param,
+            grad: &file["adamw8.grads"].get(step),
+            exp_avg: &exp_avg,
+            exp_avg_absmax: &avg_absmax,
+            exp_avg_sq: &exp_avg_sq,
+            exp_avg_sq_absmax: &sq_absmax,
+            signed8,
+            unsigned8,
+        };
+        adamw_8bit(&state, step as u64 + 1, &one, &zero, options).unwrap();
+        let theirs = |part: &str| file[&format!("adamw8.nearest.{part}")].get(step);
+        let distance = largest_difference(&param, &theirs("param"));
+        assert!(distance <= 2e-6, "step {step}: parameters differ by {distance}");
+        for (part, ours) in [("exp_avg", &exp_avg), ("exp_avg_sq", &exp_avg_sq)] {
+            // One rounding more or less in a moment may take the next code.
+            let codes = ours.to_kind(Kind::Int) - theirs(part).to_kind(Kind::Int);
+            let moved = codes.ne(0).sum(Kind::Int64).int64_value(&[]);
+            assert!(moved * 200 <= len, "step {step}: {moved} codes of {part} differ");
+        }
+    }
+}
