@@ -67,9 +67,10 @@ pub fn quantize_4bit(values: &Tensor, into: &FourBit<'_>) -> Result<(), Error> {
     };
     ffi::check(OP, status)?;
     if let Some(nested) = &into.nested {
-        let offset = mean(absmax);
-        nested.offset.shallow_clone().view([]).copy_(&offset);
-        let centred = absmax - &offset;
+        // SAFETY: live fp32 tensors of one device, one of them with one element.
+        let status = unsafe { sys::tf_serial_mean(ffi::ptr(absmax), ffi::ptr(nested.offset)) };
+        ffi::check(OP, status)?;
+        let centred = absmax - nested.offset;
         quantize_8bit_by_steps(&centred, nested.code8, DOUBLE_BLOCK, nested.codes, into.absmax)?;
     }
     Ok(())
@@ -225,18 +226,6 @@ pub fn dynamic_code(signed: bool, device: Device) -> Result<Tensor, Error> {
 /// Blocks of `block` in `len` elements, the last one possibly shorter.
 pub fn blocks(len: i64, block: i64) -> i64 {
     len.div_euclid(block.max(1)) + i64::from(len.rem_euclid(block.max(1)) > 0)
-}
-
-/// libtorch's mean; on a CPU its last bit depends on the number of threads, so it runs on one.
-fn mean(values: &Tensor) -> Tensor {
-    if values.device() != Device::Cpu {
-        return values.mean(Kind::Float);
-    }
-    let threads = tch::get_num_threads();
-    tch::set_num_threads(1);
-    let mean = values.mean(Kind::Float);
-    tch::set_num_threads(threads);
-    mean
 }
 
 fn code_number(code: Code4) -> i32 {

@@ -44,6 +44,8 @@ struct tf_nested_scales {
   tf_tensor offset;
 };
 int tf_quantize_4bit(tf_tensor values, int code, int64_t block, tf_tensor codes, tf_tensor absmax);
+/* Mean of fp32 values into one fp32 value, in an order that the number of threads does not change. */
+int tf_serial_mean(tf_tensor values, tf_tensor out);
 /* `nested` may be null. */
 int tf_dequantize_4bit(tf_tensor codes, tf_tensor absmax, const struct tf_nested_scales *nested, int code,
                        int64_t block, tf_tensor out);

@@ -1,6 +1,7 @@
 // Tensors to pointers for quant.h, on the device where they lie. Shapes and dtypes were checked by the
 // safe layer; what is checked here is only what it cannot see.
 #include <ATen/ATen.h>
+#include <c10/util/ParallelGuard.h>
 
 #include <algorithm>
 #include <cmath>
@@ -44,6 +45,14 @@ int tf_quantize_4bit(tf_tensor values_, int code_, int64_t block, tf_tensor code
       quant_cpu::quantize_4bit(values.data_ptr(), dtype_of(values), values.numel(), code, block,
                                data<uint8_t>(codes), data<float>(absmax));
     }
+  });
+}
+
+int tf_serial_mean(tf_tensor values, tf_tensor out) {
+  return tf_guard([&] {
+    // libtorch adds up as on one thread while it believes to be inside a parallel region.
+    const c10::ParallelGuard guard(true);
+    ref(out).copy_(ref(values).mean().view_as(ref(out)));
   });
 }
 

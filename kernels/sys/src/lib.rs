@@ -96,6 +96,7 @@ unsafe extern "C" {
         codes: tf_tensor,
         absmax: tf_tensor,
     ) -> c_int;
+    pub fn tf_serial_mean(values: tf_tensor, out: tf_tensor) -> c_int;
     pub fn tf_dequantize_4bit(
         codes: tf_tensor,
         absmax: tf_tensor,

@@ -11,6 +11,8 @@ pub enum Purpose {
     WindowOrder = 2,
     /// Rearrangement for infilling.
     Fim = 3,
+    /// How an adapter begins.
+    AdapterInit = 4,
 }
 
 /// The draws of one key.
@@ -49,7 +51,12 @@ impl Draws {
 
     /// True with probability `p`.
     pub fn chance(&mut self, p: f64) -> bool {
-        ((self.bits() >> 11) as f64) * (1.0 / (1u64 << 53) as f64) < p
+        self.unit() < p
+    }
+
+    /// Uniform from 0 to below 1.
+    pub fn unit(&mut self) -> f64 {
+        ((self.bits() >> 11) as f64) * (1.0 / (1u64 << 53) as f64)
     }
 
     /// `0..n` in random order (Fisher-Yates from the end).

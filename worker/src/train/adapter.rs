@@ -1,8 +1,7 @@
 //! What an adapter trains: how its tensors and the frozen base's make up the parameters of a block, and
 //! how they begin.
 
-use sha2::{Digest, Sha256};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tunefleet_proto::adapter::{AdapterPlan, LoraConfig};
 use tunefleet_proto::model::{ModelConfig, Parameter};
 use tunefleet_proto::shard_plan::{ShardPlan, Slot, Unit};
@@ -11,6 +10,7 @@ use super::Error;
 use super::units::{EMBED, Shard};
 use crate::base::Base;
 use crate::comm::Communicator;
+use crate::data::counter::{Draws, Purpose};
 use crate::model::linear::{Adapted, Pair};
 
 /// A frozen base, and how trained tensors join it.
@@ -179,11 +179,8 @@ pub fn init(
         };
         for piece in unit.pieces(rank.rank, rank.world) {
             let slot = piece.slot;
-            let shape: Vec<i64> = slot.shape.iter().map(|&n| n as i64).collect();
             let values = if slot.name.ends_with(".lora_A.weight") {
-                let bound = 1.0 / (slot.shape[1] as f64).sqrt();
-                tch::manual_seed(seed_of(seed, &slot.hf_name));
-                Tensor::empty(shape.as_slice(), (Kind::Float, Device::Cpu)).uniform_(-bound, bound)
+                uniform(seed, index, unit, slot)
             } else if slot.name.ends_with(".lora_B.weight") {
                 continue;
             } else if let Some(linear) = slot.name.strip_suffix(".lora_magnitude_vector") {
@@ -205,9 +202,12 @@ pub fn init(
     Ok(())
 }
 
-fn seed_of(seed: u64, name: &str) -> i64 {
-    let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(name).finalize();
-    let mut first = [0; 8];
-    first.copy_from_slice(&digest[..8]);
-    i64::from_le_bytes(first)
+/// `A`'s first values, flat: of the seed and the place in the plan alone.
+fn uniform(seed: u64, unit_index: usize, unit: &Unit, slot: &Slot) -> Tensor {
+    let place = unit.parameters.iter().position(|other| other.name == slot.name).unwrap_or_default();
+    let mut draws = Draws::new(seed, Purpose::AdapterInit, &[unit_index as u64, place as u64]);
+    let bound = 1.0 / (slot.shape.last().copied().unwrap_or(1).max(1) as f64).sqrt();
+    let values: Vec<f32> =
+        (0..slot.elements()).map(|_| ((2.0 * draws.unit() - 1.0) * bound) as f32).collect();
+    Tensor::from_slice(&values)
 }

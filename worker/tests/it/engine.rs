@@ -18,19 +18,19 @@ use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 
 const STEPS: u64 = 20;
 const SEQUENCE_TOKENS: i64 = 24;
-const LEARNING_RATE: f64 = 1e-3;
+pub const LEARNING_RATE: f64 = 1e-3;
 const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
 const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
 
 /// A small model with random weights, biases included.
-fn model() -> (tempfile::TempDir, PathBuf) {
+pub fn model() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model");
     tunefleet_worker::init_model::init("tiny", None, 5, Precision::Fp32, &path).unwrap();
     (dir, path)
 }
 
-fn spec(ranks: u32, micro_batch: u32, accumulate: u32) -> TrainSpec {
+pub fn spec(ranks: u32, micro_batch: u32, accumulate: u32) -> TrainSpec {
     TrainSpec {
         ranks,
         device: DeviceKind::Cpu,
@@ -79,7 +79,7 @@ fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
 }
 
 /// Losses of all steps, and this rank's shards at the end.
-fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
+pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
     let rank = walk.comm().rank();
     let micro_batch = u64::from(spec.micro_batch_sequences);
     let per_step = micro_batch * u64::from(spec.accumulate_micro_batches) * u64::from(rank.world);
@@ -139,7 +139,7 @@ fn run(
     (losses, weights)
 }
 
-fn on_ranks<T: Send>(world: u32, body: impl Fn(&dyn Communicator) -> T + Sync) -> Vec<T> {
+pub fn on_ranks<T: Send>(world: u32, body: impl Fn(&dyn Communicator) -> T + Sync) -> Vec<T> {
     if world == 1 {
         return vec![body(&Solo)];
     }
@@ -165,14 +165,14 @@ fn on_ranks<T: Send>(world: u32, body: impl Fn(&dyn Communicator) -> T + Sync) -
     })
 }
 
-fn assert_bit_equal(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
+pub fn assert_bit_equal(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
     assert_eq!(a.0, b.0, "losses differ");
     for (x, y) in a.1.iter().zip(&b.1) {
         assert!(x.equal(y), "weights differ by {}", largest_difference(x, y));
     }
 }
 
-fn assert_close(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
+pub fn assert_close(a: &(Vec<f64>, Vec<Tensor>), b: &(Vec<f64>, Vec<Tensor>)) {
     for (step, (x, y)) in a.0.iter().zip(&b.0).enumerate() {
         assert!((x - y).abs() <= 1e-6 * x.abs(), "step {}: losses {x} and {y}", step + 1);
     }

@@ -13,12 +13,15 @@ use tunefleet_worker::base::{Base, cache};
 use tunefleet_worker::checkpoint::hugging_face;
 use tunefleet_worker::comm::{Communicator, Solo};
 use tunefleet_worker::model::numerics::Numerics;
-use tunefleet_worker::train::adapter::{Frozen, Wiring};
+use tunefleet_worker::train::adapter::{self, Frozen, Wiring};
+use tunefleet_worker::train::gradients::{self, Expected};
+use tunefleet_worker::train::optimizer;
 use tunefleet_worker::train::rng::Seeds;
 use tunefleet_worker::train::units;
-use tunefleet_worker::train::walk::{Batch, Walk, WalkOptions};
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 
 use crate::common::*;
+use crate::engine;
 
 const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
 const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
@@ -81,9 +84,7 @@ pub fn adapter_walk<'a>(
     let plain = if precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
     let base_plan = BasePlan::new(&config, quantization, plain);
     let cache_dir = tempfile::tempdir().unwrap();
-    let shared = adapter.join(format!("base-{}", rank.world));
-    let entry = if rank.world == 1 { cache_dir.path() } else { &shared };
-    let opened = cache::open(entry, model, &config, &base_plan, comm, device).unwrap();
+    let opened = cache::open(cache_dir.path(), model, &config, &base_plan, comm, device).unwrap();
     let base = Base::new(base_plan, opened.shards, rank.world, numerics, !options.recompute, options.poison);
     let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
     let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW).unwrap();
@@ -156,5 +157,272 @@ fn bf16_adapter_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers()
                 assert!(ours <= 1.5 * peers, "{}: {name}: {ours:.2e} against {peers:.2e}", case.name);
             }
         }
+    }
+}
+
+/// Loss curves of 100 steps of three seeds: how far bf16 strays from fp32, beside how far the peer's does.
+#[test]
+fn a_bf16_loss_curve_strays_at_most_a_fifth_farther_from_fp32_than_the_peers() {
+    let Some(dir) = fixtures_of("qlora_curves.py", "qlora-curves") else { return };
+    let index: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(dir.join("index.json")).unwrap()).unwrap();
+    let model = dir.join(index["model"].as_str().unwrap());
+    let base = quantization(index["base"].as_str().unwrap());
+    let (mut own, mut peers) = (0f64, 0f64);
+    for seed in index["seeds"].as_array().unwrap() {
+        let adapter = dir.join(seed["directory"].as_str().unwrap());
+        let file = tensors(&adapter.join("curves.safetensors"));
+        let [fp32, bf16] = [Precision::Fp32, Precision::Bf16].map(|precision| {
+            let mut walk = adapter_walk(&model, &adapter, base, precision, &Solo, RECOMPUTE, Device::Cpu);
+            curve(&mut walk, &file)
+        });
+        let theirs = |name: &str| Vec::<f64>::try_from(&file[name]).unwrap();
+        let reference = theirs("fp32.loss");
+        let apart =
+            |curve: &[f64]| curve.iter().zip(&reference).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        // Over 100 steps rounding of fp32 grows, and stays far below that of bf16.
+        assert!(apart(&fp32) <= 1e-3, "fp32 curves differ by {}", apart(&fp32));
+        println!("bf16 {:.2e}, peer {:.2e}", apart(&bf16), apart(&theirs("autocast.loss")));
+        own = own.max(apart(&bf16));
+        peers = peers.max(apart(&theirs("autocast.loss")));
+    }
+    assert!(own <= 1.2 * peers, "{own} against {peers}");
+}
+
+/// The loss before each step, with the optimizer of the fixture.
+fn curve(walk: &mut Walk<'_>, file: &HashMap<String, Tensor>) -> Vec<f64> {
+    let spec = tunefleet_proto::job::TrainSpec {
+        weight_decay: 0.01,
+        betas: (0.9, 0.999),
+        max_grad_norm: 0.0,
+        ..engine::spec(1, 1, 1)
+    };
+    let steps = file["ids"].size()[0];
+    let step = |step: i64| {
+        let of_step = |name: &str| file[name].get(step);
+        let batch = Batch { tokens_bt: of_step("ids"), targets_bt: of_step("targets") };
+        let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
+        let scale = targets.reciprocal().to_kind(Kind::Float);
+        walk.begin_step().unwrap();
+        let position = MicroPosition { step: step as u64 + 1, micro: 0 };
+        let loss = walk.train_micro_batch(&batch, position, &scale).unwrap();
+        walk.finish_step().unwrap();
+        optimizer::update(walk, &spec, step as u64 + 1, 1e-3, &loss, &targets).unwrap().read().loss
+    };
+    (0..steps).map(step).collect()
+}
+
+const LORA: &str = r#"{"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"],
+    "lora_dropout": DROPOUT, "use_dora": DORA, "modules_to_save": ["ln_f", "ln_2"]}"#;
+
+/// A run of an adapter from its beginning: losses and trained tensors, as `engine` compares them.
+struct Trained<'a> {
+    model: &'a Path,
+    lora: String,
+    base: &'a str,
+    spec: tunefleet_proto::job::TrainSpec,
+    options: WalkOptions,
+    precision: Precision,
+}
+
+impl Trained<'_> {
+    fn run(&self) -> (Vec<f64>, Vec<Tensor>) {
+        let lora = LoraConfig::from_peft_json(&self.lora).unwrap();
+        let config = hugging_face::read_config(self.model).unwrap();
+        let adapter_plan = lora.plan(&config).unwrap();
+        let quantization = quantization(self.base);
+        let cache_dir = tempfile::tempdir().unwrap();
+        let results = engine::on_ranks(self.spec.ranks, |comm| {
+            tunefleet_kernels::device::set_deterministic(true).unwrap();
+            let rank = comm.rank();
+            let plan = ShardPlan::of_adapter(&adapter_plan, &config, rank.world);
+            let numerics = Numerics::new(Device::Cpu, self.precision);
+            let plain = if self.precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
+            let base_plan = BasePlan::new(&config, quantization, plain);
+            let dir = cache_dir.path();
+            let opened = cache::open(dir, self.model, &config, &base_plan, comm, Device::Cpu).unwrap();
+            let (resident, poison) = (!self.options.recompute, self.options.poison);
+            let mut base =
+                Base::new(base_plan, opened.shards, rank.world, numerics, resident, poison).unwrap();
+            let shards = units::shards(&plan, rank.rank, numerics, self.spec.optimizer).unwrap();
+            tch::no_grad(|| adapter::init(&shards, &plan, &config, &mut base, comm, 3)).unwrap();
+            let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
+            let walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(3), self.options);
+            let mut walk = walk.over(Frozen { base, wiring });
+            let losses = engine::train(&mut walk, &self.spec);
+            (losses, walk.shards().iter().map(|s| s.master.copy()).collect::<Vec<_>>())
+        });
+        let losses = results[0].0.clone();
+        let plan = ShardPlan::of_adapter(&adapter_plan, &config, self.spec.ranks);
+        let mut weights = Vec::new();
+        for (index, unit) in plan.units.iter().enumerate() {
+            let shards: Vec<&Tensor> = results.iter().map(|(_, masters)| &masters[index]).collect();
+            weights.extend(units::views(unit, &Tensor::cat(&shards, 0)));
+        }
+        (losses, weights)
+    }
+}
+
+fn trained(model: &Path, ranks: u32, micro_batch: u32) -> Trained<'_> {
+    Trained {
+        model,
+        lora: LORA.replace("DROPOUT", "0.0").replace("DORA", "false"),
+        base: "nf4-64-double",
+        spec: engine::spec(ranks, micro_batch, 1),
+        options: RECOMPUTE,
+        precision: Precision::Fp32,
+    }
+}
+
+#[test]
+fn one_two_and_four_ranks_train_the_same_adapter() {
+    let (_dir, model) = engine::model();
+    for base in ["nf4-64-double", "int8", "plain"] {
+        let one = Trained { base, ..trained(&model, 1, 4) }.run();
+        assert!(one.0[19] < one.0[0], "the loss does not fall: {:?}", one.0);
+        for (ranks, micro_batch) in [(2, 2), (4, 1)] {
+            engine::assert_close(&one, &Trained { base, ..trained(&model, ranks, micro_batch) }.run());
+        }
+    }
+}
+
+#[test]
+fn recomputing_blocks_under_an_adapter_changes_nothing_with_or_without_dropout() {
+    let (_dir, model) = engine::model();
+    for (dropout, dora) in [("0.0", "false"), ("0.1", "false"), ("0.1", "true")] {
+        for ranks in [1, 2] {
+            // Ranks are threads here, and masks are drawn from one generator of the process.
+            if ranks == 2 && dropout != "0.0" {
+                continue;
+            }
+            let lora = LORA.replace("DROPOUT", dropout).replace("DORA", dora);
+            let [on, off] = [RECOMPUTE, KEEP].map(|options| {
+                let precision = Precision::Bf16;
+                Trained { lora: lora.clone(), options, precision, ..trained(&model, ranks, 2) }.run()
+            });
+            engine::assert_bit_equal(&on, &off);
+        }
+    }
+}
+
+#[test]
+fn poisoned_buffers_of_a_frozen_base_change_nothing() {
+    let (_dir, model) = engine::model();
+    for recompute in [true, false] {
+        let [clean, poisoned] = [false, true].map(|poison| {
+            let options = WalkOptions { recompute, poison };
+            Trained { options, precision: Precision::Bf16, ..trained(&model, 2, 1) }.run()
+        });
+        engine::assert_bit_equal(&clean, &poisoned);
+    }
+}
+
+#[test]
+fn moments_of_8_bits_train_about_as_well_and_survive_a_checkpoint() {
+    let (_dir, model) = engine::model();
+    let full = trained(&model, 1, 4).run();
+    let spec = tunefleet_proto::job::TrainSpec { optimizer: Optimizer::AdamW8bit, ..engine::spec(1, 4, 1) };
+    let eight = Trained { spec, ..trained(&model, 1, 4) }.run();
+    let (last, reference) = (eight.0[19], full.0[19]);
+    assert!((last - reference).abs() <= 0.02 * reference, "{last} against {reference}");
+    assert_ne!(eight.0, full.0);
+
+    // What a checkpoint holds is fp32: codes come back as they were.
+    let runs = [
+        units::Run { begin: 0, end: 700, decays: true },
+        units::Run { begin: 704, end: 1500, decays: false },
+    ];
+    let zeros = || {
+        tunefleet_worker::train::moments::Moments::zeros(1500, &runs, Device::Cpu, Optimizer::AdamW8bit)
+            .unwrap()
+    };
+    let moments = zeros();
+    let random = [(); 2].map(|()| Tensor::randn([1500], (Kind::Float, Device::Cpu)).abs());
+    moments.restore(&random).unwrap();
+    let held = moments.to_fp32().unwrap();
+    assert!(largest_difference(&held[0].narrow(0, 0, 700), &random[0].narrow(0, 0, 700)) < 0.1);
+    let again = zeros();
+    again.restore(&held).unwrap();
+    assert_eq!(again.to_fp32().unwrap(), held);
+}
+
+#[test]
+fn a_trained_tensor_that_no_gradient_reaches_is_named() {
+    let plan = ShardPlan::of_adapter(
+        &LoraConfig::from_peft_json(r#"{"r": 2, "target_modules": ["c_fc"]}"#)
+            .unwrap()
+            .plan(&tunefleet_proto::model::ModelConfig::preset("tiny").unwrap())
+            .unwrap(),
+        &tunefleet_proto::model::ModelConfig::preset("tiny").unwrap(),
+        1,
+    );
+    let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
+    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW).unwrap();
+    let check = |expected| gradients::check(&plan, &shards, &Solo, 1, expected).map_err(|e| e.to_string());
+    for shard in &shards {
+        let _ = shard.grad.shallow_clone().fill_(1.0);
+    }
+    check(Expected::MovingAll).unwrap();
+    let a_of_block_1 = &units::views(&plan.units[2], &shards[2].grad)[0];
+    let _ = a_of_block_1.shallow_clone().zero_();
+    check(Expected::MovingB).unwrap();
+    let zero = check(Expected::MovingAll).unwrap_err();
+    assert!(zero.contains("transformer.h.1.mlp.c_fc.lora_A.weight is zero throughout"), "{zero}");
+    let _ = a_of_block_1.shallow_clone().fill_(f64::NAN);
+    assert!(check(Expected::MovingB).unwrap_err().contains("is not finite"));
+}
+
+#[test]
+fn a_damaged_or_foreign_quantised_base_is_built_anew() {
+    let (dir, model) = engine::model();
+    let config = hugging_face::read_config(&model).unwrap();
+    let plan = BasePlan::new(&config, quantization("nf4-64-double"), PartDtype::Bf16);
+    let cache_dir = dir.path().join("base");
+    let open = || cache::open(&cache_dir, &model, &config, &plan, &Solo, Device::Cpu).unwrap();
+    let first = open();
+    assert_eq!(first.built.as_deref(), Some("there was none"));
+    assert_eq!(open().built, None, "the second time it is there");
+
+    let entry = cache_dir.join("nf4-64-double-bf16-cpu");
+    let file = entry.join("block.1.bin");
+    let mut bytes = std::fs::read(&file).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&file, &bytes).unwrap();
+    let rebuilt = open();
+    assert!(rebuilt.built.as_deref().unwrap().contains("block.1.bin has changed"), "{:?}", rebuilt.built);
+    for (a, b) in rebuilt.shards.iter().zip(&first.shards) {
+        assert_eq!(a, b);
+    }
+    std::fs::write(entry.join("manifest.json"), "{").unwrap();
+    assert!(open().built.unwrap().contains("manifest.json"));
+    std::fs::remove_file(&file).unwrap();
+    assert!(open().built.unwrap().contains("block.1.bin"));
+
+    // Another model in the same place.
+    std::fs::remove_dir_all(&model).unwrap();
+    tunefleet_worker::init_model::init("tiny", None, 6, Precision::Fp32, &model).unwrap();
+    let other = open();
+    assert_eq!(other.built.as_deref(), Some("the model's files have changed since"));
+    assert_ne!(other.base_sha256, first.base_sha256);
+}
+
+#[test]
+fn a_base_weight_that_is_not_finite_is_refused_by_name() {
+    let (dir, model) = engine::model();
+    let path = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    let config = hugging_face::read_config(&model).unwrap();
+    for base in ["nf4-64", "plain"] {
+        let plan = BasePlan::new(&config, quantization(base), PartDtype::Bf16);
+        let opened = cache::open(&dir.path().join("base"), &model, &config, &plan, &Solo, Device::Cpu);
+        let message = opened.err().unwrap().to_string();
+        assert!(
+            message.contains("tensor transformer.h.1.mlp.c_proj.bias: holds a value that is not finite"),
+            "{message}"
+        );
+        assert!(!dir.path().join("base/nf4-64-bf16-cpu").exists());
     }
 }

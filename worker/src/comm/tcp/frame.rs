@@ -53,7 +53,8 @@ pub struct BadHeader {
 /// Stands for `None` in a `u32` field.
 const NONE: u32 = u32::MAX;
 
-const KINDS: [(u8, Kind); 4] = [(1, Kind::Float), (2, Kind::BFloat16), (3, Kind::Double), (4, Kind::Int64)];
+const KINDS: [(u8, Kind); 5] =
+    [(1, Kind::Float), (2, Kind::BFloat16), (3, Kind::Double), (4, Kind::Int64), (5, Kind::Uint8)];
 const OPS: [(u8, Op); 5] =
     [(1, Op::AllGather), (2, Op::ReduceScatter), (3, Op::AllReduce), (4, Op::Barrier), (5, Op::Farewell)];
 

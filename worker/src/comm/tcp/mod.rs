@@ -251,7 +251,7 @@ impl Communicator for TcpCommunicator {
 
     fn all_reduce(&self, tensor: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
         let Rank { rank, world } = self.group.rank;
-        check("all-reduce", tensor, frame::has_code(tensor.kind()), "fp32, bf16, fp64 or int64")?;
+        check("all-reduce", tensor, frame::has_code(tensor.kind()), "fp32, bf16, fp64, int64 or bytes")?;
         if self.is_sole() {
             return Ok(Box::new(super::Done));
         }
@@ -352,7 +352,7 @@ fn check(op: &'static str, tensor: &Tensor, holds: bool, rule: &str) -> Result<(
         return refuse("contiguous");
     }
     if !frame::has_code(tensor.kind()) {
-        return refuse("fp32, bf16, fp64 or int64");
+        return refuse("fp32, bf16, fp64, int64 or bytes");
     }
     if holds { Ok(()) } else { refuse(rule) }
 }
