@@ -4,6 +4,7 @@
 //! `[out, rank]` and `s = alpha / rank` (rsLoRA: `alpha / sqrt(rank)`). DoRA (Liu et al. 2024) adds a
 //! magnitude per output row. Torch-free: the coordinator counts and shards with it.
 
+mod modules;
 mod peft;
 mod targets;
 
@@ -12,6 +13,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{ModelConfig, Parameter};
+pub use modules::{Modules, PairShape};
 pub use peft::{CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE};
 pub use targets::Targets;
 

@@ -70,7 +70,7 @@ impl ModelFiles {
         Ok(files)
     }
 
-    fn reader(&self, name: &str) -> Option<&Reader> {
+    pub(crate) fn reader(&self, name: &str) -> Option<&Reader> {
         self.readers.get(*self.tensors.get(name)?)
     }
 
@@ -164,7 +164,7 @@ fn fill(
 }
 
 /// Every parameter is there in its shape, and nothing else is.
-fn check_names(dir: &Path, files: &ModelFiles, plan: &ShardPlan) -> Result<(), Error> {
+pub(crate) fn check_names(dir: &Path, files: &ModelFiles, plan: &ShardPlan) -> Result<(), Error> {
     let mut unused: BTreeSet<&str> = files.tensors.keys().map(String::as_str).collect();
     for slot in plan.units.iter().flat_map(|unit| &unit.parameters) {
         let info = files.reader(&slot.hf_name).and_then(|reader| reader.info(&slot.hf_name));

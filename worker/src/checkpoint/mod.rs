@@ -8,6 +8,8 @@ pub mod safetensors;
 pub mod hugging_face;
 /// A Hugging Face model directory, written.
 pub mod model_dir;
+/// What a base model is, as one digest of its values.
+pub mod base_digest;
 /// A directory gets its name whole.
 pub mod place;
 /// One checkpoint, written by all ranks.

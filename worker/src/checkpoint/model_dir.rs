@@ -25,27 +25,32 @@ pub type Sink<'s> = dyn FnMut(&[f32]) -> Result<(), Error> + 's;
 /// Writes `out`, replacing it where it exists. `values` is asked once per parameter.
 ///
 /// # Errors
-/// Whatever the file system or `values` refuses; `out` is then as it was.
+/// Whatever the file system or `values` refuses; `out` is then as it was, and nothing stands beside it.
 pub fn write(
     out: &Path,
     config: &ModelConfig,
     dtype: Precision,
     tokenizer: Option<&Path>,
-    mut values: impl FnMut(&Parameter, &mut Sink<'_>) -> Result<(), Error>,
+    values: impl FnMut(&Parameter, &mut Sink<'_>) -> Result<(), Error>,
 ) -> Result<(), Error> {
     check_replaceable(out)?;
-    let incomplete = place::incomplete(out)?;
-    if incomplete.exists() {
-        fs::remove_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
-    }
-    fs::create_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
+    place::whole(out, |incomplete| fill(incomplete, config, dtype, tokenizer, values))
+}
+
+fn fill(
+    incomplete: &Path,
+    config: &ModelConfig,
+    dtype: Precision,
+    tokenizer: Option<&Path>,
+    mut values: impl FnMut(&Parameter, &mut Sink<'_>) -> Result<(), Error>,
+) -> Result<(), Error> {
     let (write_dtype, dtype_name) = match dtype {
         Precision::Fp32 => (WriteDtype::F32, "float32"),
         Precision::Bf16 => (WriteDtype::Bf16, "bfloat16"),
     };
     write_json(&incomplete.join(CONFIG_FILE), &config.to_json(dtype_name))?;
     if let Some(dir) = tokenizer {
-        copy_tokenizer(dir, &incomplete)?;
+        copy_tokenizer(dir, incomplete)?;
     }
 
     let files = split(config, write_dtype);
@@ -71,8 +76,7 @@ pub fn write(
         let index = json!({ "metadata": { "total_size": total_bytes }, "weight_map": weight_map });
         write_json(&incomplete.join(INDEX_FILE), &index)?;
     }
-    place::sync(&incomplete)?;
-    place::place(&incomplete, out)
+    Ok(())
 }
 
 /// Whether `out` is free, or holds nothing but a model: somebody's other files are not replaced.

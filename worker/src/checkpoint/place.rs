@@ -25,6 +25,26 @@ pub fn incomplete(target: &Path) -> Result<PathBuf, Error> {
     Ok(target.with_file_name(name))
 }
 
+/// Makes a directory and gives it its name when `fill` has filled it; what an interrupted call left is
+/// cleared first, and a failed one leaves nothing.
+///
+/// # Errors
+/// Whatever the file system or `fill` refuses; what was in the place then still is.
+pub fn whole(target: &Path, fill: impl FnOnce(&Path) -> Result<(), Error>) -> Result<(), Error> {
+    let incomplete = incomplete(target)?;
+    if incomplete.exists() {
+        fs::remove_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
+    }
+    fs::create_dir_all(&incomplete).map_err(Error::io(&incomplete))?;
+    let outcome =
+        fill(&incomplete).and_then(|()| sync(&incomplete)).and_then(|()| place(&incomplete, target));
+    if outcome.is_err() {
+        // Best effort: it is never read.
+        let _ = fs::remove_dir_all(&incomplete);
+    }
+    outcome
+}
+
 /// Gives a whole directory its name. One that has it already changes places with it and is
 /// removed: at no moment is there none.
 ///
@@ -74,6 +94,20 @@ fn put(incomplete: &Path, target: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_failed_filling_leaves_what_was_there_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("model");
+        whole(&target, |d| fs::write(d.join("file"), "first").map_err(Error::io(d))).unwrap();
+        let refused = whole(&target, |d| {
+            fs::write(d.join("file"), "second").map_err(Error::io(d))?;
+            Err(Error::format(d, "refused"))
+        });
+        assert!(refused.is_err());
+        assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "first");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
 
     #[test]
     fn a_directory_takes_a_place_that_is_free_or_taken() {

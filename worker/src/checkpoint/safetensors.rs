@@ -81,6 +81,11 @@ impl Reader {
         self.metadata.info(name)
     }
 
+    /// An entry of the header's free text.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
     /// Elements `range` of a tensor, flattened, as fp32, in pieces: `take(first, values)`.
     ///
     /// # Errors
@@ -173,6 +178,19 @@ impl Writer {
     /// # Errors
     /// Whatever the file system refuses.
     pub fn create(path: &Path, entries: &[Entry], dtype: WriteDtype) -> Result<Self, Error> {
+        Self::create_with(path, entries, dtype, &BTreeMap::new())
+    }
+
+    /// As [`create`](Self::create), with `metadata` beside the format's own entry in the header's free text.
+    ///
+    /// # Errors
+    /// Whatever the file system refuses.
+    pub fn create_with(
+        path: &Path,
+        entries: &[Entry],
+        dtype: WriteDtype,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Self, Error> {
         let mut header = BTreeMap::new();
         let mut offset = 0;
         for entry in entries {
@@ -187,7 +205,9 @@ impl Writer {
             );
             offset += bytes;
         }
-        header.insert("__metadata__", json!({ "format": "pt" }));
+        let mut metadata = metadata.clone();
+        metadata.insert("format".to_owned(), "pt".to_owned());
+        header.insert("__metadata__", json!(metadata));
         let mut header = json!(header).to_string().into_bytes();
         header.resize(header.len().next_multiple_of(8), b' ');
 
@@ -294,6 +314,18 @@ mod tests {
         let parsed = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(parsed.tensor("a").unwrap().shape(), [4]);
         assert_eq!(&parsed.tensor("a").unwrap().data()[..4], &(-1f32).to_le_bytes());
+    }
+
+    #[test]
+    fn free_text_comes_back_beside_the_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let metadata = [("tunefleet.note".to_owned(), "caf\u{e9}".to_owned())].into();
+        Writer::create_with(&path, &[], WriteDtype::F32, &metadata).unwrap().finish().unwrap();
+        let reader = Reader::open(&path).unwrap();
+        assert_eq!(reader.metadata("tunefleet.note"), Some("caf\u{e9}"));
+        assert_eq!(reader.metadata("format"), Some("pt"));
+        assert_eq!(reader.metadata("absent"), None);
     }
 
     #[test]
