@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{daemon, export, generate, init_model, rank};
+use tunefleet_worker::{adapter, daemon, export, generate, init_model, rank};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -26,6 +26,8 @@ enum Verb {
     InitModel(init_model::Args),
     /// Writes a checkpoint as a Hugging Face model.
     Export(export::Args),
+    /// Reads, scales, combines, merges and compares LoRA adapters.
+    Adapter(adapter::cli::Args),
     /// Completes a prompt, or fills in its `<FILL_ME>`.
     Generate(generate::Args),
     /// One rank of one attempt; started by the daemon.
@@ -64,6 +66,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::InitModel(args) => Ok(init_model::run(args)?),
         Verb::Export(args) => Ok(export::run(args)?),
+        Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
         Verb::Rank(args) => Ok(rank::run(args)?),
     }

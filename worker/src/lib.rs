@@ -16,6 +16,8 @@ pub mod base;
 pub mod train;
 /// Weights on disk: safetensors, checkpoints, Hugging Face directories.
 pub mod checkpoint;
+/// `adapter`: LoRA adapters read, written, mixed and merged.
+pub mod adapter;
 /// `init-model`: random weights.
 pub mod init_model;
 /// `export`: checkpoint to Hugging Face directory.
