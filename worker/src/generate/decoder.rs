@@ -6,6 +6,7 @@ use tch::Tensor;
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
+use crate::adapter::{self, merge};
 use crate::checkpoint::{Error, hugging_face};
 use crate::model::block::{self, BlockParams, BlockShape, KvCache};
 use crate::model::head::{self, HeadParams};
@@ -38,12 +39,32 @@ impl Decoder {
         let config = hugging_face::read_config(dir)?;
         let plan = ShardPlan::new(&config, 1);
         let buffers = hugging_face::load_weights(dir, &plan, numerics)?;
-        let mut views = plan.units.iter().zip(&buffers).map(|(unit, buffer)| units::views(unit, buffer));
+        Ok(Self::new(config, &plan, &buffers, numerics))
+    }
+
+    /// As [`load`](Self::load), with an adapter merged into the weights in fp32.
+    ///
+    /// # Errors
+    /// Whatever the files break; without `any_base`, a base that is not the adapter's.
+    pub fn load_adapted(
+        dir: &Path,
+        adapter: &Path,
+        any_base: bool,
+        numerics: Numerics,
+    ) -> Result<Self, adapter::Error> {
+        let config = hugging_face::read_config(dir)?;
+        let plan = ShardPlan::new(&config, 1);
+        let buffers = merge::load_weights(dir, &config, adapter, any_base, &plan, numerics)?;
+        Ok(Self::new(config, &plan, &buffers, numerics))
+    }
+
+    fn new(config: ModelConfig, plan: &ShardPlan, buffers: &[Tensor], numerics: Numerics) -> Self {
+        let mut views = plan.units.iter().zip(buffers).map(|(unit, buffer)| units::views(unit, buffer));
         let embed = views.next().unwrap_or_default();
         // Widened once: a token's products are too small to pay for it each time.
         let head_vd = if config.tied_head { &embed[0] } else { &embed[2] }.to_kind(numerics.product_kind);
         let blocks = views.map(|views| numerics.for_products(views)).collect();
-        Ok(Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks })
+        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks }
     }
 
     /// The model's shape.

@@ -25,6 +25,12 @@ pub struct Args {
     /// A Hugging Face model directory with its tokenizer.
     #[arg(long)]
     model: PathBuf,
+    /// A LoRA adapter to merge into the model as it is loaded.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Use the adapter even where the model is not the one that it was trained on.
+    #[arg(long, requires = "adapter")]
+    any_base: bool,
     /// Text to continue, or text with `<FILL_ME>` where the completion belongs; `-` reads stdin.
     #[arg(long)]
     prompt: String,
@@ -54,6 +60,9 @@ pub enum Error {
     /// The model's files.
     #[error(transparent)]
     Model(#[from] crate::checkpoint::Error),
+    /// The adapter.
+    #[error(transparent)]
+    Adapter(#[from] crate::adapter::Error),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
@@ -90,7 +99,11 @@ pub fn run(args: Args) -> Result<(), Error> {
     let prompt = Prompt::new(&text, &tokenizer)?;
     let device = Device::cuda_if_available();
     let default = if device == Device::Cpu { Precision::Fp32 } else { Precision::Bf16 };
-    let decoder = Decoder::load(&args.model, Numerics::new(device, args.dtype.unwrap_or(default)))?;
+    let numerics = Numerics::new(device, args.dtype.unwrap_or(default));
+    let decoder = match &args.adapter {
+        Some(adapter) => Decoder::load_adapted(&args.model, adapter, args.any_base, numerics)?,
+        None => Decoder::load(&args.model, numerics)?,
+    };
     let (tokens, rows) = (tokenizer.vocab_size(), decoder.config().vocab_size);
     if tokens > rows {
         return Err(Error::Setting(format!(
