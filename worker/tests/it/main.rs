@@ -17,4 +17,5 @@ mod quant;
 mod engine;
 mod parity;
 mod qlora;
+mod adapter_parity;
 mod gpu;
