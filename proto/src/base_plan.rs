@@ -135,6 +135,17 @@ impl Quantization {
     /// Linears as they are.
     pub const NONE: Quantization = Quantization { kind: QuantKind::None, block: 64, double: false };
 
+    /// The settings of a [`name`](Self::name).
+    pub fn from_name(name: &str) -> Option<Self> {
+        let kinds = [QuantKind::Nf4, QuantKind::Fp4, QuantKind::Int8, QuantKind::None];
+        let all = kinds.into_iter().flat_map(|kind| {
+            BLOCKS
+                .into_iter()
+                .flat_map(move |block| [false, true].map(move |double| Quantization { kind, block, double }))
+        });
+        all.into_iter().find(|settings| settings.name() == name)
+    }
+
     /// A name for directories and people, e.g. `nf4-64-double`.
     pub fn name(&self) -> String {
         match self.kind {
@@ -291,6 +302,14 @@ mod tests {
         let quantized = 15_162_408_960.0 * (0.5 + 1.0 / 64.0 + 4.0 / (64.0 * 256.0));
         let plain = (15_517_456_384.0 - 15_162_408_960.0) * 2.0;
         assert!((plan.bytes() as f64 / (quantized + plain) - 1.0).abs() < 1e-4);
+    }
+
+    #[test]
+    fn settings_come_back_from_their_name() {
+        for name in ["nf4-64-double", "nf4-4096", "fp4-32", "int8", "plain"] {
+            assert_eq!(Quantization::from_name(name).unwrap().name(), name);
+        }
+        assert_eq!(Quantization::from_name("nf4-65"), None);
     }
 
     #[test]

@@ -27,6 +27,7 @@ pub struct Builder {
     steps: u64,
     checkpoint_every: u64,
     train: String,
+    more: String,
 }
 
 impl Job {
@@ -40,6 +41,7 @@ impl Job {
             steps: 6,
             checkpoint_every: 0,
             train: String::new(),
+            more: String::new(),
         }
     }
 
@@ -171,13 +173,19 @@ impl Builder {
         self
     }
 
+    /// Adds a section.
+    pub fn section(mut self, yaml: &str) -> Self {
+        let _ = writeln!(self.more, "{yaml}");
+        self
+    }
+
     /// Writes it all.
     pub fn build(self) -> Job {
         let job = Job::fresh();
         repositories(&job.path);
-        let Builder { dataset, tokenizer, model, ranks, steps, checkpoint_every, train } = self;
+        let Builder { dataset, tokenizer, model, ranks, steps, checkpoint_every, train, more } = self;
         let text = format!(
-            "name: test\noutput: output\n{dataset}\n{tokenizer}\n{model}\n\
+            "name: test\noutput: output\n{dataset}\n{tokenizer}\n{model}\n{more}\
              data: {{ sequence_tokens: 64 }}\n\
              train:\n  ranks: {ranks}\n  device: cpu\n  precision: fp32\n  steps: {steps}\n  \
              learning_rate: 1e-3\n  log_every_steps: 1\n  checkpoint_every_steps: {checkpoint_every}\n{train}\

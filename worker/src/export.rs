@@ -1,13 +1,20 @@
 //! `worker export`: a checkpoint's shards to a Hugging Face model directory, streamed tensor by
-//! tensor: nobody holds the model.
+//! tensor: nobody holds the model. Of an adapter's checkpoint, the adapter as PEFT has it.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use tunefleet_proto::checkpoint;
-use tunefleet_proto::job::{JobSpec, Precision};
+use tch::Tensor;
+use tunefleet_proto::checkpoint::{self, AdapterRecord, Manifest, RankFile};
+use tunefleet_proto::job::{JobSpec, MergeBase, Precision};
+use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::checkpoint::safetensors::Reader;
+use crate::adapter::files::Adapter;
+use crate::adapter::{merge, merge_verb};
+use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY};
+use crate::checkpoint::model_dir::Sink;
+use crate::checkpoint::safetensors::{Reader, WriteDtype};
 use crate::checkpoint::{Error, hugging_face, load, model_dir};
 
 /// Command line of `worker export`.
@@ -25,7 +32,7 @@ pub struct Args {
     /// Directory to write.
     #[arg(long)]
     out: PathBuf,
-    /// Dtype of the weights: fp32 or bf16.
+    /// Dtype of the model's weights: fp32 or bf16.
     #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
     dtype: Precision,
 }
@@ -46,7 +53,7 @@ pub fn parse_dtype(text: &str) -> Result<Precision, String> {
 ///
 /// # Errors
 /// Whatever reading the checkpoint or writing the model meets.
-pub fn run(args: Args) -> Result<(), Error> {
+pub fn run(args: Args) -> Result<(), ExportError> {
     let tokenizer = args.tokenizer.unwrap_or_else(|| args.model.clone());
     let step = export(&args.checkpoint, &args.model, &tokenizer, &args.out, args.dtype)?;
     // A reader that has gone away wants no more.
@@ -54,18 +61,48 @@ pub fn run(args: Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// Exports the last checkpoint of a job; returns its step.
+/// What an export can meet.
+pub type ExportError = crate::adapter::Error;
+
+/// Exports the last checkpoint of a job; returns its step. An adapter goes to `spec.adapter_dir()`, and
+/// where the job asks for it, merged, to `spec.export_dir()`.
 ///
 /// # Errors
 /// Whatever reading the checkpoint or writing the model meets.
-pub fn export_job(spec: &JobSpec) -> Result<u64, Error> {
+pub fn export_job(spec: &JobSpec) -> Result<u64, ExportError> {
     // The last one and no other: an older model must not pass for the trained one.
     let last = spec.checkpoints_dir().join(checkpoint::dir_name(spec.train.steps));
-    export(&last, &spec.model_dir(), &spec.tokenizer_dir(), &spec.export_dir(), spec.export.dtype)
+    let Some(adapter) = &spec.adapter else {
+        return export(
+            &last,
+            &spec.model_dir(),
+            &spec.tokenizer_dir(),
+            &spec.export_dir(),
+            spec.export.dtype,
+        );
+    };
+    let out = spec.adapter_dir();
+    let step = export(&last, &spec.model_dir(), &spec.tokenizer_dir(), &out, spec.export.dtype)?;
+    let settings = adapter.quantization;
+    let closure = |weight: &Tensor| merge_verb::dequantized(settings, weight);
+    let dequantized: Option<&merge::Dequantized<'_>> = match spec.export.merge {
+        MergeBase::None => return Ok(step),
+        MergeBase::Original => None,
+        MergeBase::Dequantized => Some(&closure),
+    };
+    merge::merge(&merge::Request {
+        base: &spec.model_dir(),
+        adapter: &out,
+        out: &spec.export_dir(),
+        dtype: spec.export.dtype,
+        any_base: false,
+        dequantized,
+    })?;
+    Ok(step)
 }
 
 /// Writes `out` from `checkpoint` (or the newest sound one in it); returns its step. The shape
-/// comes from `model`.
+/// comes from `model`. An adapter is written in fp32.
 ///
 /// # Errors
 /// Whatever reading the checkpoint or writing the model meets.
@@ -75,7 +112,7 @@ pub fn export(
     tokenizer: &Path,
     out: &Path,
     dtype: Precision,
-) -> Result<u64, Error> {
+) -> Result<u64, ExportError> {
     let (dir, manifest) = if checkpoint.join(checkpoint::MANIFEST_FILE).exists() {
         (checkpoint.to_owned(), load::verify(checkpoint)?)
     } else {
@@ -85,19 +122,61 @@ pub fn export(
         }
         (sound.path, sound.manifest)
     };
-    let config = hugging_face::read_config(model)?;
-    let plan = &manifest.shard_plan;
-    let readers: Vec<Reader> =
-        manifest.files.iter().map(|f| Reader::open(&dir.join(&f.file))).collect::<Result<_, _>>()?;
-    model_dir::write(out, &config, dtype, Some(tokenizer), |parameter, sink| {
-        let found = plan.units.iter().find(|u| u.parameters.iter().any(|s| s.hf_name == parameter.hf_name));
-        let unit = found.ok_or_else(|| {
-            Error::tensor(&dir, &parameter.hf_name, "is not in the checkpoint's shard plan")
+    let shards = Shards::open(dir, &manifest)?;
+    match &manifest.adapter {
+        Some(record) => write_adapter(&shards, record, out)?,
+        None => {
+            let config = hugging_face::read_config(model)?;
+            model_dir::write(out, &config, dtype, Some(tokenizer), |parameter, sink| {
+                shards.read(&parameter.hf_name, sink)
+            })?;
+        }
+    }
+    Ok(manifest.step)
+}
+
+fn write_adapter(shards: &Shards<'_>, record: &AdapterRecord, out: &Path) -> Result<(), ExportError> {
+    let mut tensors = BTreeMap::new();
+    for slot in shards.plan.units.iter().flat_map(|unit| &unit.parameters) {
+        let mut values = Vec::with_capacity(slot.elements() as usize);
+        shards.read(&slot.hf_name, &mut |piece| {
+            values.extend_from_slice(piece);
+            Ok(())
         })?;
+        let shape: Vec<i64> = slot.shape.iter().map(|&n| n as i64).collect();
+        tensors.insert(slot.hf_name.clone(), Tensor::from_slice(&values).view(shape.as_slice()));
+    }
+    let metadata = [
+        (BASE_DIGEST_KEY.to_owned(), record.base_sha256.clone()),
+        (BASE_QUANTIZATION_KEY.to_owned(), record.quantization.name()),
+    ];
+    let adapter = Adapter { config: record.lora.clone(), tensors, metadata: metadata.into() };
+    adapter.write(out, WriteDtype::F32)
+}
+
+/// All ranks' files of a checkpoint.
+struct Shards<'a> {
+    dir: PathBuf,
+    plan: &'a ShardPlan,
+    readers: Vec<Reader>,
+}
+
+impl<'a> Shards<'a> {
+    fn open(dir: PathBuf, manifest: &'a Manifest) -> Result<Self, Error> {
+        let open = |file: &RankFile| Reader::open(&dir.join(&file.file));
+        let readers = manifest.files.iter().map(open).collect::<Result<_, _>>()?;
+        Ok(Shards { plan: &manifest.shard_plan, readers, dir })
+    }
+
+    /// A parameter's values, in order.
+    fn read(&self, hf_name: &str, sink: &mut Sink<'_>) -> Result<(), Error> {
+        let found = self.plan.units.iter().find(|u| u.parameters.iter().any(|s| s.hf_name == hf_name));
+        let unit = found
+            .ok_or_else(|| Error::tensor(&self.dir, hf_name, "is not in the checkpoint's shard plan"))?;
         // Ranks hold consecutive ranges, so their pieces in rank order are the tensor.
-        for (rank, reader) in readers.iter().enumerate() {
-            for piece in unit.pieces(rank as u32, plan.world) {
-                if piece.slot.hf_name != parameter.hf_name {
+        for (rank, reader) in self.readers.iter().enumerate() {
+            for piece in unit.pieces(rank as u32, self.plan.world) {
+                if piece.slot.hf_name != hf_name {
                     continue;
                 }
                 let len = piece.range.end - piece.range.start;
@@ -112,6 +191,5 @@ pub fn export(
             }
         }
         Ok(())
-    })?;
-    Ok(manifest.step)
+    }
 }

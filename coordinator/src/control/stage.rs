@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use tunefleet_proto::job::{DatasetSpec, JobSpec, ModelSpec, Precision, Schedule, TokenizerSpec};
+use tunefleet_proto::job::{
+    AdapterSpec, DatasetSpec, JobSpec, MergeBase, ModelSpec, Optimizer, Precision, Schedule, TokenizerSpec,
+};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::{Continuation, Stage};
-use tunefleet_proto::{checkpoint, dataset};
+use tunefleet_proto::{adapter, checkpoint, dataset};
 
 use super::job::Verdict;
 
@@ -185,6 +187,7 @@ pub fn output_dir(spec: &JobSpec, stage: Stage) -> PathBuf {
         Stage::Tokenizer => spec.tokenizer_dir(),
         Stage::InitModel => spec.model_dir(),
         Stage::Train => spec.checkpoints_dir(),
+        Stage::Export if spec.adapter.is_some() => spec.adapter_dir(),
         Stage::Export => spec.export_dir(),
         Stage::Unspecified => spec.output.clone(),
     }
@@ -207,6 +210,7 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
     let file = match stage {
         Stage::Collect => dir.join(dataset::MANIFEST_FILE),
         Stage::Tokenizer => dir.join("tokenizer.json"),
+        Stage::Export if spec.adapter.is_some() => dir.join(adapter::CONFIG_FILE),
         Stage::InitModel | Stage::Export => dir.join("config.json"),
         Stage::Train => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
         Stage::Unspecified => return None,
@@ -221,8 +225,10 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
         let segments = manifest.train.iter().chain(&manifest.validation);
         segments.map(|segment| dir.join(&segment.file)).find(|path| !path.is_file())
     };
+    let merged = spec.export_dir().join("config.json");
     match stage {
         _ if weights_missing => Some(dir.join("*.safetensors")),
+        Stage::Export if spec.export.merge != MergeBase::None && !merged.is_file() => Some(merged),
         Stage::Collect => segments_missing(),
         _ => None,
     }
@@ -287,6 +293,8 @@ struct TrainIdentity {
     max_grad_norm: f64,
     dropout: Option<f64>,
     seed: u64,
+    optimizer: Optimizer,
+    adapter: Option<AdapterSpec>,
 }
 
 impl TrainIdentity {
@@ -305,6 +313,12 @@ impl TrainIdentity {
             max_grad_norm: train.max_grad_norm,
             dropout: train.dropout,
             seed: train.seed,
+            optimizer: train.optimizer,
+            adapter: spec.adapter.clone().map(|mut adapter| {
+                // For people; the model's own digest is part of the inputs.
+                adapter.lora.base_model = None;
+                adapter
+            }),
         }
     }
 }

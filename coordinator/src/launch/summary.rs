@@ -3,7 +3,7 @@
 
 use std::io::Write;
 
-use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::job::{JobSpec, MergeBase};
 use tunefleet_proto::rpc::{Failure, Stage};
 
 use super::screen::{Totals, grouped};
@@ -50,17 +50,21 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
         text += &format!("  throughput   {} tokens/s\n", grouped(rate));
     }
     text += &format!("  checkpoints  {}\n", spec.checkpoints_dir().display());
-    if spec.export.enabled {
+    let merged = spec.adapter.is_none() || spec.export.merge != MergeBase::None;
+    if spec.export.enabled && spec.adapter.is_some() {
+        text += &format!("  adapter      {}\n", spec.adapter_dir().display());
+    }
+    if spec.export.enabled && merged {
         text += &format!("  model        {}\n", spec.export_dir().display());
     }
     text += &format!("  values       {}\n", spec.output.join(METRICS_LOG_FILE).display());
     text += "next:\n";
     if spec.export.enabled {
-        let model = spec.export_dir();
-        text += &format!(
-            "  worker generate --model {} --prompt 'def add(a, b): <FILL_ME> return c'\n",
-            model.display()
-        );
+        let model = match merged {
+            true => spec.export_dir().display().to_string(),
+            false => format!("{} --adapter {}", spec.model_dir().display(), spec.adapter_dir().display()),
+        };
+        text += &format!("  worker generate --model {model} --prompt 'def add(a, b): <FILL_ME> return c'\n");
     }
     text += &format!("  coordinator plan --config {}\n", again.job.config.display());
     let twice = spec.train.steps.saturating_mul(2);

@@ -3,16 +3,14 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use serde::Serialize;
-use tch::Tensor;
-use tunefleet_proto::base_plan::{BLOCKS, QuantKind, Quantization};
 use tunefleet_proto::job::Precision;
 
 use super::combine::{self, Combination, Options, Part};
 use super::prune::MajoritySign;
 use super::scale::{self, Into};
-use super::{Error, diff, files, inspect, merge};
+use super::{Error, diff, files, inspect, merge_verb};
 use crate::checkpoint::safetensors::WriteDtype;
 
 /// Command line of `worker adapter`.
@@ -36,8 +34,8 @@ enum Verb {
     #[command(after_long_help = COMBINE_HELP)]
     Combine(CombineArgs),
     /// Writes an adapter into its base: a full model, streamed.
-    #[command(after_help = MERGE_HELP)]
-    Merge(MergeArgs),
+    #[command(after_help = merge_verb::HELP)]
+    Merge(merge_verb::Args),
     /// Tells how far two adapters are apart, linear by linear.
     #[command(after_help = "Example:\n  worker adapter diff copilot copilot-0.8")]
     Diff(DiffArgs),
@@ -60,11 +58,6 @@ methods, here as in PEFT.
   - with rsLoRA in the first adapter the result is too large by the root of its rank
   - what an adapter trains whole (modules_to_save) is lost: the result has the base's own values
   - ties elects signs before weights are applied, so a subtracted adapter votes for what it takes away";
-
-const MERGE_HELP: &str = "\
-Examples:
-  worker adapter merge --adapter copilot --model starcoderbase-1b --out merged
-  worker adapter merge --adapter copilot --model starcoderbase-1b --out merged --base dequantized --quantize nf4";
 
 #[derive(Debug, clap::Args)]
 struct InspectArgs {
@@ -139,55 +132,6 @@ struct DiffArgs {
     json: bool,
 }
 
-#[derive(Debug, clap::Args)]
-struct MergeArgs {
-    /// Directory of the adapter.
-    #[arg(long)]
-    adapter: PathBuf,
-    /// Directory of the base model; its tokenizer is copied where it has one.
-    #[arg(long)]
-    model: PathBuf,
-    /// Directory to write.
-    #[arg(long)]
-    out: PathBuf,
-    /// Dtype of the weights: fp32 or bf16.
-    #[arg(long, default_value = "bf16", value_parser = crate::export::parse_dtype)]
-    dtype: Precision,
-    /// Which weights to add to: the model's own, or what quantisation makes of them, as QLoRA saw them.
-    #[arg(long, value_enum, default_value_t = Base::Original)]
-    base: Base,
-    /// How the base was quantised in training, with --base dequantized.
-    #[arg(long, value_enum, required_if_eq("base", "dequantized"))]
-    quantize: Option<Quantize>,
-    /// Weights that shared a scale, for nf4 and fp4.
-    #[arg(long, default_value_t = 64)]
-    block: u32,
-    /// Whether the scales were quantised as well, for nf4 and fp4.
-    #[arg(long)]
-    double: bool,
-    /// Merge even where the base is not the one that the adapter was trained on.
-    #[arg(long)]
-    any_base: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Base {
-    /// The model's own weights.
-    Original,
-    /// What quantisation makes of the linears of the blocks.
-    Dequantized,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Quantize {
-    /// 4-bit codes spaced for normally distributed weights.
-    Nf4,
-    /// 4-bit floats.
-    Fp4,
-    /// 8-bit integers with one scale per row.
-    Int8,
-}
-
 /// Runs the verb.
 ///
 /// # Errors
@@ -211,7 +155,7 @@ pub fn run(args: Args) -> Result<(), Error> {
             Ok(())
         }
         Verb::Combine(args) => run_combine(args),
-        Verb::Merge(args) => run_merge(&args),
+        Verb::Merge(args) => merge_verb::run(&args),
     }
 }
 
@@ -259,66 +203,6 @@ fn run_combine(args: CombineArgs) -> Result<(), Error> {
     Ok(())
 }
 
-fn run_merge(args: &MergeArgs) -> Result<(), Error> {
-    let quantization = match (args.base, args.quantize) {
-        (Base::Dequantized, Some(quantize)) => Some(quantization(quantize, args.block, args.double)?),
-        (Base::Original, Some(_)) => {
-            return Err(Error::Refused(
-                "--quantize is for --base dequantized: give both or neither".to_owned(),
-            ));
-        }
-        _ => None,
-    };
-    let closure = quantization.map(|settings| move |weight: &Tensor| dequantized(settings, weight));
-    let summary = merge::merge(&merge::Request {
-        base: &args.model,
-        adapter: &args.adapter,
-        out: &args.out,
-        dtype: args.dtype,
-        any_base: args.any_base,
-        dequantized: closure.as_ref().map(|closure| closure as &merge::Dequantized<'_>),
-    })?;
-    let base = match quantization {
-        None => "original weights".to_owned(),
-        Some(Quantization { kind: QuantKind::Int8, .. }) => "weights as int8 keeps them".to_owned(),
-        Some(Quantization { kind, block, double }) => {
-            let double = if double { ", double quantisation" } else { "" };
-            format!("weights as {kind:?} keeps them, blocks of {block}{double}").to_lowercase()
-        }
-    };
-    say(&format!(
-        "{}: {} of {}, {} linears changed (largest {:.3e}, rms {:.3e}), {} parameters replaced",
-        args.out.display(),
-        base,
-        args.model.display(),
-        summary.linears,
-        summary.largest,
-        summary.rms,
-        summary.replaced
-    ));
-    Ok(())
-}
-
-fn quantization(quantize: Quantize, block: u32, double: bool) -> Result<Quantization, Error> {
-    let kind = match quantize {
-        Quantize::Nf4 => QuantKind::Nf4,
-        Quantize::Fp4 => QuantKind::Fp4,
-        Quantize::Int8 => QuantKind::Int8,
-    };
-    if kind == QuantKind::Int8 && double {
-        return Err(Error::Refused("--double is for nf4 and fp4: int8 has one scale per row".to_owned()));
-    }
-    if !BLOCKS.contains(&block) {
-        return Err(Error::Refused(format!("--block ({block}) must be one of {BLOCKS:?}")));
-    }
-    Ok(Quantization { kind, block, double })
-}
-
-/// What quantisation under `settings` makes of a linear's weight.
-fn dequantized(settings: Quantization, _weight: &Tensor) -> Result<Tensor, Error> {
-    Err(Error::Refused(format!("--base dequantized ({:?}) is not wired yet", settings.kind)))
-}
-
 fn write_dtype(dtype: Precision) -> WriteDtype {
     match dtype {
         Precision::Fp32 => WriteDtype::F32,
@@ -337,7 +221,7 @@ fn show(json: bool, report: &impl Serialize, table: impl FnOnce() -> String) -> 
 }
 
 /// A reader that has gone away wants no more.
-fn say(text: &str) {
+pub(super) fn say(text: &str) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 

@@ -15,7 +15,7 @@ use super::Error;
 use super::delta::{Pair, row_blocks};
 use super::files::{self, Adapter, each_chunk, pair_keys};
 use crate::checkpoint;
-use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BaseDigest};
+use crate::checkpoint::base_digest::{self, BASE_DIGEST_KEY, UnitDigest};
 use crate::checkpoint::hugging_face::{self, ModelFiles};
 use crate::checkpoint::model_dir::{self, Sink};
 use crate::model::numerics::Numerics;
@@ -36,6 +36,15 @@ pub struct Summary {
     pub rms: f64,
 }
 
+/// The digest that the base must have, and what was read of it so far.
+struct Expected {
+    sha256: String,
+    unit: UnitDigest,
+    units: Vec<[u8; 32]>,
+    /// Full names of the parameters that end a unit.
+    ends: BTreeSet<String>,
+}
+
 /// A base and an adapter, read as one model.
 pub struct Merged<'d> {
     base: PathBuf,
@@ -45,7 +54,7 @@ pub struct Merged<'d> {
     quantised: BTreeSet<String>,
     dequantized: Option<&'d Dequantized<'d>>,
     /// What the base must be, and what was read so far; absent where any base will do.
-    digest: Option<(String, BaseDigest)>,
+    digest: Option<Expected>,
     summary: Summary,
     squares: f64,
     elements: f64,
@@ -69,7 +78,12 @@ impl<'d> Merged<'d> {
         let files = ModelFiles::open(base)?;
         hugging_face::check_names(base, &files, &ShardPlan::new(config, 1))?;
         let expected = adapter.metadata.get(BASE_DIGEST_KEY).filter(|_| !any_base);
-        let digest = expected.map(|expected| (expected.clone(), BaseDigest::default()));
+        let digest = expected.map(|sha256| Expected {
+            sha256: sha256.clone(),
+            unit: UnitDigest::default(),
+            units: Vec::new(),
+            ends: unit_ends(config),
+        });
         let blocks = (0..config.layers).flat_map(|block| config.block_parameters(block));
         let quantised = blocks.filter(|p| p.shape.len() == 2).map(|p| p.hf_name).collect();
         let linears = plan.linears.into_iter().map(|l| (format!("{}.weight", l.module), l)).collect();
@@ -93,9 +107,19 @@ impl<'d> Merged<'d> {
     /// # Errors
     /// A value that is not finite, or whatever the files or `sink` refuse.
     pub fn parameter(&mut self, hf_name: &str, shape: &[u64], sink: &mut Sink<'_>) -> Result<(), Error> {
-        if let Some((_, digest)) = &mut self.digest {
-            digest.parameter(hf_name);
+        if let Some(digest) = &mut self.digest {
+            digest.unit.parameter(hf_name);
         }
+        self.values(hf_name, shape, sink)?;
+        if let Some(Expected { unit, units, ends, .. }) = &mut self.digest
+            && ends.contains(hf_name)
+        {
+            units.push(std::mem::take(unit).finish());
+        }
+        Ok(())
+    }
+
+    fn values(&mut self, hf_name: &str, shape: &[u64], sink: &mut Sink<'_>) -> Result<(), Error> {
         let elements: u64 = shape.iter().product();
         let linear = self.linears.get(hf_name).cloned();
         let saved = self.adapter.tensors.get(&format!("{KEY_PREFIX}{hf_name}")).map(Tensor::shallow_clone);
@@ -140,8 +164,8 @@ impl<'d> Merged<'d> {
     /// # Errors
     /// [`Error::WrongBase`].
     pub fn finish(&mut self) -> Result<Summary, Error> {
-        if let Some((expected, digest)) = self.digest.take() {
-            let found = digest.finish();
+        if let Some(Expected { sha256: expected, units, .. }) = self.digest.take() {
+            let found = base_digest::of_units(&units);
             if found != expected {
                 let name = self.adapter.config.base_model.clone();
                 let name = name.unwrap_or_else(|| "a model that it does not name".to_owned());
@@ -205,8 +229,8 @@ impl<'d> Merged<'d> {
         let (mut finite, mut outcome) = (true, Ok(()));
         reader.read_f32(hf_name, range, |_, values| {
             finite &= values.iter().all(|v| v.is_finite());
-            if let Some((_, digest)) = &mut self.digest {
-                digest.values(values);
+            if let Some(digest) = &mut self.digest {
+                digest.unit.values(values);
             }
             if finite && outcome.is_ok() {
                 outcome = sink(values);
@@ -217,6 +241,16 @@ impl<'d> Merged<'d> {
         }
         Ok(outcome?)
     }
+}
+
+/// Full names of the last parameters of the model's units.
+fn unit_ends(config: &ModelConfig) -> BTreeSet<String> {
+    let units = (0..config.layers).map(|block| config.block_parameters(block));
+    std::iter::once(config.embed_parameters())
+        .chain(units)
+        .filter_map(|mut unit| unit.pop())
+        .map(|p| p.hf_name)
+        .collect()
 }
 
 /// What to merge, and how to write it.
@@ -279,10 +313,11 @@ pub fn load_weights(
     config: &ModelConfig,
     adapter: &Path,
     any_base: bool,
+    dequantized: Option<&Dequantized<'_>>,
     plan: &ShardPlan,
     numerics: Numerics,
 ) -> Result<Vec<Tensor>, Error> {
-    let mut merged = Merged::open(base, config, adapter, any_base, None)?;
+    let mut merged = Merged::open(base, config, adapter, any_base, dequantized)?;
     let mut buffers = Vec::with_capacity(plan.units.len());
     for unit in &plan.units {
         let buffer = Tensor::zeros([unit.elements as i64], (numerics.kind, numerics.device));

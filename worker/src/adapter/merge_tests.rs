@@ -68,13 +68,16 @@ impl Case {
     }
 
     fn digest(&self) -> String {
-        let mut digest = BaseDigest::default();
-        let blocks = (0..model().layers).flat_map(|block| model().block_parameters(block));
-        for p in model().embed_parameters().into_iter().chain(blocks) {
-            digest.parameter(&p.hf_name);
-            digest.values(&Vec::<f32>::try_from(self.base[&p.hf_name].view([-1])).unwrap());
-        }
-        digest.finish()
+        let blocks = (0..model().layers).map(|block| model().block_parameters(block));
+        let units = std::iter::once(model().embed_parameters()).chain(blocks).map(|unit| {
+            let mut digest = UnitDigest::default();
+            for p in unit {
+                digest.parameter(&p.hf_name);
+                digest.values(&Vec::<f32>::try_from(self.base[&p.hf_name].view([-1])).unwrap());
+            }
+            digest.finish()
+        });
+        base_digest::of_units(&units.collect::<Vec<_>>())
     }
 }
 

@@ -23,6 +23,10 @@ pub mod svd;
 pub mod diff;
 /// An adapter written into its base.
 pub mod merge;
+/// What a merge costs.
+pub mod loss;
+/// `worker adapter merge`.
+pub(crate) mod merge_verb;
 /// `worker adapter`.
 pub mod cli;
 #[cfg(test)]

@@ -18,9 +18,9 @@ use tunefleet_proto::hex;
 use tunefleet_proto::ids::Rank;
 use tunefleet_proto::model::ModelConfig;
 
-use super::digest::{self, UnitDigest};
 use super::{device_name, encode};
 use crate::checkpoint::Error;
+use crate::checkpoint::base_digest::{self, UnitDigest};
 use crate::checkpoint::hugging_face::ModelFiles;
 use crate::checkpoint::place;
 use crate::comm::{Communicator, Tag};
@@ -36,7 +36,7 @@ struct Manifest {
     written_by: String,
     /// Where the bytes were quantised, `cpu` or `cuda`.
     device: String,
-    /// Digest of the base's values, see [`digest`].
+    /// Digest of the base's values, see [`base_digest`].
     base_sha256: String,
     /// The model's files, as they were read.
     sources: Vec<Source>,
@@ -62,7 +62,7 @@ pub struct Opened {
     pub shards: Vec<Tensor>,
     /// Digest of the base's values.
     pub base_sha256: String,
-    /// Whether it was built now, and why.
+    /// Whether it was built now, and why: on the first rank that knows the reason.
     pub built: Option<String>,
 }
 
@@ -91,27 +91,34 @@ pub fn open(
     let sources = sources(&files)?;
     let (manifest, built) = match find(&entry, plan, &sources, comm, device)? {
         Ok(manifest) => (manifest, None),
-        Err(why) => (build(&entry, model_dir, &files, sources, plan, comm, device)?, Some(why)),
+        Err(why) => (build(&entry, model_dir, &files, sources, plan, comm, device)?, why),
     };
     let rank = comm.rank();
     let shards = plan.units.iter().map(|unit| read_shard(&entry, unit, rank, device));
     Ok(Opened { shards: shards.collect::<Result<_, _>>()?, base_sha256: manifest.base_sha256, built })
 }
 
-/// The entry's manifest where the entry is sound, or why it is not: the same on all ranks.
+/// The entry's manifest where the entry is sound, for all ranks or none. Else why it is not, on the first
+/// rank that found it so.
 fn find(
     entry: &Path,
     plan: &BasePlan,
     sources: &[Source],
     comm: &dyn Communicator,
     device: Device,
-) -> Result<Result<Manifest, String>, Error> {
+) -> Result<Result<Manifest, Option<String>>, Error> {
+    let Rank { rank, world } = comm.rank();
     let own = check(entry, plan, sources, comm.rank(), device);
-    let failed = Tensor::from_slice(&[i64::from(own.is_err())]).to_device(device);
-    comm.all_reduce(&failed, Tag { unit: None, what: "base check" })?.wait()?;
-    Ok(match own {
-        Ok(_) if failed.int64_value(&[0]) > 0 => Err("another rank found it unsound".to_owned()),
-        other => other,
+    let mut unsound = vec![0i64; world as usize];
+    unsound[rank as usize] = i64::from(own.is_err());
+    let unsound = Tensor::from_slice(&unsound).to_device(device);
+    comm.all_reduce(&unsound, Tag { unit: None, what: "base check" })?.wait()?;
+    let unsound = Vec::<i64>::try_from(unsound.to_device(Device::Cpu)).unwrap_or_default();
+    let first = unsound.iter().position(|&found| found > 0);
+    Ok(match (own, first) {
+        (Ok(manifest), None) => Ok(manifest),
+        (Err(why), Some(first)) if first == rank as usize => Err(Some(why)),
+        _ => Err(None),
     })
 }
 
@@ -186,7 +193,7 @@ fn build(
         version: MANIFEST_VERSION,
         written_by: concat!("tunefleet ", env!("CARGO_PKG_VERSION")).to_owned(),
         device: device_name(device).to_owned(),
-        base_sha256: digest::of_units(&of_values),
+        base_sha256: base_digest::of_units(&of_values),
         sources,
         plan: plan.clone(),
         units: digests.iter().map(|[file, _]| hex(file)).collect(),
@@ -208,8 +215,8 @@ fn encode_unit(
     let code8 = quant::dynamic_code(true, device)?;
     let mut values_digest = UnitDigest::default();
     for tensor in &unit.tensors {
-        values_digest.begin(&tensor.hf_name);
-        let values = files.read(model_dir, &tensor.hf_name, |piece| values_digest.update(piece))?;
+        values_digest.parameter(&tensor.hf_name);
+        let values = files.read(model_dir, &tensor.hf_name, |piece| values_digest.values(piece))?;
         let shape: Vec<i64> = tensor.shape.iter().map(|&n| n as i64).collect();
         let values = values.view(shape.as_slice()).to_device(device);
         encode::encode(tensor, plan.quantization, &values, &code8, &buffer)?;
@@ -236,7 +243,7 @@ fn unquantized(
         shards.push(shard.to_device(device));
         digests.push(values);
     }
-    Ok(Opened { shards, base_sha256: digest::of_units(&digests), built: None })
+    Ok(Opened { shards, base_sha256: base_digest::of_units(&digests), built: None })
 }
 
 /// A rank's bytes of a unit; the last may end in padding.

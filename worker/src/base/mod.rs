@@ -4,8 +4,6 @@
 //! Weights are read from a model directory once, quantised as they stream by, and kept on disk as the
 //! bytes that are gathered (`cache`); nobody ever holds the unquantised model.
 
-/// What tells one base from another.
-pub mod digest;
 /// Tensors to bytes of a unit and back.
 pub mod encode;
 /// The quantised base on disk.

@@ -1,37 +1,52 @@
-//! What a base model is: one digest of its values, the same in whatever dtype or files they are stored.
+//! What tells one base model from another, the same in whatever dtype or files it is stored: a SHA-256
+//! over those of its units (the embeddings, then each block), so that ranks can share the work.
 
 use sha2::{Digest, Sha256};
 
 /// Under which an adapter's weights file names the base that it was trained on.
 pub const BASE_DIGEST_KEY: &str = "tunefleet.base_sha256";
 
-/// SHA-256 over every parameter in model order (outside the blocks, then block by block): the bytes of its
-/// Hugging Face name, then its values as little-endian fp32.
+/// Under which it names how the base was held in training, see `Quantization::name`.
+pub const BASE_QUANTIZATION_KEY: &str = "tunefleet.base_quantization";
+
+/// Values hashed at a time.
+const CHUNK_VALUES: usize = 1 << 16;
+
+/// Digest of one unit: of each parameter, in model order, the length of its Hugging Face name (8 bytes,
+/// little-endian), the name, and its values as little-endian fp32.
 #[derive(Debug, Clone, Default)]
-pub struct BaseDigest {
+pub struct UnitDigest {
     hash: Sha256,
     bytes: Vec<u8>,
 }
 
-impl BaseDigest {
+impl UnitDigest {
     /// Begins the next parameter.
     pub fn parameter(&mut self, hf_name: &str) {
+        self.hash.update((hf_name.len() as u64).to_le_bytes());
         self.hash.update(hf_name.as_bytes());
     }
 
     /// The next values of the current parameter; how they are cut does not matter.
     pub fn values(&mut self, values: &[f32]) {
-        for piece in values.chunks(1 << 18) {
+        for piece in values.chunks(CHUNK_VALUES) {
             self.bytes.clear();
             self.bytes.extend(piece.iter().flat_map(|value| value.to_le_bytes()));
             self.hash.update(&self.bytes);
         }
     }
 
-    /// The digest in lower-case hex.
-    pub fn finish(self) -> String {
-        tunefleet_proto::hex(&self.hash.finalize())
+    /// The unit's digest.
+    pub fn finish(self) -> [u8; 32] {
+        self.hash.finalize().into()
     }
+}
+
+/// The base's digest in lower-case hex, of those of its units in order.
+pub fn of_units(units: &[[u8; 32]]) -> String {
+    let mut hash = Sha256::new();
+    units.iter().for_each(|unit| hash.update(unit));
+    tunefleet_proto::hex(&hash.finalize())
 }
 
 #[cfg(test)]
@@ -41,14 +56,15 @@ mod tests {
     #[test]
     fn the_digest_is_of_names_and_values_however_they_are_cut() {
         let digest = |pieces: &[&[f32]]| {
-            let mut digest = BaseDigest::default();
-            digest.parameter("a.weight");
-            pieces.iter().for_each(|piece| digest.values(piece));
-            digest.finish()
+            let mut unit = UnitDigest::default();
+            unit.parameter("a.weight");
+            pieces.iter().for_each(|piece| unit.values(piece));
+            of_units(&[unit.finish()])
         };
-        let mut bytes = b"a.weight".to_vec();
+        let mut bytes = 8u64.to_le_bytes().to_vec();
+        bytes.extend(b"a.weight");
         bytes.extend([1.0f32, -2.5, 3.0].iter().flat_map(|v| v.to_le_bytes()));
-        let expected = tunefleet_proto::digest_hex(&bytes);
+        let expected = tunefleet_proto::hex(&Sha256::digest(Sha256::digest(&bytes)));
         assert_eq!(digest(&[&[1.0, -2.5, 3.0]]), expected);
         assert_eq!(digest(&[&[1.0], &[], &[-2.5, 3.0]]), expected);
         assert_ne!(digest(&[&[1.0, -2.5]]), expected);

@@ -6,7 +6,8 @@ use tch::Tensor;
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::adapter::{self, merge};
+use crate::adapter;
+use crate::adapter::merge::{self, Dequantized};
 use crate::checkpoint::{Error, hugging_face};
 use crate::model::block::{self, BlockParams, BlockShape, KvCache};
 use crate::model::head::{self, HeadParams};
@@ -42,19 +43,21 @@ impl Decoder {
         Ok(Self::new(config, &plan, &buffers, numerics))
     }
 
-    /// As [`load`](Self::load), with an adapter merged into the weights in fp32.
+    /// As [`load`](Self::load), with an adapter merged in fp32, into the base's weights or into what
+    /// `dequantized` makes of its linears.
     ///
     /// # Errors
     /// Whatever the files break; without `any_base`, a base that is not the adapter's.
-    pub fn load_adapted(
+    pub fn load_merged(
         dir: &Path,
         adapter: &Path,
         any_base: bool,
+        dequantized: Option<&Dequantized<'_>>,
         numerics: Numerics,
     ) -> Result<Self, adapter::Error> {
         let config = hugging_face::read_config(dir)?;
         let plan = ShardPlan::new(&config, 1);
-        let buffers = merge::load_weights(dir, &config, adapter, any_base, &plan, numerics)?;
+        let buffers = merge::load_weights(dir, &config, adapter, any_base, dequantized, &plan, numerics)?;
         Ok(Self::new(config, &plan, &buffers, numerics))
     }
 
@@ -78,6 +81,29 @@ impl Decoder {
         Context { caches: (0..self.blocks.len()).map(cache).collect(), tokens: 0 }
     }
 
+    /// Sum of the loss over counted targets, fp64 scalar on the device, of whole sequences `[B, T]`.
+    pub fn loss_sum(&self, tokens_bt: &Tensor, targets_bt: &Tensor) -> Tensor {
+        tch::no_grad(|| {
+            let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, 0);
+            let mut x = x.to_kind(self.numerics.product_kind);
+            for params in &self.blocks {
+                x = block::forward(&self.shape, &BlockParams::plain(params), &x, None);
+            }
+            let h = head::norm(&self.head(), &x.to_kind(self.numerics.kind), self.config.norm_epsilon);
+            let h_nd = h.reshape([-1, self.config.hidden_size as i64]);
+            head::loss_sum(self.numerics, &self.head_vd, &h_nd, &targets_bt.reshape([-1]))
+        })
+    }
+
+    fn head(&self) -> HeadParams<'_> {
+        let norms = self.embed.len() - 2;
+        HeadParams {
+            norm_weight: &self.embed[norms],
+            norm_bias: &self.embed[norms + 1],
+            weight_vd: &self.head_vd,
+        }
+    }
+
     /// Shows `tokens` (the whole prompt first, then one at a time); the next token's logits, fp32
     /// `[V]` on the CPU.
     pub fn next_logits(&self, context: &mut Context, tokens: &[u32]) -> Tensor {
@@ -91,12 +117,7 @@ impl Decoder {
                 x = block::forward(&self.shape, &params, &x, Some((cache, context.tokens)));
             }
             context.tokens += ids.len() as i64;
-            let norms = self.embed.len() - 2;
-            let head = HeadParams {
-                norm_weight: &self.embed[norms],
-                norm_bias: &self.embed[norms + 1],
-                weight_vd: &self.head_vd,
-            };
+            let head = self.head();
             let last = x.narrow(1, ids.len() as i64 - 1, 1).to_kind(self.numerics.kind);
             let h = head::norm(&head, &last, self.config.norm_epsilon);
             head::logits(self.numerics, head.weight_vd, &h).view([-1]).to_device(tch::Device::Cpu)

@@ -101,7 +101,7 @@ pub fn run(args: Args) -> Result<(), Error> {
     let default = if device == Device::Cpu { Precision::Fp32 } else { Precision::Bf16 };
     let numerics = Numerics::new(device, args.dtype.unwrap_or(default));
     let decoder = match &args.adapter {
-        Some(adapter) => Decoder::load_adapted(&args.model, adapter, args.any_base, numerics)?,
+        Some(adapter) => Decoder::load_merged(&args.model, adapter, args.any_base, None, numerics)?,
         None => Decoder::load(&args.model, numerics)?,
     };
     let (tokens, rows) = (tokenizer.vocab_size(), decoder.config().vocab_size);

@@ -60,6 +60,9 @@ pub enum Error {
     /// No model was made.
     #[error(transparent)]
     InitModel(#[from] crate::init_model::InitError),
+    /// What was trained could not leave.
+    #[error(transparent)]
+    Export(#[from] crate::export::ExportError),
     /// Training failed.
     #[error(transparent)]
     Train(#[from] crate::train::Error),

@@ -36,7 +36,7 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
         Stage::Tokenizer => train_tokenizer_stage(&spec),
         Stage::InitModel => init_model_stage(&spec),
         Stage::Export => {
-            export::export_job(&spec).map_err(train::Error::from)?;
+            export::export_job(&spec)?;
             Ok(Outcome::Finished)
         }
         Stage::Collect | Stage::Unspecified => {

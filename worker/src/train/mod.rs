@@ -432,18 +432,15 @@ fn open_base(
     let (Some(settings), Some(base_plan)) = (&spec.adapter, spec.base_plan(config)) else {
         return Err(Error::Mismatch("the job has no adapter".to_owned()));
     };
-    let note = |text: String| {
-        if comm.rank().rank == 0 {
-            host.report(Event::Note(text));
-        }
-    };
-    if !adapter.unmatched.is_empty() {
-        note(format!("adapter.target_modules: nothing matches {}", adapter.unmatched.join(", ")));
+    if !adapter.unmatched.is_empty() && comm.rank().rank == 0 {
+        let unmatched = adapter.unmatched.join(", ");
+        host.report(Event::Note(format!("adapter.target_modules: nothing matches {unmatched}")));
     }
     let (cache_dir, model_dir) = (spec.base_dir(), spec.model_dir());
     let opened = cache::open(&cache_dir, &model_dir, config, &base_plan, comm, numerics.device)?;
     if let Some(why) = opened.built {
-        note(format!("quantised {} to {}: {why}", model_dir.display(), base_plan.quantization.name()));
+        let name = base_plan.quantization.name();
+        host.report(Event::Note(format!("quantised {} to {name}: {why}", model_dir.display())));
     }
     let resident = !spec.train.recompute;
     let base = Base::new(base_plan, opened.shards, comm.rank().world, numerics, resident, false)?;

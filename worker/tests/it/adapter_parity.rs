@@ -231,7 +231,7 @@ fn an_adapter_merged_at_load_completes_as_the_merged_model_does() {
     for precision in [Precision::Fp32, Precision::Bf16] {
         let numerics = Numerics::new(tch::Device::Cpu, precision);
         let next = |decoder: Decoder| decoder.next_logits(&mut decoder.context(8), &[5, 9, 2, 7]);
-        let at_load = next(Decoder::load_adapted(&peft.base, &adapter, false, numerics).unwrap());
+        let at_load = next(Decoder::load_merged(&peft.base, &adapter, false, None, numerics).unwrap());
         assert_eq!(at_load, next(Decoder::load(&merged, numerics).unwrap()));
         assert!(largest_difference(&at_load, &next(Decoder::load(&peft.base, numerics).unwrap())) > 1e-3);
     }
