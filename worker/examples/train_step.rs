@@ -1,5 +1,5 @@
-//! Whole training steps of a random model, one per line on stdin: our side of the throughput
-//! comparison. Protocol and flags are those of `tests/bench/peer.py`.
+//! Whole training steps of a random model, or of an adapter on one, one per line on stdin: our side of the
+//! throughput comparison. Protocol and flags are those of `tests/bench/peer.py` and `peer_qlora.py`.
 #![forbid(unsafe_code)]
 
 use std::io::{BufRead, BufReader, Write};
@@ -11,13 +11,18 @@ use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::device::{cuda_memory, keep_freed_memory, set_deterministic};
+use tunefleet_kernels::quant;
+use tunefleet_proto::adapter::LoraConfig;
+use tunefleet_proto::base_plan::{BasePlan, PartDtype, Quantization};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_proto::job::{DeviceKind, Optimizer, Precision, Schedule, TrainSpec};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_worker::base::{Base, encode};
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Solo, Tag};
 use tunefleet_worker::model::numerics::Numerics;
+use tunefleet_worker::train::adapter::{Frozen, Wiring};
 use tunefleet_worker::train::optimizer;
 use tunefleet_worker::train::rng::Seeds;
 use tunefleet_worker::train::units;
@@ -49,16 +54,29 @@ struct Args {
     ranks: u32,
     #[arg(long)]
     threads: Option<usize>,
+    /// Train an adapter on a base held like this: nf4-64-double, int8, plain; nf4 is short for the first.
+    #[arg(long, value_parser = quantization)]
+    base: Option<Quantization>,
+    /// Rank of the adapter.
+    #[arg(long, default_value_t = 32, requires = "base")]
+    rank: u64,
+    #[arg(long)]
+    vocab: Option<u64>,
     /// Set by the parent process of several ranks.
     #[arg(long, hide = true)]
-    rank: Option<u32>,
+    as_rank: Option<u32>,
+}
+
+fn quantization(text: &str) -> Result<Quantization, String> {
+    let name = if text == "nf4" { "nf4-64-double" } else { text };
+    Quantization::from_name(name).ok_or_else(|| "expected nf4-64-double, int8, plain or the like".to_owned())
 }
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Outcome<()> {
     let args = Args::parse();
-    match args.rank {
+    match args.as_rank {
         None if args.ranks > 1 => relay(&args),
         None => steps(&args, &Solo),
         Some(rank) => {
@@ -87,17 +105,27 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     set_deterministic(true)?;
     let config = shape(args)?;
     let rank = comm.rank();
-    let plan = ShardPlan::new(&config, rank.world);
     let numerics = Numerics::new(device, args.precision);
     tch::manual_seed(i64::from(rank.rank));
+    let adapter = args.base.map(|base| adapter(args, &config, base, comm, numerics)).transpose()?;
+    let plan = match &adapter {
+        Some((plan, _)) => plan.clone(),
+        None => ShardPlan::new(&config, rank.world),
+    };
+    let trained: u64 = plan.units.iter().flat_map(|unit| &unit.parameters).map(|slot| slot.elements()).sum();
+    let parameters = config.parameter_count() + if adapter.is_some() { trained } else { 0 };
     let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW)?;
     for shard in &shards {
         let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
     }
     let options = WalkOptions { recompute: args.recompute, poison: false };
-    let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    let walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    let mut walk = match adapter {
+        Some((_, frozen)) => walk.over(frozen),
+        None => walk,
+    };
     let spec = spec(args);
-    reply(&json!({ "ready": true, "parameters": config.parameter_count(), "rss_bytes": memory("VmRSS") }))?;
+    reply(&json!({ "ready": true, "parameters": parameters, "rss_bytes": memory("VmRSS") }))?;
 
     for (index, line) in std::io::stdin().lines().enumerate() {
         if line?.trim() != "go" {
@@ -120,6 +148,44 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     Ok(())
 }
 
+/// What an adapter on all four linears trains, over random weights that are made and quantised where they
+/// stay, tensor by tensor.
+fn adapter(
+    args: &Args,
+    config: &ModelConfig,
+    base: Quantization,
+    comm: &dyn Communicator,
+    numerics: Numerics,
+) -> Outcome<(ShardPlan, Frozen)> {
+    let rank = comm.rank();
+    if rank.world > 1 {
+        return Err("--base is for one rank".into());
+    }
+    let lora = LoraConfig::from_peft_json(&format!(
+        r#"{{"r": {}, "lora_alpha": {}, "target_modules": "all-linear"}}"#,
+        args.rank,
+        2 * args.rank
+    ))?;
+    let adapter = lora.plan(config)?;
+    let plan = ShardPlan::of_adapter(&adapter, config, rank.world);
+    let plain = if args.precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
+    let base_plan = BasePlan::new(config, base, plain);
+    let code8 = quant::dynamic_code(true, numerics.device)?;
+    let mut shards = Vec::new();
+    for unit in &base_plan.units {
+        let buffer = Tensor::zeros([unit.padded_bytes(1) as i64], (Kind::Uint8, numerics.device));
+        for tensor in &unit.tensors {
+            let shape: Vec<i64> = tensor.shape.iter().map(|&n| n as i64).collect();
+            let values = Tensor::zeros(shape.as_slice(), (Kind::Float, numerics.device)).normal_(0.0, 0.02);
+            encode::encode(tensor, base, &values, &code8, &buffer)?;
+        }
+        shards.push(buffer);
+    }
+    let base = Base::new(base_plan, shards, rank.world, numerics, !args.recompute, false)?;
+    let wiring = Wiring::new(&lora, &adapter, config, &plan);
+    Ok((plan, Frozen { base, wiring }))
+}
+
 fn one_step(walk: &mut Walk<'_>, spec: &TrainSpec, step: u64, batch: &Batch) -> Outcome<f64> {
     let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
     walk.comm().all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
@@ -137,7 +203,7 @@ fn relay(args: &Args) -> Outcome<()> {
     for rank in 0..args.ranks {
         let mut child = Command::new(&program)
             .args(std::env::args().skip(1))
-            .args(["--rank", &rank.to_string()])
+            .args(["--as-rank", &rank.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
@@ -191,9 +257,19 @@ fn shape(args: &Args) -> Outcome<ModelConfig> {
             max_positions: 512,
             ..ModelConfig::preset("starcoderbase-1b")?
         },
+        "qlora" => ModelConfig {
+            vocab_size: 8192,
+            layers: 8,
+            hidden_size: 1024,
+            heads: 16,
+            intermediate_size: 4096,
+            max_positions: 2048,
+            ..ModelConfig::preset("starcoderbase-1b")?
+        },
         name => ModelConfig::preset(name)?,
     };
     config.dropout = none;
+    config.vocab_size = args.vocab.unwrap_or(config.vocab_size);
     config.layers = args.layers.unwrap_or(config.layers);
     config.max_positions = config.max_positions.max(args.sequence as u64);
     Ok(config)

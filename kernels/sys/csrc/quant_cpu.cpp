@@ -35,6 +35,7 @@ void for_blocks(int64_t len, int64_t block, Body body) {
   const int64_t blocks = (len + block - 1) / block;
   at::parallel_for(0, blocks, std::max<int64_t>(1, kGrain / block), [&](int64_t first, int64_t end) {
     for (int64_t b = first; b < end; ++b) body(b, b * block, std::min(block, len - b * block));
+    quant_simd::finish_stores();
   });
 }
 

@@ -111,13 +111,21 @@ QUANT_TARGET inline bool dequantize_4bit_avx512(const Table4 &table, float scale
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(table.values), _mm512_set1_ps(scale));
   const __m512i values = _mm512_castsi256_si512(native ? round16_native(products) : round16_plain(products));
   const __m512i low_mask = _mm512_set1_epi32(0x000f0000);
+  // Past the caches: a weight is far larger than they are, and reading its old values first would double
+  // the traffic. finish_stores() orders them.
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   for (int64_t i = 0; i < len; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i / 2));
     const __m512i wide = _mm512_cvtepu8_epi32(bytes);
     // First weight in the low word, second in the high one: the order in memory.
     const __m512i low = _mm512_and_si512(_mm512_slli_epi32(wide, 16), low_mask);
     const __m512i index = _mm512_or_si512(_mm512_srli_epi32(wide, 4), low);
-    _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, values));
+    const __m512i result = _mm512_permutexvar_epi16(index, values);
+    if (aligned) {
+      _mm512_stream_si512(reinterpret_cast<__m512i *>(out + i), result);
+    } else {
+      _mm512_storeu_si512(out + i, result);
+    }
   }
   return true;
 }
@@ -136,6 +144,13 @@ QUANT_TARGET inline bool dequantize_4bit_avx512(const Table4 &table, float scale
   return true;
 }
 #endif
+
+// What this thread has streamed is there for others.
+inline void finish_stores() {
+#if QUANT_AVX512
+  _mm_sfence();
+#endif
+}
 
 template <typename T>
 bool quantize_4bit(const Table4 &table, const T *values, int64_t len, uint8_t *codes, float *absmax) {
