@@ -24,7 +24,8 @@ struct quant_scales {
 };
 
 /* Block-wise 8-bit AdamW states: codes into `signed8` and `unsigned8` (256 ascending values each),
- * scales per 256 elements. */
+ * scales per 256 elements. A second moment above 0 never takes the code of 0, unlike in bitsandbytes:
+ * where gradients of one block lie four decades apart, its next update would be enormous. */
 struct quant_adamw8 {
   float *param;
   const float *grad;

@@ -79,7 +79,9 @@ __global__ void __launch_bounds__(kThreads)
         // The first moment keeps its sign; the table is ascending.
         if ((c < negatives) != bool(signbit(m[q][i]))) c += m[q][i] > 0.0f ? 1 : -1;
         cm[q][i] = uint8_t(c);
-        cv[q][i] = uint8_t(nearest(tree_v, mul_ftz(v[q][i], inverse_v)));
+        // Never 0 where it is not: the next step would divide by next to nothing.
+        const int cs = nearest(tree_v, mul_ftz(v[q][i], inverse_v));
+        cv[q][i] = uint8_t(cs == 0 && v[q][i] > 0.0f ? 1 : cs);
       }
       store(state.param + at, state.len - at, whole, p[q]);
       store(state.exp_avg + at, state.len - at, whole, cm[q]);

@@ -227,7 +227,9 @@ void adamw_8bit(const quant_adamw8 &s) {
     const float inverse_m = 1.0f / std::max(most_m, kLeastScale), inverse_v = 1.0f / std::max(most_v, kLeastScale);
     for (int64_t i = 0; i < count; ++i) {
       s.exp_avg[first + i] = nearest(s.signed8, m[i] * inverse_m);
-      s.exp_avg_sq[first + i] = nearest(s.unsigned8, v[i] * inverse_v);
+      // Never 0 where it is not: the next step would divide by next to nothing.
+      const uint8_t code = nearest(s.unsigned8, v[i] * inverse_v);
+      s.exp_avg_sq[first + i] = code == 0 && v[i] > 0 ? 1 : code;
     }
   });
 }

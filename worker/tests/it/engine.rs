@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::common::*;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
 use tunefleet_worker::comm::tcp::TcpListener;
@@ -81,6 +81,7 @@ fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
 /// Losses of all steps, and this rank's shards at the end.
 pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
     let rank = walk.comm().rank();
+    let device = walk.numerics().device;
     let micro_batch = u64::from(spec.micro_batch_sequences);
     let per_step = micro_batch * u64::from(spec.accumulate_micro_batches) * u64::from(rank.world);
     let mut losses = Vec::new();
@@ -92,13 +93,15 @@ pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
                 (step - 1) * per_step + (micro * u64::from(rank.world) + u64::from(rank.rank)) * micro_batch;
             let (batch, count) = rows(first..first + micro_batch);
             counted += count;
-            micro_batches.push(batch);
+            let there = |t: &Tensor| t.to_device(device);
+            micro_batches
+                .push(Batch { tokens_bt: there(&batch.tokens_bt), targets_bt: there(&batch.targets_bt) });
         }
-        let targets = Tensor::from(counted);
+        let targets = Tensor::from(counted).to_device(device);
         walk.comm().all_reduce(&targets, Tag { unit: None, what: "count" }).unwrap().wait().unwrap();
         let scale = targets.reciprocal().to_kind(Kind::Float);
         walk.begin_step().unwrap();
-        let mut loss = Tensor::zeros([], (Kind::Double, Device::Cpu));
+        let mut loss = Tensor::zeros([], (Kind::Double, device));
         for (micro, batch) in micro_batches.iter().enumerate() {
             let position = MicroPosition { step, micro: micro as u32 };
             loss += walk.train_micro_batch(batch, position, &scale).unwrap();

@@ -20,7 +20,7 @@ use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 
 const TAG: Tag = Tag { unit: None, what: "test" };
 
-fn gpu() -> bool {
+pub fn gpu() -> bool {
     let found = tch::Cuda::is_available();
     if !found {
         println!("skipped: this machine has no GPU that libtorch can use");

@@ -19,3 +19,4 @@ mod parity;
 mod qlora;
 mod adapter_parity;
 mod gpu;
+mod gpu_adapter;

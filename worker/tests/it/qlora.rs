@@ -27,14 +27,14 @@ const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
 const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
 
 /// One variant of a fixture: a model, an adapter on it, and how its base is held.
-struct Case {
-    model: PathBuf,
-    adapter: PathBuf,
-    quantization: Quantization,
-    name: String,
+pub struct Case {
+    pub model: PathBuf,
+    pub adapter: PathBuf,
+    pub quantization: Quantization,
+    pub name: String,
 }
 
-fn cases() -> Vec<Case> {
+pub fn cases() -> Vec<Case> {
     let Some(dir) = fixtures_of("make_qlora_fixtures.py", "qlora") else { return Vec::new() };
     let index: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(dir.join("index.json")).unwrap()).unwrap();
@@ -216,17 +216,18 @@ const LORA: &str = r#"{"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c
     "lora_dropout": DROPOUT, "use_dora": DORA, "modules_to_save": ["ln_f", "ln_2"]}"#;
 
 /// A run of an adapter from its beginning: losses and trained tensors, as `engine` compares them.
-struct Trained<'a> {
-    model: &'a Path,
-    lora: String,
-    base: &'a str,
-    spec: tunefleet_proto::job::TrainSpec,
-    options: WalkOptions,
-    precision: Precision,
+pub struct Trained<'a> {
+    pub model: &'a Path,
+    pub lora: String,
+    pub base: &'a str,
+    pub spec: tunefleet_proto::job::TrainSpec,
+    pub options: WalkOptions,
+    pub precision: Precision,
+    pub device: Device,
 }
 
 impl Trained<'_> {
-    fn run(&self) -> (Vec<f64>, Vec<Tensor>) {
+    pub fn run(&self) -> (Vec<f64>, Vec<Tensor>) {
         let lora = LoraConfig::from_peft_json(&self.lora).unwrap();
         let config = hugging_face::read_config(self.model).unwrap();
         let adapter_plan = lora.plan(&config).unwrap();
@@ -236,11 +237,11 @@ impl Trained<'_> {
             tunefleet_kernels::device::set_deterministic(true).unwrap();
             let rank = comm.rank();
             let plan = ShardPlan::of_adapter(&adapter_plan, &config, rank.world);
-            let numerics = Numerics::new(Device::Cpu, self.precision);
+            let numerics = Numerics::new(self.device, self.precision);
             let plain = if self.precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
             let base_plan = BasePlan::new(&config, quantization, plain);
             let dir = cache_dir.path();
-            let opened = cache::open(dir, self.model, &config, &base_plan, comm, Device::Cpu).unwrap();
+            let opened = cache::open(dir, self.model, &config, &base_plan, comm, self.device).unwrap();
             let (resident, poison) = (!self.options.recompute, self.options.poison);
             let mut base =
                 Base::new(base_plan, opened.shards, rank.world, numerics, resident, poison).unwrap();
@@ -250,7 +251,7 @@ impl Trained<'_> {
             let walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(3), self.options);
             let mut walk = walk.over(Frozen { base, wiring });
             let losses = engine::train(&mut walk, &self.spec);
-            (losses, walk.shards().iter().map(|s| s.master.copy()).collect::<Vec<_>>())
+            (losses, walk.shards().iter().map(|s| s.master.to_device(Device::Cpu)).collect::<Vec<_>>())
         });
         let losses = results[0].0.clone();
         let plan = ShardPlan::of_adapter(&adapter_plan, &config, self.spec.ranks);
@@ -263,7 +264,7 @@ impl Trained<'_> {
     }
 }
 
-fn trained(model: &Path, ranks: u32, micro_batch: u32) -> Trained<'_> {
+pub fn trained(model: &Path, ranks: u32, micro_batch: u32) -> Trained<'_> {
     Trained {
         model,
         lora: LORA.replace("DROPOUT", "0.0").replace("DORA", "false"),
@@ -271,6 +272,7 @@ fn trained(model: &Path, ranks: u32, micro_batch: u32) -> Trained<'_> {
         spec: engine::spec(ranks, micro_batch, 1),
         options: RECOMPUTE,
         precision: Precision::Fp32,
+        device: Device::Cpu,
     }
 }
 
