@@ -49,3 +49,28 @@ fn a_plan_counts_starcoder_exactly_and_says_when_it_does_not_fit() {
     let misfit = Running::start(job.command("plan", &["--memory-gib", "16"])).wait().expect(3);
     misfit.says(&["does not fit", "use more ranks"]);
 }
+
+/// The figures of the run that was published with these settings; its list had 0.12 GB of gradients,
+/// which its own sum does not have.
+#[test]
+fn the_published_adapter_job_is_planned_with_its_own_figures() {
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/jobs/qlora.yaml");
+    let shape = ["--set", "model.path=", "--set", "model.init.preset=starcoder"];
+    let plan = |more: &[&str]| {
+        let mut command = Command::new(programs::coordinator());
+        command.arg("plan").arg("--config").arg(&file).args(shape).args(more);
+        Running::start(command).wait()
+    };
+    plan(&["--memory-gib", "24"]).expect(0).says(&[
+        "110,428,160 trainable of 15,627,884,544: 0.7066%",
+        "nothing matches q_attn",
+        "4 micro-batches x 4 sequences x 2,048 tokens = 32,768 tokens",
+        "2,000 steps = 65,536,000 tokens",
+        "7.76 (base at 4 bits) + 0.22 (adapter, 16 bits) + 0.22 (gradients, 16 bits) + 1.33",
+        "= 9.53",
+    ]);
+    plan(&["--memory-gib", "12"]).expect(3).says(&["does not fit"]);
+    let json = plan(&["--json", "--memory-gib", "24"]).expect(0);
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["parameters"]["adapter"]["percent"], 0.7066097761926236);
+}
