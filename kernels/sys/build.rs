@@ -110,7 +110,7 @@ fn compile_kernels(torch: &Path) -> Option<Vec<PathBuf>> {
 /// Where the wheels put CUDA.
 fn cuda_root(torch: &Path) -> PathBuf {
     let torch = torch.canonicalize().unwrap_or_else(|_| torch.to_path_buf());
-    torch.parent().map_or(torch.clone(), |site_packages| site_packages.join("nvidia/cu13"))
+    torch.parent().map_or_else(|| torch.clone(), |site_packages| site_packages.join("nvidia/cu13"))
 }
 
 /// Include directories of CUDA and NCCL, when they are there and not turned off.

@@ -15,13 +15,13 @@ fn job(export: &str) -> Builder {
 }
 
 fn worker(arguments: &[&str]) -> (bool, String) {
-    let output = Command::new(programs::worker()).args(arguments).output().unwrap();
+    let output = Command::new(programs::worker()).args(arguments).output().expect("the worker starts");
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.success(), text(&output.stdout) + &text(&output.stderr))
 }
 
 fn utf8(path: &Path) -> &str {
-    path.to_str().unwrap()
+    path.to_str().expect("temporary paths are UTF-8")
 }
 
 #[test]

@@ -56,6 +56,9 @@ struct Source {
     changed_ns: i64,
 }
 
+/// SHA-256 of a unit's file, and the digest of its values.
+type UnitDigests = [[u8; 32]; 2];
+
 /// An opened base.
 pub struct Opened {
     /// This rank's bytes of each unit, on its device.
@@ -171,7 +174,7 @@ fn build(
     let prepared = if comm.rank().rank == 0 { prepare(&incomplete) } else { Ok(()) };
     agree(comm, device, prepared)?;
 
-    let own = || -> Result<Vec<(usize, [[u8; 32]; 2])>, Error> {
+    let own = || -> Result<Vec<(usize, UnitDigests)>, Error> {
         let mut out = Vec::new();
         for (index, unit) in plan.units.iter().enumerate().filter(|(index, _)| is_own(*index, comm.rank())) {
             let (buffer, values) = encode_unit(model_dir, files, plan, unit, device)?;
@@ -308,8 +311,8 @@ fn share(
     comm: &dyn Communicator,
     device: Device,
     units: usize,
-    own: &[(usize, [[u8; 32]; 2])],
-) -> Result<Vec<[[u8; 32]; 2]>, Error> {
+    own: &[(usize, UnitDigests)],
+) -> Result<Vec<UnitDigests>, Error> {
     const WORDS: usize = 8;
     let mut words = vec![0i64; WORDS * units];
     for (index, digests) in own {

@@ -49,7 +49,7 @@ fn codes_scales_and_values_of_4_bits_are_bitsandbytes_to_the_bit() {
         let codes = zeros((len + 1) / 2, Kind::Uint8);
         let absmax = zeros(if double { quant::blocks(blocks, 256) } else { blocks }, Kind::Float);
         let (absmax8, offset) = (zeros(blocks, Kind::Uint8), zeros(1, Kind::Float));
-        let nested = double.then(|| Nested { codes: &absmax8, code8: &code8, offset: &offset });
+        let nested = double.then_some(Nested { codes: &absmax8, code8: &code8, offset: &offset });
         let parts = FourBit { code, block, codes: &codes, absmax: &absmax, nested };
         quant::quantize_4bit(values, &parts).unwrap();
 
