@@ -1,6 +1,7 @@
 // Tensors to pointers for quant.h, on the device where they lie. Shapes and dtypes were checked by the
 // safe layer; what is checked here is only what it cannot see.
 #include <ATen/ATen.h>
+#include <ATen/DeviceGuard.h>
 #include <c10/util/ParallelGuard.h>
 
 #include <algorithm>
@@ -25,6 +26,7 @@ quant_dtype dtype_of(const at::Tensor &tensor) {
   }
 }
 
+// Kernels are launched on the current device: the guard of each call makes it the tensor's.
 void *stream_of(const at::Tensor &tensor) { return tf_current_stream(tensor.get_device()); }
 
 template <typename T>
@@ -38,6 +40,7 @@ int tf_quantize_4bit(tf_tensor values_, int code_, int64_t block, tf_tensor code
   return tf_guard([&] {
     const at::Tensor &values = ref(values_), &codes = ref(codes_), &absmax = ref(absmax_);
     const auto code = static_cast<quant_code>(code_);
+    const at::OptionalDeviceGuard guard(at::device_of(values));
     if (values.is_cuda()) {
       quant_cuda::quantize_4bit(values.data_ptr(), dtype_of(values), values.numel(), code, block,
                                 data<uint8_t>(codes), data<float>(absmax), stream_of(values));
@@ -67,6 +70,7 @@ int tf_dequantize_4bit(tf_tensor codes_, tf_tensor absmax_, const struct tf_nest
       scales.code8 = data<const float>(ref(nested->code8));
       scales.offset = data<const float>(ref(nested->offset));
     }
+    const at::OptionalDeviceGuard guard(at::device_of(out));
     if (out.is_cuda()) {
       quant_cuda::dequantize_4bit(data<const uint8_t>(codes), scales, out.numel(), code, block, out.data_ptr(),
                                   dtype_of(out), stream_of(out));
@@ -84,6 +88,7 @@ int tf_quantize_8bit(tf_tensor values_, tf_tensor code8_, int64_t block, int exa
     const auto *in = data<const float>(values), *code8 = data<const float>(ref(code8_));
     auto *codes = data<uint8_t>(ref(codes_));
     auto *absmax = data<float>(ref(absmax_));
+    const at::OptionalDeviceGuard guard(at::device_of(values));
     if (values.is_cuda()) {
       // Its search there finds the nearest.
       quant_cuda::quantize_8bit(in, values.numel(), code8, block, codes, absmax, stream_of(values));
@@ -100,6 +105,7 @@ int tf_dequantize_8bit(tf_tensor codes_, tf_tensor absmax_, tf_tensor code8_, in
     const at::Tensor &out = ref(out_);
     const auto *codes = data<const uint8_t>(ref(codes_));
     const auto *absmax = data<const float>(ref(absmax_)), *code8 = data<const float>(ref(code8_));
+    const at::OptionalDeviceGuard guard(at::device_of(out));
     if (out.is_cuda()) {
       quant_cuda::dequantize_8bit(codes, absmax, out.numel(), code8, block, data<float>(out), stream_of(out));
     } else {
@@ -114,6 +120,7 @@ int tf_quantize_int8_rows(tf_tensor values_, tf_tensor codes_, tf_tensor scales_
     auto *codes = data<int8_t>(ref(codes_));
     auto *scales = data<float>(ref(scales_));
     const auto rows = values.size(0), columns = values.size(1);
+    const at::OptionalDeviceGuard guard(at::device_of(values));
     if (values.is_cuda()) {
       quant_cuda::quantize_int8_rows(values.data_ptr(), dtype_of(values), rows, columns, codes, scales,
                                      stream_of(values));
@@ -129,6 +136,7 @@ int tf_dequantize_int8_rows(tf_tensor codes_, tf_tensor scales_, tf_tensor out_)
     const auto *codes = data<const int8_t>(ref(codes_));
     const auto *scales = data<const float>(ref(scales_));
     const auto rows = out.size(0), columns = out.size(1);
+    const at::OptionalDeviceGuard guard(at::device_of(out));
     if (out.is_cuda()) {
       quant_cuda::dequantize_int8_rows(codes, scales, rows, columns, out.data_ptr(), dtype_of(out), stream_of(out));
     } else {
@@ -173,6 +181,7 @@ int tf_adamw_8bit(const struct tf_adamw_8bit_state *state, int64_t step, const s
         data<const float>(ref(state->grad_divisor)), data<const float>(ref(state->found_nonfinite)),
         param.numel(), step, options->learning_rate, options->beta1, options->beta2, options->weight_decay,
         options->epsilon};
+    const at::OptionalDeviceGuard guard(at::device_of(param));
     if (param.is_cuda()) {
       quant_cuda::adamw_8bit(raw, stream_of(param));
     } else {

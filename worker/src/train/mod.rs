@@ -24,31 +24,26 @@ pub mod schedule;
 /// Norm, clipping and AdamW.
 pub mod optimizer;
 
+mod setup;
 mod meter;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::adapter::AdapterPlan;
-use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Manifest};
+use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition};
 use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::JobSpec;
-use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::base::{Base, cache};
-use crate::checkpoint::{self, hugging_face, load, save};
+use crate::checkpoint::save;
 use crate::comm::{Communicator, Tag};
-use crate::data::{Sequences, Split};
-use crate::model::numerics::Numerics;
-use adapter::{Frozen, Wiring};
+use crate::data::Sequences;
 use batches::Batches;
 use gradients::Checks;
 use meter::Meter;
 use optimizer::{StepStatus, StepValues};
-use rng::Seeds;
-use walk::{MicroPosition, Walk, WalkOptions};
+use walk::{MicroPosition, Walk};
 
 /// What a rank tells about itself; the host process forwards it.
 #[derive(Debug, Clone, PartialEq)]
@@ -205,86 +200,6 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn set_up(
-        spec: &'a JobSpec,
-        plan: &ShardPlan,
-        comm: &'a dyn Communicator,
-        device: Device,
-        resume: bool,
-        host: &dyn Host,
-    ) -> Result<Self, Error> {
-        if device == Device::Cpu {
-            tunefleet_kernels::device::keep_freed_memory();
-        }
-        tunefleet_kernels::device::set_deterministic(true)?;
-        let rank = comm.rank();
-        let mut config = hugging_face::read_config(&spec.model_dir())?;
-        if let Some(p) = spec.train.dropout {
-            config.dropout = Dropout { attention: p, embedding: p, residual: p };
-        }
-        let misfit = |error: tunefleet_proto::adapter::Error| Error::Mismatch(format!("adapter: {error}"));
-        let adapter_plan = spec.adapter_plan(&config).map_err(misfit)?;
-        if *plan != spec.shard_plan(&config).map_err(misfit)? || plan.world != rank.world {
-            return Err(Error::Mismatch(format!(
-                "the shard plan of this attempt is not that of {} on {} ranks; both sides must run the same version",
-                spec.model_dir().display(),
-                rank.world
-            )));
-        }
-        let open = |split| {
-            let (dataset, tokenizer) = (spec.dataset_dir(), spec.tokenizer_dir());
-            Sequences::open(&spec.data, &dataset, &tokenizer, split, &spec.output.join("tokens"))
-        };
-        let training = open(Split::Train)?;
-        let validation = if spec.train.eval_every_steps > 0 { Some(open(Split::Validation)?) } else { None };
-        check_fit(spec, &config, &training)?;
-
-        let numerics = Numerics::new(device, spec.train.precision);
-        let shards = units::shards(plan, rank.rank, numerics, spec.train.optimizer)?;
-        let opened =
-            adapter_plan.map(|adapter| open_base(spec, &config, adapter, plan, comm, numerics, host));
-        let mut opened = opened.transpose()?;
-        let record = opened.as_ref().map(|(_, record)| record.clone());
-        let (step, consumed) = if resume {
-            let (dir, manifest) = agree_on_checkpoint(spec, comm, device, host)?;
-            check_data(&dir, &manifest.data, &training)?;
-            check_adapter(&dir, manifest.adapter.as_ref(), record.as_ref())?;
-            load::load(&dir, &manifest, plan, rank.rank, &shards)?;
-            (manifest.step, manifest.data.sequences)
-        } else {
-            match &mut opened {
-                Some((frozen, _)) => {
-                    let base = &mut frozen.base;
-                    tch::no_grad(|| adapter::init(&shards, plan, &config, base, comm, spec.train.seed))?;
-                }
-                None => hugging_face::load(&spec.model_dir(), plan, rank.rank, &shards)?,
-            }
-            (0, 0)
-        };
-        let options = WalkOptions { recompute: spec.train.recompute, poison: false };
-        let seeds = Seeds::new(spec.train.seed);
-        let walk = Walk::new(config, plan.clone(), shards, numerics, comm, seeds, options);
-        let walk = match opened {
-            Some((frozen, _)) => walk.over(frozen),
-            None => walk,
-        };
-        let moved = (1..=step).rev().take(2).any(|done| schedule::learning_rate(&spec.train, done) > 0.0);
-        Ok(Run {
-            spec,
-            walk,
-            training,
-            validation,
-            rank,
-            device,
-            step,
-            consumed,
-            loss: f64::NAN,
-            saved_step: resume.then_some(step),
-            adapter: record,
-            checks: Checks::new(moved),
-        })
-    }
-
     fn train(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
         let train = &self.spec.train;
         let mut meter = Meter::start(self.step, self.consumed);
@@ -417,148 +332,4 @@ impl<'a> Run<'a> {
         host.report(Event::Saved { step: self.step, path, pause_seconds: started.elapsed().as_secs_f64() });
         Ok(())
     }
-}
-
-/// The frozen base of `spec`'s adapter, and the record of what is trained on it.
-fn open_base(
-    spec: &JobSpec,
-    config: &ModelConfig,
-    adapter: AdapterPlan,
-    plan: &ShardPlan,
-    comm: &dyn Communicator,
-    numerics: Numerics,
-    host: &dyn Host,
-) -> Result<(Frozen, AdapterRecord), Error> {
-    let (Some(settings), Some(base_plan)) = (&spec.adapter, spec.base_plan(config)) else {
-        return Err(Error::Mismatch("the job has no adapter".to_owned()));
-    };
-    if !adapter.unmatched.is_empty() && comm.rank().rank == 0 {
-        let unmatched = adapter.unmatched.join(", ");
-        host.report(Event::Note(format!("adapter.target_modules: nothing matches {unmatched}")));
-    }
-    let (cache_dir, model_dir) = (spec.base_dir(), spec.model_dir());
-    let opened = cache::open(&cache_dir, &model_dir, config, &base_plan, comm, numerics.device)?;
-    if let Some(why) = opened.built {
-        let name = base_plan.quantization.name();
-        host.report(Event::Note(format!("quantised {} to {name}: {why}", model_dir.display())));
-    }
-    let resident = !spec.train.recompute;
-    let base = Base::new(base_plan, opened.shards, comm.rank().world, numerics, resident, false)?;
-    let wiring = Wiring::new(&settings.lora, &adapter, config, plan);
-    let record = AdapterRecord {
-        lora: settings.lora.clone(),
-        quantization: settings.quantization,
-        base_sha256: opened.base_sha256,
-    };
-    Ok((Frozen { base, wiring }, record))
-}
-
-fn check_adapter(
-    dir: &Path,
-    saved: Option<&AdapterRecord>,
-    wanted: Option<&AdapterRecord>,
-) -> Result<(), Error> {
-    let misfit = match (saved, wanted) {
-        (None, None) => None,
-        (Some(saved), Some(wanted)) => saved.misfit(wanted),
-        (Some(_), None) => Some("holds an adapter; the job trains all weights".to_owned()),
-        (None, Some(_)) => Some("holds all weights; the job trains an adapter".to_owned()),
-    };
-    match misfit {
-        None => Ok(()),
-        Some(misfit) => Err(Error::Mismatch(format!(
-            "{}: {misfit}; restore it, or start over with launch --fresh",
-            dir.display()
-        ))),
-    }
-}
-
-/// The newest checkpoint that all ranks find sound, each looking at its share of the files. Rank 0
-/// says which one is looked at, so that all load the same.
-fn agree_on_checkpoint(
-    spec: &JobSpec,
-    comm: &dyn Communicator,
-    device: Device,
-    host: &dyn Host,
-) -> Result<(PathBuf, Manifest), Error> {
-    let dir = spec.checkpoints_dir();
-    let rank = comm.rank();
-    let sum = |value: i64, what| -> Result<i64, Error> {
-        let tensor = Tensor::full([], value, (Kind::Int64, device));
-        comm.all_reduce(&tensor, Tag { unit: None, what })?.wait()?;
-        Ok(tensor.int64_value(&[]))
-    };
-    let (mut before, mut detail, mut broken) = (u64::MAX, String::new(), false);
-    loop {
-        let candidate = match rank.rank {
-            0 => {
-                load::steps(&dir).into_iter().rev().find(|step| *step < before).map_or(-1, |step| step as i64)
-            }
-            _ => 0,
-        };
-        let Ok(step) = u64::try_from(sum(candidate, "checkpoint choice")?) else {
-            // Whose part of the files was broken tells it.
-            return Err(match rank.rank == 0 && !broken || !detail.is_empty() {
-                true => checkpoint::Error::NoCheckpoint { path: dir, detail }.into(),
-                false => checkpoint::Error::Elsewhere("no sound checkpoint to resume from".to_owned()).into(),
-            });
-        };
-        let path = dir.join(tunefleet_proto::checkpoint::dir_name(step));
-        let verified = load::verify_share(&path, rank);
-        let failed = sum(i64::from(verified.is_err()), "checkpoint check")?;
-        match verified {
-            Ok(manifest) if failed == 0 => {
-                if rank.rank == 0 {
-                    host.report(Event::Note(format!("resuming from {}", path.display())));
-                }
-                return Ok((path, manifest));
-            }
-            Ok(_) => broken = true,
-            Err(error) => {
-                host.report(Event::Note(format!("passed over a checkpoint: {error}")));
-                detail.push_str(&format!("; {error}"));
-            }
-        }
-        before = step;
-    }
-}
-
-fn check_data(dir: &Path, saved: &DataPosition, training: &Sequences) -> Result<(), Error> {
-    for (what, saved, now) in [
-        ("dataset", saved.dataset_digest.as_str(), training.dataset_digest()),
-        ("tokenizer", saved.tokenizer_digest.as_str(), training.tokenizer_digest()),
-    ] {
-        if saved != now {
-            return Err(Error::Mismatch(format!(
-                "{}: was trained on another {what} (digest {saved}, the job's is {now}); \
-                 restore it, or start over with launch --fresh",
-                dir.display()
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn check_fit(spec: &JobSpec, config: &ModelConfig, training: &Sequences) -> Result<(), Error> {
-    let sequence_tokens = u64::from(spec.data.sequence_tokens);
-    if sequence_tokens > config.max_positions {
-        return Err(Error::Mismatch(format!(
-            "data.sequence_tokens ({sequence_tokens}) must be at most the model's positions ({})",
-            config.max_positions
-        )));
-    }
-    if training.vocab_size() > config.vocab_size {
-        return Err(Error::Mismatch(format!(
-            "the tokenizer has {} tokens, the model's embedding {}: they do not belong together",
-            training.vocab_size(),
-            config.vocab_size
-        )));
-    }
-    if training.len_per_epoch() == 0 {
-        return Err(Error::Mismatch(format!(
-            "{}: too little text for one sequence of {sequence_tokens} tokens; collect more or lower data.sequence_tokens",
-            spec.dataset_dir().display()
-        )));
-    }
-    Ok(())
 }
