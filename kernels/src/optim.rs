@@ -100,12 +100,12 @@ pub struct AdamW8State<'a> {
     pub grad: &'a Tensor,
     /// First moment: bytes into `signed8`, updated in place.
     pub exp_avg: &'a Tensor,
-    /// Its scales, fp32, one per 256 elements.
-    pub exp_avg_absmax: &'a Tensor,
+    /// Its scales, fp32, one per 256 elements: the largest value of each, with its sign.
+    pub exp_avg_scales: &'a Tensor,
     /// Second moment: bytes into `unsigned8`, updated in place.
     pub exp_avg_sq: &'a Tensor,
     /// Its scales.
-    pub exp_avg_sq_absmax: &'a Tensor,
+    pub exp_avg_sq_scales: &'a Tensor,
     /// [`crate::quant::dynamic_code`], signed.
     pub signed8: &'a Tensor,
     /// The same, unsigned.
@@ -132,8 +132,8 @@ pub fn adamw_8bit(
         (state.grad, len, Kind::Float),
         (state.exp_avg, len, Kind::Uint8),
         (state.exp_avg_sq, len, Kind::Uint8),
-        (state.exp_avg_absmax, blocks, Kind::Float),
-        (state.exp_avg_sq_absmax, blocks, Kind::Float),
+        (state.exp_avg_scales, blocks, Kind::Float),
+        (state.exp_avg_sq_scales, blocks, Kind::Float),
         (state.signed8, 256, Kind::Float),
         (state.unsigned8, 256, Kind::Float),
         (grad_divisor, 1, Kind::Float),
@@ -156,9 +156,9 @@ pub fn adamw_8bit(
         param: ffi::ptr(state.param),
         grad: ffi::ptr(state.grad),
         exp_avg: ffi::ptr(state.exp_avg),
-        exp_avg_absmax: ffi::ptr(state.exp_avg_absmax),
+        exp_avg_scales: ffi::ptr(state.exp_avg_scales),
         exp_avg_sq: ffi::ptr(state.exp_avg_sq),
-        exp_avg_sq_absmax: ffi::ptr(state.exp_avg_sq_absmax),
+        exp_avg_sq_scales: ffi::ptr(state.exp_avg_sq_scales),
         signed8: ffi::ptr(state.signed8),
         unsigned8: ffi::ptr(state.unsigned8),
         grad_divisor: ffi::ptr(grad_divisor),

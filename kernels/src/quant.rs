@@ -71,7 +71,7 @@ pub fn quantize_4bit(values: &Tensor, into: &FourBit<'_>) -> Result<(), Error> {
         let status = unsafe { sys::tf_serial_mean(ffi::ptr(absmax), ffi::ptr(nested.offset)) };
         ffi::check(OP, status)?;
         let centred = absmax - nested.offset;
-        quantize_8bit_by_steps(&centred, nested.code8, DOUBLE_BLOCK, nested.codes, into.absmax)?;
+        quantize_8bit(&centred, nested.code8, DOUBLE_BLOCK, nested.codes, into.absmax)?;
     }
     Ok(())
 }
@@ -136,7 +136,7 @@ pub fn dequantize_int8_rows(codes: &Tensor, scales: &Tensor, out: &Tensor) -> Re
 }
 
 /// Block-wise 8 bits with a [`dynamic_code`]: `codes` as many bytes as fp32 `values`, `absmax` one per
-/// `block`; each value has its nearest code.
+/// `block`; each code as bitsandbytes finds it on this device, on a CPU from a table of 65,536 steps.
 ///
 /// # Errors
 /// [`Error::Precondition`] for tensors that do not fit.
@@ -147,25 +147,27 @@ pub fn quantize_8bit(
     codes: &Tensor,
     absmax: &Tensor,
 ) -> Result<(), Error> {
-    quantize_8bit_as(true, values, code8, block, codes, absmax)
+    quantize_8bit_as(false, values, code8, block, codes, absmax)
 }
 
-/// [`quantize_8bit`] as bitsandbytes finds codes on this device: on a CPU, from a table of 65,536 steps.
+/// The nearest code of each value, with a block's largest value and its sign as `scales`: as
+/// [`crate::optim::adamw_8bit`] encodes its moments. What was dequantised has the same codes again. On the
+/// CPU alone.
 ///
 /// # Errors
 /// [`Error::Precondition`] for tensors that do not fit.
-pub fn quantize_8bit_by_steps(
+pub fn quantize_8bit_signed(
     values: &Tensor,
     code8: &Tensor,
     block: i64,
     codes: &Tensor,
-    absmax: &Tensor,
+    scales: &Tensor,
 ) -> Result<(), Error> {
-    quantize_8bit_as(false, values, code8, block, codes, absmax)
+    quantize_8bit_as(true, values, code8, block, codes, scales)
 }
 
 fn quantize_8bit_as(
-    exact: bool,
+    signed: bool,
     values: &Tensor,
     code8: &Tensor,
     block: i64,
@@ -180,7 +182,7 @@ fn quantize_8bit_as(
             ffi::ptr(values),
             ffi::ptr(code8),
             block,
-            exact.into(),
+            signed.into(),
             ffi::ptr(codes),
             ffi::ptr(absmax),
         )

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::LoraConfig;
 use crate::base_plan::Quantization;
+use crate::job::Precision;
 use crate::shard_plan::ShardPlan;
 
 /// Version of [`Manifest`] that this build writes.
@@ -48,6 +49,8 @@ pub struct AdapterRecord {
     pub lora: LoraConfig,
     /// How the frozen linears were held.
     pub quantization: Quantization,
+    /// Dtype that they were dequantised to.
+    pub precision: Precision,
     /// Digest of the base's values.
     pub base_sha256: String,
 }
@@ -64,8 +67,9 @@ impl AdapterRecord {
         let pairs = |record: &AdapterRecord| {
             let LoraConfig { rank, alpha, rslora, dora, .. } = &record.lora;
             format!(
-                "rank {rank}, alpha {alpha}, rslora {rslora}, dora {dora}, base {}",
-                record.quantization.name()
+                "rank {rank}, alpha {alpha}, rslora {rslora}, dora {dora}, base {} in {:?}",
+                record.quantization.name(),
+                record.precision
             )
         };
         let (own, other) = (pairs(self), pairs(wanted));

@@ -131,6 +131,11 @@ impl Unit {
 }
 
 impl Slot {
+    /// Whether it is a magnitude of DoRA.
+    pub fn is_magnitude(&self) -> bool {
+        self.name.ends_with(".lora_magnitude_vector")
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> u64 {
         self.shape.iter().product()

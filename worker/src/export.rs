@@ -12,7 +12,7 @@ use tunefleet_proto::shard_plan::ShardPlan;
 
 use crate::adapter::files::Adapter;
 use crate::adapter::{merge, merge_verb};
-use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY};
+use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANTIZATION_KEY};
 use crate::checkpoint::model_dir::Sink;
 use crate::checkpoint::safetensors::{Reader, WriteDtype};
 use crate::checkpoint::{Error, hugging_face, load, model_dir};
@@ -61,6 +61,14 @@ pub fn run(args: Args) -> Result<(), ExportError> {
     Ok(())
 }
 
+/// The name that [`parse_dtype`] reads.
+pub fn dtype_name(precision: Precision) -> &'static str {
+    match precision {
+        Precision::Fp32 => "fp32",
+        Precision::Bf16 => "bf16",
+    }
+}
+
 /// What an export can meet.
 pub type ExportError = crate::adapter::Error;
 
@@ -83,8 +91,8 @@ pub fn export_job(spec: &JobSpec) -> Result<u64, ExportError> {
     };
     let out = spec.adapter_dir();
     let step = export(&last, &spec.model_dir(), &spec.tokenizer_dir(), &out, spec.export.dtype)?;
-    let settings = adapter.quantization;
-    let closure = |weight: &Tensor| merge_verb::dequantized(settings, weight);
+    let (settings, precision) = (adapter.quantization, spec.train.precision);
+    let closure = |weight: &Tensor| merge_verb::dequantized(settings, precision, weight);
     let dequantized: Option<&merge::Dequantized<'_>> = match spec.export.merge {
         MergeBase::None => return Ok(step),
         MergeBase::Original => None,
@@ -149,6 +157,7 @@ fn write_adapter(shards: &Shards<'_>, record: &AdapterRecord, out: &Path) -> Res
     let metadata = [
         (BASE_DIGEST_KEY.to_owned(), record.base_sha256.clone()),
         (BASE_QUANTIZATION_KEY.to_owned(), record.quantization.name()),
+        (BASE_DTYPE_KEY.to_owned(), dtype_name(record.precision).to_owned()),
     ];
     let adapter = Adapter { config: record.lora.clone(), tensors, metadata: metadata.into() };
     adapter.write(out, WriteDtype::F32)

@@ -293,7 +293,9 @@ struct TrainIdentity {
     max_grad_norm: f64,
     dropout: Option<f64>,
     seed: u64,
-    optimizer: Optimizer,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    optimizer: Option<Optimizer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     adapter: Option<AdapterSpec>,
 }
 
@@ -313,7 +315,8 @@ impl TrainIdentity {
             max_grad_norm: train.max_grad_norm,
             dropout: train.dropout,
             seed: train.seed,
-            optimizer: train.optimizer,
+            // Paged moments are the same numbers elsewhere.
+            optimizer: Some(train.optimizer).filter(|optimizer| *optimizer == Optimizer::AdamW8bit),
             adapter: spec.adapter.clone().map(|mut adapter| {
                 // For people; the model's own digest is part of the inputs.
                 adapter.lora.base_model = None;

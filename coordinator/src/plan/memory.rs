@@ -43,13 +43,18 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
     let block = blocks.iter().copied().max().unwrap_or(0);
     let block_count = blocks.len() as u64;
 
-    let gathered = match (alone, train.precision) {
+    // What an adapter trains is gathered in fp32.
+    let (c_gathered, precision) = match spec.adapter {
+        Some(_) => (4, Precision::Fp32),
+        None => (c, train.precision),
+    };
+    let gathered = match (alone, precision) {
         // Alone and in fp32, the master weights are what is computed with.
         (true, Precision::Fp32) => 0,
-        (true, Precision::Bf16) => c * elements.iter().sum::<u64>(),
-        (false, _) if train.recompute => c * (embed + GATHER_SLOTS.min(block_count) * block),
+        (true, Precision::Bf16) => c_gathered * elements.iter().sum::<u64>(),
+        (false, _) if train.recompute => c_gathered * (embed + GATHER_SLOTS.min(block_count) * block),
         // Kept activations refer to the gathered weights until the backward pass.
-        (false, _) => c * (embed + blocks.iter().sum::<u64>()),
+        (false, _) => c_gathered * (embed + blocks.iter().sum::<u64>()),
     };
     let in_flight = if alone { 0 } else { REDUCE_LANES * 4 * (block + block / world) + 4 * embed };
 
@@ -60,6 +65,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
     let kept_per_token = 7 * d + 2 * config.kv_heads * config.head_dim() + 2 * inner;
     // In the backward pass, a gradient of the widest layer and one of the residual stream besides.
     let backward_per_token = 2 * (inner + d);
+    let adapted = adapted(spec, config);
     let graphs = if train.recompute { 1 } else { block_count };
 
     let rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { LOGITS_ROWS_CPU });
@@ -90,6 +96,8 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
         item("gradients being reduced, fp32", in_flight),
         item("block inputs", block_count * tokens * d * c),
         item("activations of blocks (estimate)", tokens * c * graphs * kept_per_token),
+        item("dropped inputs of pairs", tokens * (c + 1) * graphs * adapted.dropped_per_token),
+        item("lengths of rows, fp32", 12 * adapted.largest_magnitude),
         // The one is gone before the other begins.
         item(
             "logits, or a block's backward pass",
@@ -122,6 +130,29 @@ impl Frozen {
         };
         let scratch = base.units.iter().map(BaseUnit::quantized_elements).max().unwrap_or(0);
         Frozen { held: padded.iter().sum::<u64>() / world, gathered, scratch: c * scratch }
+    }
+}
+
+/// What pairs keep besides their inputs, which the linears beside them keep as well.
+#[derive(Default)]
+struct Adapted {
+    /// Values of one block that dropout passes on, per token.
+    dropped_per_token: u64,
+    /// Elements of the largest weight whose rows have a magnitude.
+    largest_magnitude: u64,
+}
+
+fn adapted(spec: &JobSpec, config: &ModelConfig) -> Adapted {
+    let (Some(settings), Ok(Some(plan))) = (&spec.adapter, spec.adapter_plan(config)) else {
+        return Adapted::default();
+    };
+    let of_block = |block| plan.linears.iter().filter(move |linear| linear.block == block);
+    let inputs = |block| of_block(block).map(|linear| linear.in_features).sum::<u64>();
+    let dropped = (0..config.layers).map(inputs).max().unwrap_or(0);
+    let weights = plan.linears.iter().map(|linear| linear.out_features * linear.in_features);
+    Adapted {
+        dropped_per_token: if settings.lora.dropout > 0.0 { dropped } else { 0 },
+        largest_magnitude: if settings.lora.dora { weights.max().unwrap_or(0) } else { 0 },
     }
 }
 

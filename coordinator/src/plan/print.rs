@@ -61,7 +61,7 @@ pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
         bytes => writeln!(out, "export      {}", size(bytes))?,
     }
 
-    writeln!(out, "\nshards (every block alike; elements are counted in the flattened parameter)")?;
+    writeln!(out, "\nshards (of the first block; elements are counted in the flattened parameter)")?;
     for rank in report.ranks.iter().take(RANKS_SHOWN) {
         writeln!(out, "  rank {:<3} {:>15} elements", rank.rank, count(rank.elements))?;
         for (unit, label) in [("embed", "embed"), ("block.0", "block")] {

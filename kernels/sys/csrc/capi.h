@@ -49,8 +49,9 @@ int tf_serial_mean(tf_tensor values, tf_tensor out);
 /* `nested` may be null. */
 int tf_dequantize_4bit(tf_tensor codes, tf_tensor absmax, const struct tf_nested_scales *nested, int code,
                        int64_t block, tf_tensor out);
-/* `exact`: always the nearest code; else as bitsandbytes finds it on this device. */
-int tf_quantize_8bit(tf_tensor values, tf_tensor code8, int64_t block, int exact, tf_tensor codes,
+/* As bitsandbytes finds codes on this device; with `is_signed`, as adamw_8bit encodes its moments (on the
+ * CPU alone). */
+int tf_quantize_8bit(tf_tensor values, tf_tensor code8, int64_t block, int is_signed, tf_tensor codes,
                      tf_tensor absmax);
 int tf_dequantize_8bit(tf_tensor codes, tf_tensor absmax, tf_tensor code8, int64_t block, tf_tensor out);
 int tf_quantize_int8_rows(tf_tensor values, tf_tensor codes, tf_tensor scales);
@@ -63,9 +64,9 @@ struct tf_adamw_8bit_state {
   tf_tensor param;
   tf_tensor grad;
   tf_tensor exp_avg;
-  tf_tensor exp_avg_absmax;
+  tf_tensor exp_avg_scales;
   tf_tensor exp_avg_sq;
-  tf_tensor exp_avg_sq_absmax;
+  tf_tensor exp_avg_sq_scales;
   tf_tensor signed8;
   tf_tensor unsigned8;
   tf_tensor grad_divisor;

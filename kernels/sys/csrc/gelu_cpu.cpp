@@ -29,75 +29,111 @@ bool has_avx512() {
   return has;
 }
 
-GELU_INLINE __m512 load16(const float *p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
-GELU_INLINE __m512 load16(const at::BFloat16 *p, __mmask16 lanes) {
-  const __m256i raw = _mm256_maskz_loadu_epi16(lanes, p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-GELU_INLINE void store16(float *p, __mmask16 lanes, __m512 values) { _mm512_mask_storeu_ps(p, lanes, values); }
-// By hand: the conversion instruction would flush denormals.
-GELU_INLINE void store16(at::BFloat16 *p, __mmask16 lanes, __m512 values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-  _mm256_mask_storeu_epi16(p, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
+// As many elements as fill a register, widened; the first `len` where there are fewer.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int kVectors = 1;
+  static constexpr int64_t kLen = 16;
+  GELU_INLINE static __mmask16 mask(int64_t len) { return len >= kLen ? 0xffff : (1u << len) - 1; }
+  GELU_INLINE static void load(const float *p, int64_t len, __m512 *values) {
+    values[0] = _mm512_maskz_loadu_ps(mask(len), p);
+  }
+  GELU_INLINE static void store(float *p, int64_t len, const __m512 *values) {
+    _mm512_mask_storeu_ps(p, mask(len), values[0]);
+  }
+};
+// Even elements in one vector and odd ones in the other: no lane changes its place.
+template <>
+struct Lanes<at::BFloat16> {
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kLen = 32;
+  GELU_INLINE static __mmask32 mask(int64_t len) { return len >= kLen ? 0xffffffffu : (1u << len) - 1; }
+  GELU_INLINE static void load(const at::BFloat16 *p, int64_t len, __m512 *values) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(mask(len), p);
+    values[0] = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    values[1] = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(0xffff0000)));
+  }
+  GELU_INLINE static void store(at::BFloat16 *p, int64_t len, const __m512 *values) {
+    const __m512i even = _mm512_srli_epi32(rounded(values[0]), 16);
+    _mm512_mask_storeu_epi16(p, mask(len), _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(values[1])));
+  }
+  // By hand: the conversion instruction would flush denormals. The result is in the high half.
+  GELU_INLINE static __m512i rounded(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+  }
+};
 
 // With u = sqrt(2/pi) (x + 0.044715 x^3), (1 + tanh u) / 2 is the sigmoid of 2u. From e = exp(-|2u|) <= 1
 // it follows without overflow and, for negative x, without cancellation.
 struct Sigmoid {
-  __m512 value;
-  __m512 rest;  // 1 - value
-  __m512 x;     // clamped
-  __m512 x2;
+  __m512 e;
+  __m512 inverse;  // 1 / (1 + e)
+  __mmask16 negative;
 };
 
-GELU_INLINE Sigmoid sigmoid_2u(__m512 x) {
-  // Beyond 16, e is 0 in fp32. NaN passes: min and max return their second operand then.
-  x = _mm512_max_ps(_mm512_set1_ps(-16.0f), _mm512_min_ps(_mm512_set1_ps(16.0f), x));
-  const __m512 x2 = _mm512_mul_ps(x, x);
+GELU_INLINE Sigmoid sigmoid_2u(__m512 x, __m512 x2) {
   // 2u / ln 2.
-  const __m512 t = _mm512_mul_ps(
-      x, _mm512_fmadd_ps(x2, _mm512_set1_ps(0.10294324f), _mm512_set1_ps(2.3022082f)));
-  const __m512 minus = _mm512_or_ps(t, _mm512_set1_ps(-0.0f));
+  const __m512 t = _mm512_mul_ps(x, _mm512_fmadd_ps(x2, _mm512_set1_ps(0.10294324f), _mm512_set1_ps(2.3022082f)));
+  // Below -200, e is 0 in fp32. NaN passes: max returns its second operand then.
+  const __m512 minus = _mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_or_ps(t, _mm512_set1_ps(-0.0f)));
   const __m512 whole = _mm512_roundscale_ps(minus, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(minus, whole);
-  // 2^f on [-1/2, 1/2], relative error 1e-7.
-  __m512 e = _mm512_set1_ps(1.3276472e-3f);
-  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(9.6755415e-3f));
-  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.055507133f));
-  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.2402212f));
-  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.69314697f));
-  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(1.0000001f));
+  // 2^f on [-1/2, 1/2], relative error 2e-9 before rounding.
+  __m512 e = _mm512_set1_ps(1.5345812e-4f);
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(1.3399931e-3f));
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(9.618489e-3f));
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.055503288f));
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.24022647f));
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(0.6931472f));
+  e = _mm512_fmadd_ps(e, f, _mm512_set1_ps(1.0f));
   e = _mm512_scalef_ps(e, whole);
   const __m512 sum = _mm512_add_ps(e, _mm512_set1_ps(1.0f));
   // 14 bits and one Newton step.
-  __m512 larger = _mm512_rcp14_ps(sum);
-  larger = _mm512_mul_ps(larger, _mm512_fnmadd_ps(sum, larger, _mm512_set1_ps(2.0f)));
-  const __m512 smaller = _mm512_mul_ps(e, larger);
-  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(t));
-  return {_mm512_mask_mov_ps(larger, negative, smaller), _mm512_mask_mov_ps(smaller, negative, larger), x, x2};
+  const __m512 near = _mm512_rcp14_ps(sum);
+  const __m512 inverse = _mm512_mul_ps(near, _mm512_fnmadd_ps(sum, near, _mm512_set1_ps(2.0f)));
+  return {e, inverse, _mm512_movepi32_mask(_mm512_castps_si512(t))};
+}
+
+GELU_INLINE __m512 value16(__m512 x) {
+  const Sigmoid s = sigmoid_2u(x, _mm512_mul_ps(x, x));
+  return _mm512_mul_ps(_mm512_mask_mul_ps(x, s.negative, x, s.e), s.inverse);
+}
+
+GELU_INLINE __m512 derivative16(__m512 x) {
+  // Nothing changes beyond 16, and infinity times 0 is avoided.
+  x = _mm512_max_ps(_mm512_set1_ps(-16.0f), _mm512_min_ps(_mm512_set1_ps(16.0f), x));
+  const __m512 x2 = _mm512_mul_ps(x, x);
+  const Sigmoid s = sigmoid_2u(x, x2);
+  // x times the derivative of 2u.
+  const __m512 slope =
+      _mm512_mul_ps(x, _mm512_fmadd_ps(x2, _mm512_set1_ps(0.21406445f), _mm512_set1_ps(1.5957691f)));
+  const __m512 smaller = _mm512_mul_ps(s.e, s.inverse);
+  const __m512 value = _mm512_mask_mov_ps(s.inverse, s.negative, smaller);
+  return _mm512_fmadd_ps(_mm512_mul_ps(s.inverse, smaller), slope, value);
 }
 
 template <typename T>
 GELU_TARGET void forward_range(const T *x, T *out, int64_t len) {
-  for (int64_t i = 0; i < len; i += 16) {
-    const __mmask16 lanes = len - i >= 16 ? 0xffff : (1u << (len - i)) - 1;
-    const __m512 value = load16(x + i, lanes);
-    store16(out + i, lanes, _mm512_mul_ps(value, sigmoid_2u(value).value));
+  for (int64_t i = 0; i < len; i += Lanes<T>::kLen) {
+    __m512 values[Lanes<T>::kVectors];
+    Lanes<T>::load(x + i, len - i, values);
+    for (__m512 &value : values) value = value16(value);
+    Lanes<T>::store(out + i, len - i, values);
   }
 }
 
 template <typename T>
 GELU_TARGET void backward_range(const T *grad, const T *x, T *out, int64_t len) {
-  for (int64_t i = 0; i < len; i += 16) {
-    const __mmask16 lanes = len - i >= 16 ? 0xffff : (1u << (len - i)) - 1;
-    const Sigmoid s = sigmoid_2u(load16(x + i, lanes));
-    // x times the derivative of 2u.
-    const __m512 slope = _mm512_mul_ps(
-        s.x, _mm512_fmadd_ps(s.x2, _mm512_set1_ps(0.21406445f), _mm512_set1_ps(1.5957691f)));
-    const __m512 derivative = _mm512_fmadd_ps(_mm512_mul_ps(s.value, s.rest), slope, s.value);
-    store16(out + i, lanes, _mm512_mul_ps(load16(grad + i, lanes), derivative));
+  for (int64_t i = 0; i < len; i += Lanes<T>::kLen) {
+    __m512 values[Lanes<T>::kVectors], grads[Lanes<T>::kVectors];
+    Lanes<T>::load(x + i, len - i, values);
+    Lanes<T>::load(grad + i, len - i, grads);
+    for (int v = 0; v < Lanes<T>::kVectors; ++v) values[v] = _mm512_mul_ps(grads[v], derivative16(values[v]));
+    Lanes<T>::store(out + i, len - i, values);
   }
 }
 

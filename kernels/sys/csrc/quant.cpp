@@ -81,7 +81,7 @@ int tf_dequantize_4bit(tf_tensor codes_, tf_tensor absmax_, const struct tf_nest
   });
 }
 
-int tf_quantize_8bit(tf_tensor values_, tf_tensor code8_, int64_t block, int exact, tf_tensor codes_,
+int tf_quantize_8bit(tf_tensor values_, tf_tensor code8_, int64_t block, int is_signed, tf_tensor codes_,
                      tf_tensor absmax_) {
   return tf_guard([&] {
     const at::Tensor &values = ref(values_);
@@ -89,11 +89,11 @@ int tf_quantize_8bit(tf_tensor values_, tf_tensor code8_, int64_t block, int exa
     auto *codes = data<uint8_t>(ref(codes_));
     auto *absmax = data<float>(ref(absmax_));
     const at::OptionalDeviceGuard guard(at::device_of(values));
-    if (values.is_cuda()) {
-      // Its search there finds the nearest.
+    if (is_signed) {
+      TORCH_CHECK(values.is_cpu(), "moments are encoded on the CPU");
+      quant_cpu::quantize_8bit_signed(in, values.numel(), code8, block, codes, absmax);
+    } else if (values.is_cuda()) {
       quant_cuda::quantize_8bit(in, values.numel(), code8, block, codes, absmax, stream_of(values));
-    } else if (exact) {
-      quant_cpu::quantize_8bit_nearest(in, values.numel(), code8, block, codes, absmax);
     } else {
       quant_cpu::quantize_8bit(in, values.numel(), code8, block, codes, absmax);
     }
@@ -175,8 +175,8 @@ int tf_adamw_8bit(const struct tf_adamw_8bit_state *state, int64_t step, const s
     const at::Tensor &param = ref(state->param);
     quant_adamw8 raw{
         data<float>(param), data<const float>(ref(state->grad)),
-        data<uint8_t>(ref(state->exp_avg)), data<float>(ref(state->exp_avg_absmax)),
-        data<uint8_t>(ref(state->exp_avg_sq)), data<float>(ref(state->exp_avg_sq_absmax)),
+        data<uint8_t>(ref(state->exp_avg)), data<float>(ref(state->exp_avg_scales)),
+        data<uint8_t>(ref(state->exp_avg_sq)), data<float>(ref(state->exp_avg_sq_scales)),
         data<const float>(ref(state->signed8)), data<const float>(ref(state->unsigned8)),
         data<const float>(ref(state->grad_divisor)), data<const float>(ref(state->found_nonfinite)),
         param.numel(), step, options->learning_rate, options->beta1, options->beta2, options->weight_decay,

@@ -24,15 +24,16 @@ struct quant_scales {
 };
 
 /* Block-wise 8-bit AdamW states: codes into `signed8` and `unsigned8` (256 ascending values each),
- * scales per 256 elements. A second moment above 0 never takes the code of 0, unlike in bitsandbytes:
+ * scales per 256 elements: the largest value of each with its sign (bitsandbytes' have none), so that
+ * it takes the code of 1 and survives exactly. A second moment above 0 never takes the code of 0, unlike in bitsandbytes:
  * where gradients of one block lie four decades apart, its next update would be enormous. */
 struct quant_adamw8 {
   float *param;
   const float *grad;
   uint8_t *exp_avg;
-  float *exp_avg_absmax;
+  float *exp_avg_scales;
   uint8_t *exp_avg_sq;
-  float *exp_avg_sq_absmax;
+  float *exp_avg_sq_scales;
   const float *signed8;
   const float *unsigned8;
   const float *grad_divisor;    /* gradients are divided by this */
@@ -50,9 +51,10 @@ void dequantize_4bit(const uint8_t *codes, const quant_scales &scales, int64_t l
 /* `code8` is ascending; the nearest value wins, as each library's own search decides ties. */
 void quantize_8bit(const float *values, int64_t len, const float *code8, int64_t block, uint8_t *codes,
                    float *absmax);
-/* Always the nearest; a tie takes the lower value. */
-void quantize_8bit_nearest(const float *values, int64_t len, const float *code8, int64_t block,
-                           uint8_t *codes, float *absmax);
+/* Always the nearest, a tie takes the lower value; scales as those of quant_adamw8, and of the unsigned
+ * code no value above 0 takes the code of 0. */
+void quantize_8bit_signed(const float *values, int64_t len, const float *code8, int64_t block,
+                           uint8_t *codes, float *scales);
 void dequantize_8bit(const uint8_t *codes, const float *absmax, int64_t len, const float *code8,
                      int64_t block, float *out);
 /* Row-wise: codes = round(value * (127 / absmax of the row)), value = code * scale * fp32(1 / 127). */

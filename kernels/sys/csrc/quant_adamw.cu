@@ -1,6 +1,7 @@
 // AdamW with 8-bit moments on the GPU: `quant_cuda::adamw_8bit` of quant.h.
 //
-// The states are treated as by bitsandbytes' block-wise 8-bit Adam; the update is torch.optim.AdamW's.
+// The states are treated as by bitsandbytes' block-wise 8-bit Adam but for their scales, see quant.h; the
+// update is torch.optim.AdamW's.
 #include <cmath>
 
 #include "quant.h"
@@ -24,12 +25,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int QUADS = kAdamBlock / 32 / QUAD;
   __shared__ float code_m[256], code_v[256], tree_m[256], tree_v[256];
   if (*state.found_nonfinite == 1.0f) return;
-  const float own = state.signed8[threadIdx.x];
-  code_m[threadIdx.x] = own;
+  code_m[threadIdx.x] = state.signed8[threadIdx.x];
   code_v[threadIdx.x] = state.unsigned8[threadIdx.x];
   build_tree(state.signed8, tree_m);
   build_tree(state.unsigned8, tree_v);
-  const int negatives = __syncthreads_count(signbit(own));
+  __syncthreads();
 
   const float divisor = *state.grad_divisor;
   const int lane = threadIdx.x % 32;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
       load(state.exp_avg + at, state.len - at, whole, cm[q]);
       load(state.exp_avg_sq + at, state.len - at, whole, cv[q]);
     }
-    const float scale_m = state.exp_avg_absmax[block], scale_v = state.exp_avg_sq_absmax[block];
+    const float scale_m = state.exp_avg_scales[block], scale_v = state.exp_avg_sq_scales[block];
     float peak_m = 0.0f, peak_v = 0.0f;
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
@@ -69,16 +69,23 @@ __global__ void __launch_bounds__(kThreads)
     }
     peak_m = max_over_lanes(peak_m, 32);
     peak_v = max_over_lanes(peak_v, 32);
+    // The scale of the first moment is its largest value, with its sign.
+    bool above = false;
+#pragma unroll
+    for (int q = 0; q < QUADS; q++) {
+#pragma unroll
+      for (int i = 0; i < QUAD; i++) {
+        above |= m[q][i] == peak_m && (whole || first + q * 32 * QUAD + i < state.len);
+      }
+    }
+    if (!__any_sync(kWarp, above)) peak_m = -peak_m;
     const float inverse_m = rcp_ftz(peak_m), inverse_v = rcp_ftz(peak_v);
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
       const int64_t at = first + q * 32 * QUAD;
 #pragma unroll
       for (int i = 0; i < QUAD; i++) {
-        int c = nearest(tree_m, mul_ftz(m[q][i], inverse_m));
-        // The first moment keeps its sign; the table is ascending.
-        if ((c < negatives) != bool(signbit(m[q][i]))) c += m[q][i] > 0.0f ? 1 : -1;
-        cm[q][i] = uint8_t(c);
+        cm[q][i] = uint8_t(nearest(tree_m, mul_ftz(m[q][i], inverse_m)));
         // Never 0 where it is not: the next step would divide by next to nothing.
         const int cs = nearest(tree_v, mul_ftz(v[q][i], inverse_v));
         cv[q][i] = uint8_t(cs == 0 && v[q][i] > 0.0f ? 1 : cs);
@@ -88,8 +95,8 @@ __global__ void __launch_bounds__(kThreads)
       store(state.exp_avg_sq + at, state.len - at, whole, cv[q]);
     }
     if (lane == 0) {
-      state.exp_avg_absmax[block] = peak_m;
-      state.exp_avg_sq_absmax[block] = peak_v;
+      state.exp_avg_scales[block] = peak_m;
+      state.exp_avg_sq_scales[block] = peak_v;
     }
   };
   constexpr int WARPS = kThreads / 32;

@@ -87,6 +87,25 @@ uint8_t nearest(const float *code8, float value) {
   return static_cast<uint8_t>(*right - value < value - code8[index - 1] ? index : index - 1);
 }
 
+// Codes of one block by its largest value; see quant_adamw8.
+void encode_moments(const float *values, int64_t count, const float *code8, uint8_t *codes, float *scale) {
+  float above = 0, below = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    above = std::max(above, values[i]);
+    below = std::max(below, -values[i]);
+  }
+  // Denormals have no reciprocal: they are held as zeros.
+  const bool is_zero = std::max(above, below) < kLeastScale;
+  *scale = is_zero ? 0.0f : above >= below ? above : -below;
+  const float inverse = is_zero ? 0.0f : 1.0f / *scale;
+  const bool is_unsigned = code8[0] == 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t code = nearest(code8, values[i] * inverse);
+    // Never 0 where it is not: the next step would divide by next to nothing.
+    codes[i] = is_unsigned && !is_zero && code == 0 && values[i] > 0 ? 1 : code;
+  }
+}
+
 // bitsandbytes finds 8-bit codes through a table of 65,536 steps over [-1, 1]: not always the nearest,
 // and what its scales were made with.
 constexpr int kSteps = 65536;
@@ -153,13 +172,10 @@ void quantize_8bit(const float *values, int64_t len, const float *code8, int64_t
   });
 }
 
-void quantize_8bit_nearest(const float *values, int64_t len, const float *code8, int64_t block, uint8_t *codes,
-                           float *absmax) {
+void quantize_8bit_signed(const float *values, int64_t len, const float *code8, int64_t block, uint8_t *codes,
+                          float *scales) {
   for_blocks(len, block, [&](int64_t b, int64_t first, int64_t count) {
-    const float most = largest(values + first, count);
-    absmax[b] = most;
-    const float inverse = 1.0f / std::max(most, kLeastScale);
-    for (int64_t i = first; i < first + count; ++i) codes[i] = nearest(code8, values[i] * inverse);
+    encode_moments(values + first, count, code8, codes + first, scales + b);
   });
 }
 
@@ -180,7 +196,9 @@ void quantize_int8_rows(const void *values, quant_dtype dtype, int64_t rows, int
       // A reciprocal and a product, as Python spells 127 / most.
       const float factor = most == 0 ? 0.0f : 1.0f / most * 127.0f;
       for (int64_t i = first; i < first + count; ++i) {
-        codes[i] = static_cast<int8_t>(std::nearbyint(static_cast<float>(typed[i]) * factor));
+        // The factor of a row of denormals is infinite.
+        const float code = std::nearbyint(static_cast<float>(typed[i]) * factor);
+        codes[i] = code == code ? static_cast<int8_t>(std::clamp(code, -127.0f, 127.0f)) : int8_t{0};
       }
     });
   });
@@ -212,25 +230,15 @@ void adamw_8bit(const quant_adamw8 &s) {
   const float keep = static_cast<float>(1.0 - s.learning_rate * s.weight_decay);
   for_blocks(s.len, 256, [&](int64_t b, int64_t first, int64_t count) {
     float m[256], v[256];
-    float most_m = 0, most_v = 0;
     for (int64_t i = 0; i < count; ++i) {
       const float grad = s.grad[first + i] / divisor;
-      m[i] = beta1 * (s.signed8[s.exp_avg[first + i]] * s.exp_avg_absmax[b]) + (1.0f - beta1) * grad;
-      v[i] = beta2 * (s.unsigned8[s.exp_avg_sq[first + i]] * s.exp_avg_sq_absmax[b]) + (1.0f - beta2) * grad * grad;
-      most_m = std::max(most_m, std::fabs(m[i]));
-      most_v = std::max(most_v, v[i]);
+      m[i] = beta1 * (s.signed8[s.exp_avg[first + i]] * s.exp_avg_scales[b]) + (1.0f - beta1) * grad;
+      v[i] = beta2 * (s.unsigned8[s.exp_avg_sq[first + i]] * s.exp_avg_sq_scales[b]) + (1.0f - beta2) * grad * grad;
       const float denominator = std::sqrt(v[i]) / root + epsilon;
       s.param[first + i] = s.param[first + i] * keep - step_size * (m[i] / denominator);
     }
-    s.exp_avg_absmax[b] = most_m;
-    s.exp_avg_sq_absmax[b] = most_v;
-    const float inverse_m = 1.0f / std::max(most_m, kLeastScale), inverse_v = 1.0f / std::max(most_v, kLeastScale);
-    for (int64_t i = 0; i < count; ++i) {
-      s.exp_avg[first + i] = nearest(s.signed8, m[i] * inverse_m);
-      // Never 0 where it is not: the next step would divide by next to nothing.
-      const uint8_t code = nearest(s.unsigned8, v[i] * inverse_v);
-      s.exp_avg_sq[first + i] = code == 0 && v[i] > 0 ? 1 : code;
-    }
+    encode_moments(m, count, s.signed8, s.exp_avg + first, s.exp_avg_scales + b);
+    encode_moments(v, count, s.unsigned8, s.exp_avg_sq + first, s.exp_avg_sq_scales + b);
   });
 }
 

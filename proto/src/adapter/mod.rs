@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{ModelConfig, Parameter};
 pub use modules::{Modules, PairShape};
-pub use peft::{CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE};
+pub use peft::{CONFIG_FILE, KEY_PREFIX, MAX_RANK, WEIGHTS_FILE};
 pub use targets::Targets;
 
 /// What an adapter is.
@@ -215,8 +215,9 @@ impl LoraConfig {
                 );
             }
             let one = LoraConfig { modules_to_save: vec![name.clone()], ..self.clone() };
+            let mut units = (0..model.layers).map(|block| model.block_parameters(block));
             if one.saved(&model.embed_parameters()).is_empty()
-                && one.saved(&model.block_parameters(0)).is_empty()
+                && units.all(|unit| one.saved(&unit).is_empty())
             {
                 return refuse(name, "matches no module of this model");
             }

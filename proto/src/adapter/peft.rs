@@ -13,7 +13,8 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What PEFT puts before a base module's name.
 pub const KEY_PREFIX: &str = "base_model.model.";
 
-const MAX_RANK: u64 = 1 << 16;
+/// Largest inner width of a pair.
+pub const MAX_RANK: u64 = 1 << 16;
 /// Keys that change what an adapter computes, in ways that this program does not know; each with the
 /// values that mean "not used".
 const UNSUPPORTED: [&str; 15] = [

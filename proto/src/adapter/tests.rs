@@ -62,6 +62,8 @@ fn what_matches_nothing_or_cannot_be_trained_is_refused_by_name() {
     assert!(message(config(&["c_attn", "lm_head"])).contains("lm_head"));
     let saved = |name: &str| LoraConfig { modules_to_save: vec![name.to_owned()], ..config(&["c_attn"]) };
     assert!(message(saved("ln_9")).contains("matches no module"));
+    assert!(message(saved("h.40.ln_1")).contains("matches no module"));
+    assert_eq!(saved("h.39.ln_1").plan(&model).unwrap().block_parameters(39).len(), 4);
     assert!(message(saved("lm_head")).contains("untie"));
     assert!(message(saved("c_attn")).contains("keep one"));
     let pattern = LoraConfig { targets: Targets::Pattern("(".to_owned()), ..config(&[]) };

@@ -31,6 +31,7 @@ use super::prune::{self, MajoritySign, Prune, Rule};
 use super::scale::refuse_dora;
 use super::settings;
 use super::svd::{self, relative};
+use crate::checkpoint::base_digest::BASE_DIGEST_KEY;
 
 /// How adapters become one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -167,12 +168,16 @@ pub fn combine(parts: &[Part], options: Options) -> Result<Combined, Error> {
             tensors.insert(key.to_owned(), tensor.shallow_clone());
         }
     }
-    let first = parts.first().map(|part| part.adapter.metadata.clone()).unwrap_or_default();
-    let same = parts.iter().all(|part| part.adapter.metadata == first);
+    let mut metadata = parts.first().map(|part| part.adapter.metadata.clone()).unwrap_or_default();
+    let all_say =
+        |key: &str, value: Option<&String>| parts.iter().all(|part| part.adapter.metadata.get(key) == value);
+    let same = all_say(BASE_DIGEST_KEY, metadata.get(BASE_DIGEST_KEY));
+    // What all agree on: bases of one digest may have been held in different ways.
+    metadata.retain(|key, value| all_say(key, Some(value)));
     if !same {
         notes.push("the adapters name different bases, or some name none: the result names none".to_owned());
     }
-    let adapter = Adapter { config, tensors, metadata: if same { first } else { BTreeMap::new() } };
+    let adapter = Adapter { config, tensors, metadata };
     Ok(Combined {
         adapter,
         modules: outcomes,

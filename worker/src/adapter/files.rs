@@ -13,7 +13,7 @@ use tunefleet_proto::model::ModelConfig;
 
 use super::Error;
 use super::delta::Pair;
-use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY};
+use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANTIZATION_KEY};
 use crate::checkpoint::safetensors::{Entry, Reader, WriteDtype, Writer};
 use crate::checkpoint::{self, place};
 
@@ -113,7 +113,7 @@ pub(super) fn read_as(dir: &Path, values: Values) -> Result<Adapter, Error> {
         let tensor = read_tensor(&reader, &path, &name, values)?;
         tensors.insert(name, tensor);
     }
-    let known = [BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY].into_iter();
+    let known = [BASE_DIGEST_KEY, BASE_QUANTIZATION_KEY, BASE_DTYPE_KEY].into_iter();
     let metadata = known.filter_map(|key| Some((key.to_owned(), reader.metadata(key)?.to_owned()))).collect();
     let adapter = Adapter { config, tensors, metadata };
     adapter.check(&path)?;

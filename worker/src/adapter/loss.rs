@@ -71,10 +71,13 @@ pub fn compare(request: &Request<'_>) -> Result<Losses, Error> {
     let sequences =
         Sequences::open(&spec, request.dataset, request.tokenizer, Split::Validation, tokens.path());
     let sequences = sequences.map_err(refuse)?;
-    let (merged, tokens) = mean(&merged, &sequences, request)?;
-    let trained = Decoder::load_merged(request.base, request.adapter, true, request.trained_on, numerics)?;
-    let (trained, _) = mean(&trained, &sequences, request)?;
-    Ok(Losses { merged, trained, tokens })
+    let (of_merged, tokens) = mean(&merged, &sequences, request)?;
+    drop(merged);
+    // In fp32: training never rounded the sum of the two.
+    let exact = Numerics::new(request.device, Precision::Fp32);
+    let trained = Decoder::load_merged(request.base, request.adapter, true, request.trained_on, exact)?;
+    let (of_trained, _) = mean(&trained, &sequences, request)?;
+    Ok(Losses { merged: of_merged, trained: of_trained, tokens })
 }
 
 fn mean(model: &Decoder, sequences: &Sequences, request: &Request<'_>) -> Result<(f64, i64), Error> {

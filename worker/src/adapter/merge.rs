@@ -276,6 +276,13 @@ pub struct Request<'a> {
 pub fn merge(request: &Request<'_>) -> Result<Summary, Error> {
     let config = hugging_face::read_config(request.base)?;
     let Request { base, adapter, out, dtype, any_base, dequantized } = *request;
+    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if same(base, out) {
+        return Err(Error::Refused(format!(
+            "{}: is the base itself, which the merged model would replace: give another directory",
+            out.display()
+        )));
+    }
     let mut merged = Merged::open(base, &config, adapter, any_base, dequantized)?;
     let last = config.block_parameters(config.layers.saturating_sub(1)).pop().map(|p| p.hf_name);
     let (mut summary, mut refusal) = (Summary::default(), None);

@@ -10,7 +10,8 @@ use super::cli::say;
 use super::{Error, files, loss, merge};
 use crate::base::encode;
 use crate::checkpoint;
-use crate::checkpoint::base_digest::BASE_QUANTIZATION_KEY;
+use crate::checkpoint::base_digest::{BASE_DTYPE_KEY, BASE_QUANTIZATION_KEY};
+use crate::export::parse_dtype;
 
 pub(super) const HELP: &str = "\
 Examples:
@@ -71,10 +72,12 @@ fn parse_quantization(text: &str) -> Result<Quantization, String> {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Error> {
-    let recorded = files::read(&args.adapter)?.metadata.get(BASE_QUANTIZATION_KEY).cloned();
-    let recorded = recorded.and_then(|name| Quantization::from_name(&name));
+    let metadata = files::read(&args.adapter)?.metadata;
+    let recorded = metadata.get(BASE_QUANTIZATION_KEY).and_then(|name| Quantization::from_name(name));
+    let precision = metadata.get(BASE_DTYPE_KEY).and_then(|name| parse_dtype(name).ok());
+    let precision = precision.unwrap_or(Precision::Bf16);
     let trained_on = args.quantize.or(recorded).filter(|settings| settings.kind != QuantKind::None);
-    let closure = trained_on.map(|settings| move |weight: &Tensor| dequantized(settings, weight));
+    let closure = trained_on.map(|settings| move |weight: &Tensor| dequantized(settings, precision, weight));
     let closure = closure.as_ref().map(|closure| closure as &merge::Dequantized<'_>);
     let merged_into = match (args.base, closure) {
         (Base::Original, _) => None,
@@ -132,8 +135,17 @@ pub(super) fn run(args: &Args) -> Result<(), Error> {
     Ok(())
 }
 
-/// What quantisation under `settings` makes of a linear's weight, where a model computes in bf16.
-pub(crate) fn dequantized(settings: Quantization, weight: &Tensor) -> Result<Tensor, Error> {
-    let rounded = encode::round_trip(weight, settings, Kind::BFloat16).map_err(checkpoint::Error::from)?;
+/// What quantisation under `settings` makes of a linear's weight, where a model computes in `precision`.
+/// Quantised on the CPU: of what a GPU quantised, a few codes may differ.
+pub(crate) fn dequantized(
+    settings: Quantization,
+    precision: Precision,
+    weight: &Tensor,
+) -> Result<Tensor, Error> {
+    let kind = match precision {
+        Precision::Fp32 => Kind::Float,
+        Precision::Bf16 => Kind::BFloat16,
+    };
+    let rounded = encode::round_trip(weight, settings, kind).map_err(checkpoint::Error::from)?;
     Ok(rounded.to_kind(Kind::Float))
 }

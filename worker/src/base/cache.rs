@@ -189,7 +189,13 @@ fn build(
     };
     let own = own();
     let digests = share(comm, device, plan.units.len(), own.as_deref().unwrap_or_default())?;
-    agree(comm, device, own.map(|_| ()))?;
+    if let Err(error) = agree(comm, device, own.map(|_| ())) {
+        if comm.rank().rank == 0 {
+            // Best effort: it is never read, and would only fill the disk.
+            let _ = fs::remove_dir_all(&incomplete);
+        }
+        return Err(error);
+    }
 
     let of_values: Vec<[u8; 32]> = digests.iter().map(|[_, values]| *values).collect();
     let manifest = Manifest {

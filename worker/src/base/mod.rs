@@ -75,11 +75,6 @@ impl Base {
         Ok(Base { plan, numerics, shards, gathered, scratch })
     }
 
-    /// The layout.
-    pub fn plan(&self) -> &BasePlan {
-        &self.plan
-    }
-
     /// Starts to gather a unit, unless it is there.
     ///
     /// # Errors

@@ -8,6 +8,8 @@ pub const BASE_DIGEST_KEY: &str = "tunefleet.base_sha256";
 
 /// Under which it names how the base was held in training, see `Quantization::name`.
 pub const BASE_QUANTIZATION_KEY: &str = "tunefleet.base_quantization";
+/// Under which it names the dtype that the base was dequantised to, `fp32` or `bf16`.
+pub const BASE_DTYPE_KEY: &str = "tunefleet.base_dtype";
 
 /// Values hashed at a time.
 const CHUNK_VALUES: usize = 1 << 16;

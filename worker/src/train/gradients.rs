@@ -23,6 +23,11 @@ impl Checks {
         Checks { moved, ..Checks::default() }
     }
 
+    /// Whether the next step will be looked at.
+    pub fn are_due(&self) -> bool {
+        !self.first || self.moved && !self.all
+    }
+
     /// What this step's gradients must be, where it is looked at.
     pub fn due(&mut self) -> Option<Expected> {
         let first = !std::mem::replace(&mut self.first, true);

@@ -210,6 +210,13 @@ impl<'a> Run<'a> {
         while self.step < train.steps {
             host.report(Event::Section("step"));
             let learning_rate = schedule::learning_rate(train, self.step + 1);
+            // Whether anything has moved, and whether it should have, is known once the last step is read.
+            if self.adapter.is_some()
+                && self.checks.are_due()
+                && let Some((step, status)) = unread.take()
+            {
+                self.check(step, &status)?;
+            }
             let (status, asked) = self.one_step(learning_rate, host.stop_requested())?;
             self.step += 1;
             let stop = stop_asked.replace(asked).is_some_and(|asked| asked.double_value(&[]) > 0.0);

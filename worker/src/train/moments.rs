@@ -1,8 +1,8 @@
 //! AdamW's moments: in fp32, in memory that a GPU pages from the host, or in 8 bits block by block
 //! (Dettmers et al. 2022).
 //!
-//! Checkpoints hold them in fp32 whatever they are here: a block's largest value is exact, and so
-//! quantising what was dequantised gives the same codes again.
+//! Checkpoints hold them in fp32 whatever they are here. A block's scale is its largest value with its
+//! sign, which is exact, and so quantising what was dequantised gives the same codes again.
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::quant::{self, DOUBLE_BLOCK};
@@ -46,8 +46,8 @@ pub struct Run8 {
 pub struct Coded {
     /// A byte per element.
     pub codes: Tensor,
-    /// fp32, one per block.
-    pub absmax: Tensor,
+    /// fp32, one per block: its largest value, with its sign.
+    pub scales: Tensor,
     /// The dynamic code that the bytes refer to.
     pub code8: Tensor,
 }
@@ -60,7 +60,8 @@ impl Moments {
     pub fn zeros(len: i64, runs: &[Run], device: Device, optimizer: Optimizer) -> Result<Self, Error> {
         let zeros = || Tensor::zeros([len], (Kind::Float, device));
         match (optimizer, device) {
-            (Optimizer::AdamWPaged, Device::Cuda(index)) => Ok(Moments::Fp32 {
+            // There is no managed memory of no size.
+            (Optimizer::AdamWPaged, Device::Cuda(index)) if len > 0 => Ok(Moments::Fp32 {
                 exp_avg: device::managed_zeros(len, index)?,
                 exp_avg_sq: device::managed_zeros(len, index)?,
             }),
@@ -94,7 +95,7 @@ impl Moments {
                 for Run8 { run, exp_avg, exp_avg_sq } in runs {
                     for (coded, out) in [exp_avg, exp_avg_sq].into_iter().zip(&out) {
                         let part = out.narrow(0, run.begin, run.end - run.begin);
-                        quant::dequantize_8bit(&coded.codes, &coded.absmax, &coded.code8, BLOCK, &part)?;
+                        quant::dequantize_8bit(&coded.codes, &coded.scales, &coded.code8, BLOCK, &part)?;
                     }
                 }
                 Ok(out)
@@ -133,14 +134,20 @@ impl Coded {
         let blocks = quant::blocks(len, BLOCK);
         let coded = Coded {
             codes: Tensor::zeros([len], (Kind::Uint8, device)),
-            absmax: Tensor::zeros([blocks], (Kind::Float, device)),
+            scales: Tensor::zeros([blocks], (Kind::Float, device)),
             code8: code8.shallow_clone(),
         };
         Ok(coded)
     }
 
-    /// The nearest code of each value.
+    /// The nearest code of each value. On the CPU, whose codes the GPU's arithmetic has as well.
     fn set(&self, values: &Tensor) -> Result<(), Error> {
-        quant::quantize_8bit(values, &self.code8, BLOCK, &self.codes, &self.absmax)
+        let there = |t: &Tensor| t.to_device(Device::Cpu);
+        let (values, code8) = (there(values).contiguous(), there(&self.code8));
+        let (codes, scales) = (there(&self.codes).copy(), there(&self.scales).copy());
+        quant::quantize_8bit_signed(&values, &code8, BLOCK, &codes, &scales)?;
+        self.codes.shallow_clone().copy_(&codes);
+        self.scales.shallow_clone().copy_(&scales);
+        Ok(())
     }
 }

@@ -110,9 +110,9 @@ pub fn update(
                                 param: &part(&shard.master),
                                 grad: &part(&shard.grad),
                                 exp_avg: &run8.exp_avg.codes,
-                                exp_avg_absmax: &run8.exp_avg.absmax,
+                                exp_avg_scales: &run8.exp_avg.scales,
                                 exp_avg_sq: &run8.exp_avg_sq.codes,
-                                exp_avg_sq_absmax: &run8.exp_avg_sq.absmax,
+                                exp_avg_sq_scales: &run8.exp_avg_sq.scales,
                                 signed8: &run8.exp_avg.code8,
                                 unsigned8: &run8.exp_avg_sq.code8,
                             };

@@ -17,8 +17,10 @@ pub struct Reducer {
 }
 
 struct Lane {
-    /// `[world * n]`; the padding between parameters is zero and stays so.
+    /// `[world * n]`; the padding between parameters is zero.
     input: Tensor,
+    /// Where the parameters lie that it held last: of a unit laid out otherwise, the padding differs.
+    layout: Vec<(u64, u64)>,
     /// `[n]`, for sums that are added to what a shard holds already.
     output: Tensor,
     pending: Option<Pending>,
@@ -37,6 +39,7 @@ impl Reducer {
         let options = (Kind::Float, numerics.device);
         let lane = || Lane {
             input: Tensor::zeros([largest], options),
+            layout: Vec::new(),
             output: Tensor::zeros([largest / i64::from(plan.world)], options),
             pending: None,
         };
@@ -73,6 +76,11 @@ impl Reducer {
         let lane = &mut self.lanes[self.next];
         self.next = 1 - self.next;
         lane.join()?;
+        let layout: Vec<_> = unit.parameters.iter().map(|slot| (slot.offset, slot.elements())).collect();
+        if lane.layout != layout {
+            let _ = lane.input.zero_();
+            lane.layout = layout;
+        }
         for (mut into, grad) in units::views(unit, &lane.input).into_iter().zip(grads) {
             into.copy_(grad);
         }

@@ -133,6 +133,7 @@ fn open_base(
     let record = AdapterRecord {
         lora: settings.lora.clone(),
         quantization: settings.quantization,
+        precision: spec.train.precision,
         base_sha256: opened.base_sha256,
     };
     Ok((Frozen { base, wiring }, record))

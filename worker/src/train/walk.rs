@@ -15,7 +15,7 @@
 
 use tch::{Kind, Tensor};
 use tunefleet_proto::model::ModelConfig;
-use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_proto::shard_plan::{ShardPlan, Slot};
 
 use super::Error;
 use super::adapter::Frozen;
@@ -133,9 +133,16 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The same walk over a frozen base.
+    /// The same walk over a frozen base. What is trained is little: it is gathered in fp32, in which
+    /// magnitudes near 1 keep their places.
     pub fn over(self, frozen: Frozen) -> Self {
-        Walk { frozen: Some(frozen), ..self }
+        let sizes: Vec<u64> = self.plan.units.iter().map(|unit| unit.elements).collect();
+        let masters: Vec<&Tensor> = self.shards.iter().map(|shard| &shard.master).collect();
+        let wide = (Kind::Float, self.numerics.device);
+        let (world, WalkOptions { recompute, poison }) = (self.plan.world, self.options);
+        let slots = if recompute { 2 } else { self.plan.units.len() };
+        let gathered = Gathered::new(&sizes, &masters, world, wide, slots, poison);
+        Walk { frozen: Some(frozen), gathered, ..self }
     }
 
     /// The shards, one per unit.
@@ -308,14 +315,27 @@ impl<'a> Walk<'a> {
         let trained = self.gather_now(EMBED)?;
         Ok(match &mut self.frozen {
             None => trained,
-            Some(frozen) => frozen.wiring.embed(&frozen.base.embed(self.comm)?, &trained),
+            Some(frozen) => {
+                let trained: Vec<Tensor> = trained.iter().map(|t| t.to_kind(self.numerics.kind)).collect();
+                frozen.wiring.embed(&frozen.base.embed(self.comm)?, &trained)
+            }
         })
     }
 
     /// Block `i`'s weights; the gather of block `next` starts behind it (if there is one).
     fn gathered_block(&mut self, i: usize, next: usize) -> Result<BlockWeights, Error> {
         let trained = self.gather_now(i + 1)?;
-        let trained = self.numerics.for_products(trained);
+        let trained = match &self.frozen {
+            None => self.numerics.for_products(trained),
+            Some(_) => {
+                let kind = self.numerics.product_kind;
+                let narrow = |(slot, tensor): (&Slot, Tensor)| match slot.is_magnitude() {
+                    true => tensor,
+                    false => tensor.to_kind(kind),
+                };
+                self.plan.units[i + 1].parameters.iter().zip(trained).map(narrow).collect()
+            }
+        };
         let base = match &mut self.frozen {
             None => Vec::new(),
             Some(frozen) => tch::no_grad(|| frozen.base.block(i, self.comm))?,

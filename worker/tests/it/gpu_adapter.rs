@@ -88,7 +88,7 @@ fn rows_of_8_bits_and_moments_of_8_bits_are_the_cpus() {
         let param = Tensor::ones([5000], (Kind::Float, device));
         let bytes = || Tensor::zeros([5000], (Kind::Uint8, device));
         let scales = || Tensor::zeros([20], (Kind::Float, device));
-        let (exp_avg, exp_avg_sq, avg_absmax, sq_absmax) = (bytes(), bytes(), scales(), scales());
+        let (exp_avg, exp_avg_sq, avg_scales, sq_scales) = (bytes(), bytes(), scales(), scales());
         let codes = [true, false].map(|signed| quant::dynamic_code(signed, device).unwrap());
         let (one, zero) = (Tensor::ones([], (Kind::Float, device)), Tensor::zeros([], (Kind::Float, device)));
         let options =
@@ -100,9 +100,9 @@ fn rows_of_8_bits_and_moments_of_8_bits_are_the_cpus() {
                 param: &param,
                 grad: &grad,
                 exp_avg: &exp_avg,
-                exp_avg_absmax: &avg_absmax,
+                exp_avg_scales: &avg_scales,
                 exp_avg_sq: &exp_avg_sq,
-                exp_avg_sq_absmax: &sq_absmax,
+                exp_avg_sq_scales: &sq_scales,
                 signed8: &codes[0],
                 unsigned8: &codes[1],
             };

@@ -1,15 +1,13 @@
 //! `adapter` and `export`: what is trained beside frozen weights, and how it leaves.
 
 use super::{ABOVE_0, BELOW_1, Resolver};
-use crate::adapter::{LoraConfig, Targets};
+use crate::adapter::{LoraConfig, MAX_RANK, Targets};
 use crate::base_plan::{BLOCKS, QuantKind, Quantization};
 use crate::job::diagnostic::shown;
 use crate::job::file::{AdapterFile, ExportFile};
 use crate::job::read::{At, Field};
 use crate::job::spec::{AdapterSpec, ExportSpec, MergeBase, ModelSpec, Precision};
 use crate::model::ModelConfig;
-
-const MAX_RANK: u64 = 1 << 16;
 
 impl Resolver<'_> {
     pub(super) fn adapter(
