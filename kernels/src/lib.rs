@@ -9,6 +9,8 @@ pub mod autograd;
 pub mod bytes;
 /// What the machine can do, and what it must do.
 pub mod device;
+/// Attention and GELU.
+pub mod fused;
 /// libtorch's NCCL communicator.
 pub mod nccl;
 /// Fused optimizer updates and norms.

@@ -5,14 +5,21 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 3] = ["csrc/core.cpp", "csrc/quant.cpp", "csrc/quant_cpu.cpp"];
+const SOURCES: [&str; 5] =
+    ["csrc/core.cpp", "csrc/attention_cpu.cpp", "csrc/gelu_cpu.cpp", "csrc/quant.cpp", "csrc/quant_cpu.cpp"];
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
 /// For the CUDA compiler, and what stands in for it where it is absent.
 const KERNELS: [&str; 2] = ["csrc/quant.cu", "csrc/quant_adamw.cu"];
 const NO_KERNELS: [&str; 1] = ["csrc/quant_no_cuda.cpp"];
-const HEADERS: [&str; 5] =
-    ["csrc/capi.h", "csrc/guard.h", "csrc/quant.h", "csrc/quant_simd.h", "csrc/quant_device.cuh"];
+const HEADERS: [&str; 6] = [
+    "csrc/capi.h",
+    "csrc/guard.h",
+    "csrc/attention_cpu.h",
+    "csrc/quant.h",
+    "csrc/quant_simd.h",
+    "csrc/quant_device.cuh",
+];
 /// A100 and H100, and PTX for what comes after.
 const TARGETS: [&str; 3] =
     ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"];
@@ -40,6 +47,8 @@ fn main() {
         .warnings(false)
         // A product and a sum are two roundings, as in the programs whose bits are matched.
         .flag("-ffp-contract=off")
+        // Without it at::parallel_for is a loop; torch-sys links the library, libtorch's own at run time.
+        .flag("-fopenmp")
         .files(SOURCES);
     match cuda_includes(&torch) {
         Some(includes) => {

@@ -1,19 +1,5 @@
-// Attention on the CPU, and the inner loops of its backward pass in AVX-512. The declaration is to move into
-// capi.h.
+// The inner loops of attention's backward pass in AVX-512; attention_cpu.cpp has the algorithm.
 #pragma once
-#include "capi.h"
-
-#ifdef __cplusplus
-extern "C" {
-#endif
-
-/* Scaled dot-product attention without dropout, differentiable; scale 1/sqrt(C), H a multiple of K. `causal`
- * as libtorch means it. */
-int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int causal, tf_tensor *out_bhtc);
-
-#ifdef __cplusplus
-}
-
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
@@ -245,5 +231,4 @@ ATTENTION_TARGET inline void softmax_backward(const Softmax &s, int64_t rows, in
 }
 
 }  // namespace attention_simd
-#endif
 #endif

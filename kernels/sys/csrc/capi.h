@@ -78,6 +78,13 @@ int tf_adamw_8bit(const struct tf_adamw_8bit_state *state, int64_t step, const s
  * the backward pass: whoever rewrites it must have put the same values back by then. */
 int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *out);
 
+/* Attention of whole sequences without dropout, q `[B, H, T, C]`, k and v `[B, K, S, C]` with H a multiple
+ * of K; differentiable. On a CPU in bf16 the backward pass is ours, elsewhere libtorch's. */
+int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int causal, tf_tensor *out_bhtc);
+
+/* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
+int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
+
 /* fp32 zeros in memory that the GPU shares with the host and pages in as it needs them. */
 int tf_cuda_managed_zeros(int64_t len, int device, tf_tensor *out);
 

@@ -4,7 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "gelu_cpu.h"
+#include "capi.h"
 #include "guard.h"
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

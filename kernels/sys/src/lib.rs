@@ -125,6 +125,14 @@ unsafe extern "C" {
     pub fn tf_dynamic_code(is_signed: c_int, table: *mut tf_tensor) -> c_int;
     pub fn tf_adamw_8bit(state: *const tf_adamw_8bit_state, step: i64, options: *const tf_adamw) -> c_int;
     pub fn tf_frozen_linear(x: tf_tensor, weight: tf_tensor, bias: tf_tensor, out: *mut tf_tensor) -> c_int;
+    pub fn tf_attention_cpu(
+        q_bhtc: tf_tensor,
+        k_bksc: tf_tensor,
+        v_bksc: tf_tensor,
+        causal: c_int,
+        out_bhtc: *mut tf_tensor,
+    ) -> c_int;
+    pub fn tf_gelu_cpu(x: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_cuda_managed_zeros(len: i64, device: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_foreach_norm(tensors: *const tf_tensor, len: usize, norms: *mut tf_tensor) -> c_int;
     pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;

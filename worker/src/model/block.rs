@@ -5,7 +5,7 @@ use tch::Tensor;
 use tunefleet_proto::model::{Activation, ModelConfig};
 
 use super::linear::{Adapted, Linear};
-use super::numerics::{Numerics, attention};
+use super::numerics::{Numerics, attention, gelu};
 
 /// What a block does, apart from its weights.
 #[derive(Debug, Clone, Copy)]
@@ -136,10 +136,7 @@ pub fn forward(
     let x_btd = x_btd + dropout(p.c_proj.forward(&attended_btd));
 
     let normed_btd = norm(&x_btd, p.ln_2_weight, p.ln_2_bias);
-    let inner_bti = p.c_fc.forward(&normed_btd).gelu(match shape.activation {
-        Activation::Gelu => "none",
-        Activation::GeluPytorchTanh => "tanh",
-    });
+    let inner_bti = gelu(&p.c_fc.forward(&normed_btd), shape.activation);
     x_btd + dropout(p.mlp_proj.forward(&inner_bti))
 }
 

@@ -1,7 +1,9 @@
 //! Dtype and device of the computation, and the products that depend on them.
 
 use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::fused;
 use tunefleet_proto::job::Precision;
+use tunefleet_proto::model::Activation;
 
 /// How to compute.
 ///
@@ -40,7 +42,26 @@ impl Numerics {
 
 /// Scaled dot-product attention, differentiable. `q_bhtc`, and `k_bksc`, `v_bksc` with H a
 /// multiple of K. Causal masks let query t see keys up to t. Which of libtorch's paths it takes
-/// depends on device, dtype and dropout; on CPU without dropout it is the fused one.
+/// depends on device, dtype and dropout; on CPU without dropout it is the fused one, with our own
+/// backward pass in bf16.
+///
+/// # Panics
+/// Where libtorch fails, as every operation of tch does; the rank process turns it into an error.
 pub fn attention(q_bhtc: &Tensor, k_bksc: &Tensor, v_bksc: &Tensor, causal: bool, dropout: f64) -> Tensor {
+    if dropout == 0.0 && q_bhtc.device() == Device::Cpu {
+        return fused::attention(q_bhtc, k_bksc, v_bksc, causal).unwrap_or_else(|error| panic!("{error}"));
+    }
     Tensor::scaled_dot_product_attention(q_bhtc, k_bksc, v_bksc, None::<&Tensor>, dropout, causal, None, true)
+}
+
+/// GELU, differentiable.
+///
+/// # Panics
+/// As [`attention`].
+pub fn gelu(x: &Tensor, activation: Activation) -> Tensor {
+    let tanh_form = match activation {
+        Activation::Gelu => false,
+        Activation::GeluPytorchTanh => true,
+    };
+    fused::gelu(x, tanh_form).unwrap_or_else(|error| panic!("{error}"))
 }
