@@ -7,13 +7,10 @@ README.md beside this file.
 """
 
 import argparse
-import fcntl
-import hashlib
-import json
-import os
-import shutil
 import warnings
 from pathlib import Path
+
+from fixture_dir import once
 
 MODEL = "exact-gelu"
 ALL = ["c_attn", "c_proj", "c_fc"]
@@ -136,49 +133,27 @@ def make_combination(index, case, models, out):
     return {**case, "file": file}
 
 
+def make(out, models):
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.disable_progress_bar()
+    ids = load_file(models / MODEL / "fixture.safetensors")["ids"]
+    for i, name in enumerate(ADAPTERS):
+        make_adapter(name, 3000 + i, models, out, ids)
+    combinations = [make_combination(i, case, models, out) for i, case in enumerate(COMBINATIONS)]
+    return {"model": MODEL, "adapters": list(ADAPTERS), "combinations": combinations}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the fixtures")
     parser.add_argument("--models", type=Path, required=True, help="what make_fixtures.py wrote")
     args = parser.parse_args()
-    out, models = args.out, args.models
-
-    inputs = Path(__file__).read_bytes() + (models / "index.json").read_bytes()
-    generator = hashlib.sha256(inputs).hexdigest()
-    index = out / "index.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(out.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if index.exists() and json.loads(index.read_text())["generator"] == generator:
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import peft
-        import torch
-        import transformers
-        from safetensors.torch import load_file
-
-        torch.use_deterministic_algorithms(True)
-        transformers.logging.disable_progress_bar()
-        ids = load_file(models / MODEL / "fixture.safetensors")["ids"]
-        for i, name in enumerate(ADAPTERS):
-            make_adapter(name, 3000 + i, models, out, ids)
-        combinations = [make_combination(i, case, models, out) for i, case in enumerate(COMBINATIONS)]
-        text = json.dumps(
-            {
-                "generator": generator,
-                "versions": {"torch": torch.__version__, "peft": peft.__version__},
-                "model": MODEL,
-                "adapters": list(ADAPTERS),
-                "combinations": combinations,
-            },
-            indent=2,
-        )
-        partial = index.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.rename(index)
+    sources = [Path(__file__), args.models / "index.json"]
+    once(args.out, sources, lambda: make(args.out, args.models))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,9 @@ described in README.md beside this file.
 """
 
 import argparse
-import fcntl
-import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
+
+from fixture_dir import once
 
 # Odd sizes on purpose: a test that hard-codes one of them cannot pass on the others.
 # `tokens` below `n_positions` leaves position rows without a gradient.
@@ -158,36 +155,22 @@ def make_attention(case, seed, out):
     return {**case, "file": file}
 
 
+def make(out):
+    import torch
+    import transformers
+
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.disable_progress_bar()
+    models = [make_model(case, 1000 + i, out) for i, case in enumerate(MODELS)]
+    attention = [make_attention(case, 2000 + i, out) for i, case in enumerate(ATTENTION)]
+    return {"models": models, "attention": attention}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the fixtures")
     out = parser.parse_args().out
-
-    generator = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    index = out / "index.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_name(out.name + ".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if index.exists() and json.loads(index.read_text())["generator"] == generator:
-            return
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        import torch
-        import transformers
-
-        torch.use_deterministic_algorithms(True)
-        transformers.logging.disable_progress_bar()
-        models = [make_model(case, 1000 + i, out) for i, case in enumerate(MODELS)]
-        attention = [make_attention(case, 2000 + i, out) for i, case in enumerate(ATTENTION)]
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        text = json.dumps(
-            {"generator": generator, "versions": versions, "models": models, "attention": attention}, indent=2
-        )
-        partial = index.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        partial.rename(index)
+    once(out, [Path(__file__)], lambda: make(out))
 
 
 if __name__ == "__main__":

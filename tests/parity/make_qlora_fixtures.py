@@ -16,8 +16,9 @@ import argparse
 import warnings
 from pathlib import Path
 
+from fixture_dir import once
 from make_fixtures import BF16_BATCHES, loss_of, make_batch, randomise
-from make_quant_fixtures import nearest8, once
+from make_quant_fixtures import nearest8
 
 BLOCK = 64
 TARGETS = ["c_proj", "c_attn", "q_attn", "c_fc"]  # no module is named q_attn

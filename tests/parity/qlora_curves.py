@@ -15,9 +15,9 @@ import argparse
 import warnings
 from pathlib import Path
 
+from fixture_dir import once
 from make_fixtures import loss_of, make_batch, randomise
 from make_qlora_fixtures import TARGETS, adapt, load, make_scales_agree
-from make_quant_fixtures import once
 
 CASE = dict(name="model", vocab_size=120, n_positions=32, n_embd=64, n_head=2, n_layer=2,
             n_inner=128, activation_function="gelu_pytorch_tanh", batch=8, tokens=32)

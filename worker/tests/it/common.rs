@@ -55,7 +55,8 @@ pub fn fixtures() -> Option<PathBuf> {
 /// The fixtures that a program of `tests/parity` makes, under a name of their own.
 pub fn fixtures_of(program: &str, name: &str) -> Option<PathBuf> {
     let python = python()?;
-    let dir = root().join("target/parity").join(name);
+    // Beside the others: each program clears its own directory.
+    let dir = root().join(format!("target/parity-{name}"));
     run_python(&python, &[&format!("tests/parity/{program}"), dir.to_str().unwrap()]);
     Some(dir)
 }
