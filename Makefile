@@ -55,7 +55,7 @@ fmt: ## format everything
 docs: ## pages that follow from the code: docs/job-file.md
 	TUNEFLEET_BLESS=1 cargo test -p tunefleet-tests --test documents the_job_file_page
 
-bench: setup-tests ## throughput beside transformers and PyTorch FSDP2, in alternating pairs
+bench: setup-tests ## throughput beside transformers, FSDP2, peft and bitsandbytes, in alternating pairs
 	@scripts/bench
 
 audit: ## known advisories; needs an advisory database

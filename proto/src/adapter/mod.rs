@@ -127,9 +127,7 @@ impl LoraConfig {
         let saved_blocks: Vec<_> =
             (0..model.layers).map(|b| self.saved(&model.block_parameters(b))).collect();
         self.check_saved(model)?;
-        let matcher = self.targets.matcher()?;
-        let ranks = targets::patterns("rank_pattern", &self.rank_pattern)?;
-        let alphas = targets::patterns("alpha_pattern", &self.alpha_pattern)?;
+        let modules = self.modules()?;
         let mut linears = Vec::new();
         for block in 0..model.layers {
             for parameter in model.block_parameters(block) {
@@ -138,9 +136,7 @@ impl LoraConfig {
                 else {
                     continue;
                 };
-                if !matcher.matches(module) {
-                    continue;
-                }
+                let Some(PairShape { rank, scaling }) = modules.pair(module) else { continue };
                 if saved_blocks.get(block as usize).is_some_and(|saved| saved.contains(&parameter)) {
                     return Err(Error::Module {
                         key: "target_modules",
@@ -148,8 +144,6 @@ impl LoraConfig {
                         rule: "is in modules_to_save as well: keep one".to_owned(),
                     });
                 }
-                let rank = targets::first_match(&ranks, module).unwrap_or(self.rank);
-                let alpha = targets::first_match(&alphas, module).unwrap_or(self.alpha);
                 linears.push(AdaptedLinear {
                     name: parameter.name.trim_end_matches(".weight").to_owned(),
                     module: module.to_owned(),
@@ -157,14 +151,14 @@ impl LoraConfig {
                     out_features,
                     in_features,
                     rank,
-                    scaling: self.scaling(alpha, rank),
+                    scaling,
                 });
             }
         }
         // PEFT would put a pair on the output head or an embedding, and train the wrong thing silently
         // if we did not: both are said.
         for name in ["lm_head", "transformer.wte", "transformer.wpe"] {
-            if matcher.names(name) {
+            if modules.names(name) {
                 return Err(Error::Module {
                     key: "target_modules",
                     module: name.to_owned(),
@@ -185,7 +179,7 @@ impl LoraConfig {
                 linears: names.join(", "),
             });
         }
-        let unmatched = matcher.unmatched(linears.iter().map(|l| l.module.as_str()));
+        let unmatched = modules.unmatched(linears.iter().map(|l| l.module.as_str()));
         Ok(AdapterPlan { linears, dora: self.dora, saved_embed, saved_blocks, unmatched })
     }
 

@@ -1,4 +1,4 @@
-//! What a config says of one module, asked by name: for adapter files whose model is not at hand.
+//! What a config says of one module, asked by name.
 
 use regex::Regex;
 
@@ -46,6 +46,16 @@ impl Modules<'_> {
         let rank = targets::first_match(&self.ranks, module).unwrap_or(self.config.rank);
         let alpha = targets::first_match(&self.alphas, module).unwrap_or(self.config.alpha);
         Some(PairShape { rank, scaling: self.config.scaling(alpha, rank) })
+    }
+
+    /// Whether the config itself names the module; `all-linear` names none.
+    pub(super) fn names(&self, module: &str) -> bool {
+        self.matcher.names(module)
+    }
+
+    /// Entries of `target_modules` that none of `matched` ends with.
+    pub(super) fn unmatched<'m>(&self, matched: impl Iterator<Item = &'m str> + Clone) -> Vec<String> {
+        self.matcher.unmatched(matched)
     }
 
     /// Whether a module of this name is trained whole.

@@ -23,7 +23,7 @@ use crate::checkpoint::Error;
 use crate::checkpoint::base_digest::{self, UnitDigest};
 use crate::checkpoint::hugging_face::ModelFiles;
 use crate::checkpoint::place;
-use crate::comm::{Communicator, Tag};
+use crate::comm::{Communicator, Tag, any_failed};
 
 const MANIFEST_FILE: &str = "manifest.json";
 const MANIFEST_VERSION: u32 = 1;
@@ -341,11 +341,10 @@ fn share(
 
 /// Turns one rank's failure into everybody's.
 fn agree(comm: &dyn Communicator, device: Device, own: Result<(), Error>) -> Result<(), Error> {
-    let failed = Tensor::from_slice(&[i64::from(own.is_err())]).to_device(device);
-    comm.all_reduce(&failed, Tag { unit: None, what: "base agreement" })?.wait()?;
+    let failed = any_failed(comm, device, own.is_err(), "base agreement")?;
     own?;
-    match failed.int64_value(&[0]) {
-        0 => Ok(()),
-        _ => Err(Error::Elsewhere("another rank could not build its part of the base".to_owned())),
+    match failed {
+        false => Ok(()),
+        true => Err(Error::Elsewhere("another rank could not build its part of the base".to_owned())),
     }
 }

@@ -10,7 +10,7 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use super::Error;
 use super::place;
 use super::safetensors::{Entry, WriteDtype, Writer};
-use crate::comm::{Communicator, Tag};
+use crate::comm::{Communicator, Tag, any_failed};
 use crate::train::units::Shard;
 
 /// Names of a shard's tensors in a rank file, after `<unit>.`.
@@ -134,11 +134,10 @@ fn share(
 
 /// Turns one rank's failure into everybody's.
 fn agree(comm: &dyn Communicator, device: Device, step: u64, own: Result<(), Error>) -> Result<(), Error> {
-    let failed = Tensor::from_slice(&[i64::from(own.is_err())]).to_device(device);
-    comm.all_reduce(&failed, Tag { unit: None, what: "checkpoint agreement" })?.wait()?;
+    let failed = any_failed(comm, device, own.is_err(), "checkpoint agreement")?;
     match own {
         Err(e) => Err(Error::Save { step, cause: e.to_string() }),
-        Ok(()) if failed.int64_value(&[0]) > 0 => {
+        Ok(()) if failed => {
             Err(Error::Elsewhere(format!("saving step {step}: another rank could not write its part")))
         }
         Ok(()) => Ok(()),

@@ -10,7 +10,7 @@ pub mod simulated;
 /// Over TCP, for CPUs.
 pub mod tcp;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 use tunefleet_proto::ids::Rank;
 
 /// What an operation is about, for error messages and the record of collectives.
@@ -108,6 +108,21 @@ pub trait Communicator: Send + Sync {
 
     /// From any thread: fails what is under way and all that follows, here, now.
     fn abort(&self, reason: &str);
+}
+
+/// Whether any rank has `failed`; all ranks ask. `device` is where the communicator works.
+///
+/// # Errors
+/// Whatever the operation met.
+pub fn any_failed(
+    comm: &dyn Communicator,
+    device: Device,
+    failed: bool,
+    what: &'static str,
+) -> Result<bool, Error> {
+    let count = Tensor::from_slice(&[i64::from(failed)]).to_device(device);
+    comm.all_reduce(&count, Tag { unit: None, what })?.wait()?;
+    Ok(count.int64_value(&[0]) > 0)
 }
 
 /// A world of one: nothing to send.

@@ -33,16 +33,7 @@ struct Peft {
 impl Peft {
     /// `None` (after saying so) without PEFT, an error in CI.
     fn new() -> Option<Self> {
-        let models = fixtures()?;
-        let python = root().join(".venv/bin/python");
-        // Found, not imported: that takes seconds.
-        let find = "import importlib.util as u, sys; sys.exit(u.find_spec('peft') is None)";
-        let ready = std::process::Command::new(&python).args(["-c", find]).output();
-        if !ready.is_ok_and(|output| output.status.success()) {
-            assert!(std::env::var_os("CI").is_none(), "no peft in .venv: run make setup");
-            println!("skipped: no peft in .venv; run make setup");
-            return None;
-        }
+        let (python, models) = (python()?, fixtures()?);
         let dir = models.with_file_name("parity-adapters");
         let text = |path: &Path| path.to_str().unwrap().to_owned();
         let arguments = ["--out", &text(&dir), "--models", &text(&models)];
