@@ -15,7 +15,7 @@ use tunefleet_kernels::quant;
 use tunefleet_proto::adapter::LoraConfig;
 use tunefleet_proto::base_plan::{BasePlan, PartDtype, Quantization};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
-use tunefleet_proto::job::{DeviceKind, Optimizer, Precision, Schedule, TrainSpec};
+use tunefleet_proto::job::{Optimizer, Precision, TrainSpec};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::base::{Base, encode};
@@ -124,7 +124,7 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
         Some((_, frozen)) => walk.over(frozen),
         None => walk,
     };
-    let spec = spec(args);
+    let spec = spec(args)?;
     reply(&json!({ "ready": true, "parameters": parameters, "rss_bytes": memory("VmRSS") }))?;
 
     for (index, line) in std::io::stdin().lines().enumerate() {
@@ -275,31 +275,18 @@ fn shape(args: &Args) -> Outcome<ModelConfig> {
     Ok(config)
 }
 
-fn spec(args: &Args) -> TrainSpec {
-    TrainSpec {
-        ranks: args.ranks,
-        device: DeviceKind::Auto,
-        precision: args.precision,
-        steps: 1000,
-        micro_batch_sequences: args.batch as u32,
-        accumulate_micro_batches: 1,
-        learning_rate: 1e-4,
-        optimizer: Optimizer::AdamW,
-        schedule: Schedule::Constant,
-        warmup_steps: 0,
-        weight_decay: 0.1,
-        betas: (0.9, 0.999),
-        epsilon: 1e-8,
-        max_grad_norm: 1.0,
-        dropout: None,
-        recompute: args.recompute,
-        seed: 0,
-        log_every_steps: 1,
-        eval_every_steps: 0,
-        eval_sequences: 0,
-        checkpoint_every_steps: 0,
-        keep_checkpoints: 1,
-    }
+fn spec(args: &Args) -> Outcome<TrainSpec> {
+    let recompute = if args.recompute { "all" } else { "none" };
+    let text = format!(
+        "dataset: d\nmodel: {{path: m}}\ntrain: {{ranks: {}, precision: {}, micro_batch_sequences: {}, \
+         accumulate_micro_batches: 1, learning_rate: 1e-4, schedule: constant, warmup_steps: 0, \
+         weight_decay: 0.1, recompute: {recompute}}}\n",
+        args.ranks,
+        tunefleet_worker::export::dtype_name(args.precision),
+        args.batch,
+    );
+    let root = std::path::Path::new("/");
+    Ok(tunefleet_proto::job::load(&root.join("job.yaml"), &text, &[], root)?.train)
 }
 
 fn reply(value: &Value) -> Outcome<()> {

@@ -6,10 +6,7 @@ use std::path::Path;
 use tokio::sync::mpsc::UnboundedSender;
 use tonic::Code;
 use tonic::transport::Endpoint;
-use tunefleet_proto::job::{
-    DataSpec, DatasetSpec, DeviceKind, ExportSpec, FimLevel, MergeBase, ModelSpec, Optimizer, Packing,
-    Precision, Schedule, TokenizerSpec, TrainSpec, WorkersSpec,
-};
+use tunefleet_proto::job::{self, TrainSpec};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
@@ -37,48 +34,10 @@ fn spec(dir: &Path) -> JobSpec {
     std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
     let config = ModelConfig::preset("tiny").unwrap().to_json("float32");
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    JobSpec {
-        name: "job".to_owned(),
-        output: dir.join("out"),
-        dataset: DatasetSpec::Existing(dir.to_owned()),
-        tokenizer: TokenizerSpec::Existing(dir.to_owned()),
-        model: ModelSpec::Existing(dir.to_owned()),
-        data: DataSpec {
-            sequence_tokens: 8,
-            fim_rate: 0.5,
-            fim_spm_rate: 0.5,
-            fim_level: FimLevel::Document,
-            packing: Packing::Continuous,
-            seed: 0,
-        },
-        adapter: None,
-        train: TrainSpec {
-            ranks: 2,
-            device: DeviceKind::Cpu,
-            precision: Precision::Fp32,
-            steps: 3,
-            micro_batch_sequences: 1,
-            accumulate_micro_batches: 1,
-            learning_rate: 1e-3,
-            optimizer: Optimizer::AdamW,
-            schedule: Schedule::Cosine,
-            warmup_steps: 0,
-            weight_decay: 0.0,
-            betas: (0.9, 0.95),
-            epsilon: 1e-8,
-            max_grad_norm: 1.0,
-            dropout: None,
-            recompute: false,
-            seed: 0,
-            log_every_steps: 1,
-            eval_every_steps: 0,
-            eval_sequences: 1,
-            checkpoint_every_steps: 0,
-            keep_checkpoints: 1,
-        },
-        export: ExportSpec { enabled: false, dtype: Precision::Fp32, merge: MergeBase::None },
-        workers: WorkersSpec { coordinator: None, slots: None, threads_per_rank: None },
-    }
+    let text = "name: job\noutput: out\ndataset: .\ntokenizer: {path: .}\nmodel: {path: .}\n\
+                data: {sequence_tokens: 8}\nexport: {enabled: false}\n\
+                train: {ranks: 2, device: cpu, precision: fp32, steps: 3, eval_every_steps: 0}\n";
+    job::load(&dir.join("job.yaml"), text, &[], dir).unwrap()
 }
 
 /// A served control plane; its URL.

@@ -5,7 +5,7 @@
 
 use serde::Serialize;
 use tunefleet_proto::base_plan::{BasePlan, BaseUnit};
-use tunefleet_proto::job::{JobSpec, Optimizer, Precision};
+use tunefleet_proto::job::{JobSpec, Optimizer, Precision, Recompute};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
@@ -36,6 +36,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
     let world = u64::from(plan.world);
     let alone = world == 1;
     let train = &spec.train;
+    let recompute = train.recompute != Recompute::None;
     let c: u64 = bytes_of(train.precision);
     let shard = plan.shard_elements();
     let elements: Vec<u64> = plan.units.iter().map(|unit| unit.elements).collect();
@@ -52,7 +53,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
         // Alone and in fp32, the master weights are what is computed with.
         (true, Precision::Fp32) => 0,
         (true, Precision::Bf16) => c_gathered * elements.iter().sum::<u64>(),
-        (false, _) if train.recompute => c_gathered * (embed + GATHER_SLOTS.min(block_count) * block),
+        (false, _) if recompute => c_gathered * (embed + GATHER_SLOTS.min(block_count) * block),
         // Kept activations refer to the gathered weights until the backward pass.
         (false, _) => c_gathered * (embed + blocks.iter().sum::<u64>()),
     };
@@ -66,7 +67,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
     // In the backward pass, a gradient of the widest layer and one of the residual stream besides.
     let backward_per_token = 2 * (inner + d);
     let adapted = adapted(spec, config);
-    let graphs = if train.recompute { 1 } else { block_count };
+    let graphs = if recompute { 1 } else { block_count };
 
     let rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { LOGITS_ROWS_CPU });
     let gradient_rows = tokens.min(if on_gpu { LOGITS_ROWS_CUDA } else { GRADIENT_ROWS_CPU });
@@ -80,7 +81,7 @@ pub fn of_rank(spec: &JobSpec, config: &ModelConfig, plan: &ShardPlan, on_gpu: b
         // What does not fit a GPU stays in main memory.
         Optimizer::AdamWPaged => ("Adam moments, paged", if on_gpu { 0 } else { 8 * shard }),
     };
-    let base = spec.base_plan(config).map(|base| Frozen::new(&base, world, train.recompute, c));
+    let base = spec.base_plan(config).map(|base| Frozen::new(&base, world, recompute, c));
     let base = base.unwrap_or_default();
 
     let item = |what, bytes| Item { what, bytes };
@@ -214,7 +215,7 @@ mod tests {
         let (eight, four) = (starcoder(&[]), starcoder(&["train.ranks=4"]));
         let ratio = bytes(&four, "Adam moments") / bytes(&eight, "Adam moments");
         assert!((ratio - 2.0).abs() < 1e-4);
-        let kept = starcoder(&["train.recompute=false"]);
+        let kept = starcoder(&["train.recompute=none"]);
         assert!(bytes(&kept, "activations") > 10.0 * bytes(&eight, "activations"));
         assert!(bytes(&kept, "gathered") > 10.0 * bytes(&eight, "gathered"));
     }

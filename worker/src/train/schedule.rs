@@ -2,7 +2,8 @@
 
 use tunefleet_proto::job::{Schedule, TrainSpec};
 
-/// Learning rate of 1-based `step`: linear warm-up from 0, then the schedule to 0 at the end.
+/// Learning rate of 1-based `step`: linear warm-up from 0, then the schedule, down to the final
+/// learning rate at the end.
 ///
 /// The first step of a warm-up uses rate 0, like `LambdaLR` before its first `step()`.
 pub fn learning_rate(spec: &TrainSpec, step: u64) -> f64 {
@@ -12,10 +13,12 @@ pub fn learning_rate(spec: &TrainSpec, step: u64) -> f64 {
         return spec.learning_rate * done / warmup.max(1.0);
     }
     let progress = (done - warmup) / (steps - warmup).max(1.0);
-    spec.learning_rate
-        * match spec.schedule {
-            Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
-            Schedule::Linear => (1.0 - progress).max(0.0),
-            Schedule::Constant => 1.0,
-        }
+    let left = (1.0 - progress).max(0.0);
+    let share = match spec.schedule {
+        Schedule::Cosine => (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
+        Schedule::Linear => left,
+        Schedule::Polynomial => left.powf(spec.schedule_power),
+        Schedule::Constant => 1.0,
+    };
+    spec.final_learning_rate + (spec.learning_rate - spec.final_learning_rate) * share
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::adapter::AdapterPlan;
 use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Manifest};
-use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::job::{JobSpec, Recompute};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
@@ -79,7 +79,7 @@ impl<'a> Run<'a> {
             }
             (0, 0)
         };
-        let options = WalkOptions { recompute: spec.train.recompute, poison: false };
+        let options = WalkOptions { recompute: spec.train.recompute != Recompute::None, poison: false };
         let seeds = Seeds::new(spec.train.seed);
         let walk = Walk::new(config, plan.clone(), shards, numerics, comm, seeds, options);
         let walk = match opened {
@@ -127,7 +127,7 @@ fn open_base(
         let name = base_plan.quantization.name();
         host.report(Event::Note(format!("quantised {} to {name}: {why}", model_dir.display())));
     }
-    let resident = !spec.train.recompute;
+    let resident = spec.train.recompute == Recompute::None;
     let base = Base::new(base_plan, opened.shards, comm.rank().world, numerics, resident, false)?;
     let wiring = Wiring::new(&settings.lora, &adapter, config, plan);
     let record = AdapterRecord {

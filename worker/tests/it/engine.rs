@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::common::*;
 use tch::{Kind, Tensor};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
-use tunefleet_proto::job::{DeviceKind, Precision, Schedule, TrainSpec};
+use tunefleet_proto::job::{Precision, TrainSpec};
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Solo, Tag};
 use tunefleet_worker::train::optimizer;
@@ -31,30 +31,19 @@ pub fn model() -> (tempfile::TempDir, PathBuf) {
 }
 
 pub fn spec(ranks: u32, micro_batch: u32, accumulate: u32) -> TrainSpec {
-    TrainSpec {
-        ranks,
-        device: DeviceKind::Cpu,
-        precision: Precision::Fp32,
-        steps: STEPS,
-        micro_batch_sequences: micro_batch,
-        accumulate_micro_batches: accumulate,
-        learning_rate: LEARNING_RATE,
-        optimizer: tunefleet_proto::job::Optimizer::AdamW,
-        schedule: Schedule::Constant,
-        warmup_steps: 0,
-        weight_decay: 0.05,
-        betas: (0.9, 0.95),
-        epsilon: 1e-8,
-        max_grad_norm: 1.0,
-        dropout: None,
-        recompute: true,
-        seed: 3,
-        log_every_steps: 1,
-        eval_every_steps: 0,
-        eval_sequences: 0,
-        checkpoint_every_steps: 0,
-        keep_checkpoints: 1,
-    }
+    let keys = format!(
+        "ranks: {ranks}, device: cpu, precision: fp32, steps: {STEPS}, micro_batch_sequences: {micro_batch}, \
+         accumulate_micro_batches: {accumulate}, learning_rate: {LEARNING_RATE}, schedule: constant, \
+         warmup_steps: 0, weight_decay: 0.05, betas: [0.9, 0.95], seed: 3"
+    );
+    train_spec(&keys)
+}
+
+/// `train` of a job file with these keys.
+pub fn train_spec(keys: &str) -> TrainSpec {
+    let text = format!("dataset: d\nmodel: {{path: m}}\ntrain: {{{keys}}}\n");
+    let root = Path::new("/");
+    tunefleet_proto::job::load(&root.join("job.yaml"), &text, &[], root).unwrap().train
 }
 
 /// Sequence `index` of an endless stream: ragged, in that its tail may not count.

@@ -159,7 +159,10 @@ impl Resolver<'_> {
         let threads = &workers.threads_per_rank;
         let threads_per_rank =
             threads.given().map(|_| self.within("workers.threads_per_rank", threads, 1..=1024, 1));
-        WorkersSpec { coordinator, slots, threads_per_rank }
+        let price = &workers.price_per_hour;
+        let price_per_hour =
+            price.given().map(|_| self.within("workers.price_per_hour", price, 0.0..=1e6, 0.0));
+        WorkersSpec { coordinator, slots, threads_per_rank, price_per_hour }
     }
 }
 

@@ -4,7 +4,8 @@ use super::{ABOVE_0, BELOW_1, MAX_RANKS, Resolver};
 use crate::job::file::{DataFile, TrainFile};
 use crate::job::read::{At, Field};
 use crate::job::spec::{
-    DataSpec, DeviceKind, FimLevel, Optimizer, Packing, Precision, Schedule, TrainSpec, sequence_misfit,
+    DataSpec, DeviceKind, EarlyStopping, FimLevel, MemoryBudget, Offload, Optimizer, Packing, Precision,
+    Recompute, Schedule, Strategy, TrainSpec, sequence_misfit,
 };
 use crate::model::ModelConfig;
 
@@ -72,10 +73,32 @@ impl Resolver<'_> {
             );
             self.sink.report(&at.place, message);
         }
+        let ranks = self.within("train.ranks", &train.ranks, 1..=MAX_RANKS, 1);
+        let strategy = train.strategy.or(Strategy::FullShard);
+        let shard_ranks = self.shard_ranks(train, strategy, ranks);
+        let memory_budget = self.memory_budget(train);
+        let learning_rate = self.within(
+            "train.learning_rate",
+            &train.learning_rate,
+            ABOVE_0..=1.0,
+            if adapter { 2e-4 } else { 5e-5 },
+        );
+        let schedule = train.schedule.or(Schedule::Cosine);
+        let early_stopping = self.early_stopping(train, eval_every_steps > 0);
+        let keep_best = train.keep_best.or(early_stopping.is_some());
+        if let Some(at) = train.keep_best.given()
+            && keep_best
+            && eval_every_steps == 0
+        {
+            let message = "train.keep_best needs evaluations, but train.eval_every_steps is 0";
+            self.sink.report(&at.place, message);
+        }
         let dropout =
             train.dropout.given().map(|_| self.within("train.dropout", &train.dropout, 0.0..=BELOW_1, 0.0));
         TrainSpec {
-            ranks: self.within("train.ranks", &train.ranks, 1..=MAX_RANKS, 1),
+            ranks,
+            strategy,
+            shard_ranks,
             device: train.device.or(DeviceKind::Auto),
             precision: train.precision.or(Precision::Bf16),
             steps,
@@ -91,21 +114,28 @@ impl Resolver<'_> {
                 1..=65_536,
                 2,
             ),
-            learning_rate: self.within(
-                "train.learning_rate",
-                &train.learning_rate,
-                ABOVE_0..=1.0,
-                if adapter { 2e-4 } else { 5e-5 },
-            ),
+            learning_rate,
             optimizer: train.optimizer.or(Optimizer::AdamW),
-            schedule: train.schedule.or(Schedule::Cosine),
+            schedule,
+            schedule_power: self.within("train.schedule_power", &train.schedule_power, ABOVE_0..=100.0, 1.0),
+            final_learning_rate: self.within(
+                "train.final_learning_rate",
+                &train.final_learning_rate,
+                0.0..=learning_rate,
+                if schedule == Schedule::Polynomial { learning_rate.min(1e-7) } else { 0.0 },
+            ),
             warmup_steps,
             weight_decay: self.within("train.weight_decay", &train.weight_decay, 0.0..=1.0, 0.01),
             betas: self.betas(&train.betas),
             epsilon: self.within("train.epsilon", &train.epsilon, ABOVE_0..=1.0, 1e-8),
             max_grad_norm: self.within("train.max_grad_norm", &train.max_grad_norm, 0.0..=1e9, 1.0),
             dropout,
-            recompute: train.recompute.or(true),
+            recompute: train.recompute.or(Recompute::All),
+            resident_blocks: self.within("train.resident_blocks", &train.resident_blocks, 0..=1024, 0),
+            gather_ahead: self.within("train.gather_ahead", &train.gather_ahead, 1..=8, 1),
+            reduce_precision: train.reduce_precision.or(Precision::Fp32),
+            offload: train.offload.or(Offload::None),
+            memory_budget,
             seed: train.seed.or(42),
             log_every_steps: self.within("train.log_every_steps", &train.log_every_steps, 1..=MAX_STEPS, 25),
             eval_every_steps,
@@ -117,7 +147,80 @@ impl Resolver<'_> {
                 500,
             ),
             keep_checkpoints: self.within("train.keep_checkpoints", &train.keep_checkpoints, 1..=1000, 2),
+            keep_best,
+            checkpoints_async: train.checkpoints_async.or(true),
+            early_stopping,
+            collective_timeout_seconds: self.within(
+                "train.collective_timeout_seconds",
+                &train.collective_timeout_seconds,
+                1..=86_400,
+                600,
+            ),
         }
+    }
+
+    /// How many ranks share one copy of the weights.
+    fn shard_ranks(&mut self, train: &TrainFile, strategy: Strategy, ranks: u32) -> u32 {
+        let given = train.shard_ranks.given();
+        match (strategy, given) {
+            (Strategy::HybridShard, None) => {
+                if let (Some(at), Field::Absent) = (train.strategy.given(), &train.shard_ranks) {
+                    let message = "train.strategy hybrid_shard needs train.shard_ranks: the ranks of one group, \
+                                   such as the GPUs of a node";
+                    self.sink.report(&at.place, message);
+                }
+                ranks
+            }
+            (Strategy::HybridShard, Some(at)) => {
+                if at.value == 0 || !ranks.is_multiple_of(at.value) {
+                    let message =
+                        format!("train.shard_ranks must divide train.ranks ({ranks}), got {}", at.value);
+                    self.sink.report(&at.place, message);
+                    return ranks;
+                }
+                at.value
+            }
+            (_, Some(at)) => {
+                let message =
+                    "train.shard_ranks is for train.strategy hybrid_shard alone: take one of them away";
+                self.sink.report(&at.place, message);
+                ranks
+            }
+            (Strategy::NoShard, None) => 1,
+            (Strategy::FullShard | Strategy::ShardGradOp, None) => ranks,
+        }
+    }
+
+    fn memory_budget(&mut self, train: &TrainFile) -> Option<MemoryBudget> {
+        train.memory_budget_gib.given()?;
+        let gib = self.within("train.memory_budget_gib", &train.memory_budget_gib, 0.01..=1e6, 1.0);
+        Some(MemoryBudget {
+            bytes: (gib * (1u64 << 30) as f64) as u64,
+            recompute: train.recompute.is_absent(),
+            resident_blocks: train.resident_blocks.is_absent(),
+            offload: train.offload.is_absent(),
+        })
+    }
+
+    fn early_stopping(&mut self, train: &TrainFile, evaluates: bool) -> Option<EarlyStopping> {
+        let min_delta =
+            self.within("train.early_stopping_min_delta", &train.early_stopping_min_delta, 0.0..=1000.0, 0.0);
+        let Some(at) = train.early_stopping_evaluations.given() else {
+            if let Some(at) = train.early_stopping_min_delta.given() {
+                let message =
+                    "train.early_stopping_min_delta does nothing without train.early_stopping_evaluations";
+                self.sink.report(&at.place, message);
+            }
+            return None;
+        };
+        if !evaluates {
+            let message =
+                "train.early_stopping_evaluations needs evaluations, but train.eval_every_steps is 0";
+            self.sink.report(&at.place, message);
+        }
+        let key = "train.early_stopping_evaluations";
+        let evaluations = self.within(key, &train.early_stopping_evaluations, 1..=1_000_000, 1);
+        Some(EarlyStopping { evaluations, min_delta })
     }
 
     fn betas(&mut self, field: &Field<[f64; 2]>) -> (f64, f64) {

@@ -1,6 +1,8 @@
 //! What is true of a job, after defaults, overrides and checks. Everything downstream of
 //! the job file takes these types; they travel to the ranks as JSON.
 
+mod train;
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +11,8 @@ use crate::adapter::{self, AdapterPlan, LoraConfig};
 use crate::base_plan::{BasePlan, PartDtype, Quantization};
 use crate::model::ModelConfig;
 use crate::shard_plan::ShardPlan;
+
+pub use train::*;
 
 /// A whole job. A stage that is absent was not asked for.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -180,89 +184,6 @@ pub struct AdapterSpec {
     pub quantization: Quantization,
 }
 
-/// How batches become weights.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct TrainSpec {
-    /// Number of ranks.
-    pub ranks: u32,
-    /// Where ranks compute.
-    pub device: DeviceKind,
-    /// Dtype of the forward and backward pass; master weights and reductions are fp32.
-    pub precision: Precision,
-    /// Optimizer updates.
-    pub steps: u64,
-    /// Sequences of one rank's forward pass.
-    pub micro_batch_sequences: u32,
-    /// Micro-batches of one step.
-    pub accumulate_micro_batches: u32,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// How moments are held.
-    pub optimizer: Optimizer,
-    /// Shape of the learning rate after warm-up.
-    pub schedule: Schedule,
-    /// Steps of linear warm-up from 0.
-    pub warmup_steps: u64,
-    /// Decoupled weight decay; biases and norms are exempt.
-    pub weight_decay: f64,
-    /// AdamW beta1 and beta2.
-    pub betas: (f64, f64),
-    /// AdamW epsilon.
-    pub epsilon: f64,
-    /// Clip at this global norm; 0 turns clipping off.
-    pub max_grad_norm: f64,
-    /// Replaces all dropout probabilities of the model's config.
-    pub dropout: Option<f64>,
-    /// Recompute each block in the backward pass instead of keeping its activations.
-    pub recompute: bool,
-    /// Seed of dropout.
-    pub seed: u64,
-    /// Log every so many steps.
-    pub log_every_steps: u64,
-    /// Evaluate every so many steps; 0 never, else also after the last.
-    pub eval_every_steps: u64,
-    /// At most so many sequences of the validation split.
-    pub eval_sequences: u32,
-    /// Save every so many steps (and at the end); 0 only at the end.
-    pub checkpoint_every_steps: u64,
-    /// Checkpoints kept.
-    pub keep_checkpoints: u32,
-}
-
-/// Where ranks compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceKind {
-    /// GPU where the worker has one, else CPU.
-    Auto,
-    /// CPU.
-    Cpu,
-    /// GPU or an error.
-    Cuda,
-}
-
-/// Dtype of the forward and backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// 32-bit.
-    Fp32,
-    /// 16-bit brain float.
-    Bf16,
-}
-
-/// How AdamW's moments are held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Optimizer {
-    /// In fp32.
-    AdamW,
-    /// In 8 bits, block by block.
-    AdamW8bit,
-    /// In fp32, in memory that a GPU pages from the host.
-    AdamWPaged,
-}
-
 /// What an adapter is merged into at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -273,18 +194,6 @@ pub enum MergeBase {
     Original,
     /// The weights as they were dequantised in training.
     Dequantized,
-}
-
-/// Shape of the learning rate after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// Half a cosine down to 0 at the last step.
-    Cosine,
-    /// Straight down to 0 at the last step.
-    Linear,
-    /// No decay.
-    Constant,
 }
 
 /// How weights leave.
@@ -299,7 +208,7 @@ pub struct ExportSpec {
 }
 
 /// Where ranks run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WorkersSpec {
     /// A running control plane (`http://host:port`); embedded when absent.
     pub coordinator: Option<String>,
@@ -307,6 +216,8 @@ pub struct WorkersSpec {
     pub slots: Option<u32>,
     /// Torch threads of each CPU rank; cores / ranks when absent.
     pub threads_per_rank: Option<u32>,
+    /// Price of an hour of all workers together, in any currency.
+    pub price_per_hour: Option<f64>,
 }
 
 impl JobSpec {
@@ -368,10 +279,10 @@ impl JobSpec {
     /// # Errors
     /// An adapter's settings that do not fit the model.
     pub fn shard_plan(&self, model: &ModelConfig) -> Result<ShardPlan, adapter::Error> {
-        let ranks = self.train.ranks;
+        let shards = self.train.shard_ranks;
         Ok(match self.adapter_plan(model)? {
-            Some(adapter) => ShardPlan::of_adapter(&adapter, model, ranks),
-            None => ShardPlan::new(model, ranks),
+            Some(adapter) => ShardPlan::of_adapter(&adapter, model, shards),
+            None => ShardPlan::new(model, shards),
         })
     }
 

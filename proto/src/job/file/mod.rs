@@ -4,15 +4,18 @@
 //! Relative paths are taken from the directory of the job file; those in a `--set` argument, from
 //! the current directory, where the shell completed them.
 
+mod train;
+mod words;
+
 use super::diagnostic::Sink;
-use super::read::{At, Field, FromNode, ManualEntry, entries, join, one_of, read, section, words};
-use super::spec::{
-    DeviceKind, FimLevel, MergeBase, NotebookMode, Optimizer, Packing, Precision, Schedule, SegmentFormat,
-};
+use super::read::{At, Field, FromNode, ManualEntry, entries, join, read, section};
+use super::spec::{FimLevel, MergeBase, NotebookMode, Packing, Precision, SegmentFormat};
 use super::tree::{Node, Value};
 use crate::adapter::Targets;
 use crate::base_plan::QuantKind;
-use crate::model::PRESETS;
+
+pub use train::TrainFile;
+pub use words::Preset;
 
 section! {
     /// A job file as it was written.
@@ -185,66 +188,6 @@ section! {
 }
 
 section! {
-    /// How batches become weights.
-    TrainFile {
-        /// Number of ranks over which weights and optimizer are sharded, 1 to 1024: one per GPU,
-        /// or one per two to four cores. Default: 1.
-        ranks: u32,
-        /// `auto` (GPU where the worker has one), `cpu`, or `cuda` (an error without a GPU).
-        /// Default: `auto`.
-        device: DeviceKind,
-        /// Dtype of the forward and backward pass, `bf16` or `fp32`. Master weights, optimizer and
-        /// reductions are fp32 either way. Default: `bf16`.
-        precision: Precision,
-        /// Optimizer updates. Default: 2000.
-        steps: u64,
-        /// Sequences of one rank's forward pass: more use more memory and keep a GPU busier.
-        /// Default: 1.
-        micro_batch_sequences: u32,
-        /// Micro-batches whose gradients are summed in one step. A step learns from
-        /// `ranks x micro_batch_sequences x accumulate_micro_batches` sequences. Default: 2.
-        accumulate_micro_batches: u32,
-        /// Peak learning rate, above 0 to 1. Default: 5e-5, for fine-tuning, and 2e-4 with an `adapter`;
-        /// random weights want about 1e-3.
-        learning_rate: f64,
-        /// `adamw` (fp32 moments), `adamw_8bit` (moments of 8 bits: 2 bytes a trained weight instead of
-        /// 8), or `adamw_paged` (fp32 moments that a GPU pages from main memory). Default: `adamw`.
-        optimizer: Optimizer,
-        /// `cosine`, `linear` (both down to 0 at the last step) or `constant`. Default: `cosine`.
-        schedule: Schedule,
-        /// Steps of linear warm-up from 0. Default: 30, or a tenth of `steps` where that is fewer.
-        warmup_steps: u64,
-        /// Decoupled weight decay, 0 to 1; biases and norms are exempt. Default: 0.01.
-        weight_decay: f64,
-        /// AdamW's beta1 and beta2, each from 0 to below 1. Default: [0.9, 0.999].
-        betas: [f64; 2],
-        /// AdamW's epsilon, above 0 to 1. Default: 1e-8.
-        epsilon: f64,
-        /// Gradients are scaled down to this global norm; 0 turns clipping off. Default: 1.
-        max_grad_norm: f64,
-        /// Replaces every dropout probability of the model's config, 0 to below 1.
-        /// Default: the config's own.
-        dropout: f64,
-        /// Recompute each block in the backward pass: a third more compute, far less memory.
-        /// Default: true.
-        recompute: bool,
-        /// Seed of dropout. Default: 42.
-        seed: u64,
-        /// Steps between lines of progress. Default: 25.
-        log_every_steps: u64,
-        /// Steps between evaluations on the held-out files; 0 never. Default: 100; 0 without
-        /// held-out files.
-        eval_every_steps: u64,
-        /// Most held-out sequences of one evaluation. Default: 64.
-        eval_sequences: u32,
-        /// Steps between checkpoints; 0 only at the end. Default: 500.
-        checkpoint_every_steps: u64,
-        /// Checkpoints that are kept, 1 to 1000; the oldest goes first. Default: 2.
-        keep_checkpoints: u32,
-    }
-}
-
-section! {
     /// How the trained weights leave.
     ExportFile {
         /// Write what was trained after training: a Hugging Face model directory, `<output>/export`; of
@@ -269,57 +212,9 @@ section! {
         slots: u32,
         /// Threads of each CPU rank, 1 to 1024. Default: cores divided by ranks.
         threads_per_rank: u32,
-    }
-}
-
-words! { DeviceKind, "auto, cpu or cuda" { "auto" => Auto, "cpu" => Cpu, "cuda" => Cuda, } }
-words! { Precision, "bf16 or fp32" { "bf16" => Bf16, "fp32" => Fp32, } }
-words! { Optimizer, "adamw, adamw_8bit or adamw_paged" {
-    "adamw" => AdamW, "adamw_8bit" => AdamW8bit, "adamw_paged" => AdamWPaged,
-} }
-words! { QuantKind, "nf4, fp4, int8 or none" {
-    "nf4" => Nf4, "fp4" => Fp4, "int8" => Int8, "none" => None,
-} }
-words! { MergeBase, "none, original or dequantized" {
-    "none" => None, "original" => Original, "dequantized" => Dequantized,
-} }
-words! { Schedule, "cosine, linear or constant" {
-    "cosine" => Cosine, "linear" => Linear, "constant" => Constant,
-} }
-words! { FimLevel, "window or document" { "window" => Window, "document" => Document, } }
-words! { Packing, "continuous or seed_compatible" {
-    "continuous" => Continuous, "seed_compatible" => SeedCompatible,
-} }
-words! { NotebookMode, "code_cells or skip" { "code_cells" => CodeCells, "skip" => Skip, } }
-words! { SegmentFormat, "arrow or parquet" { "arrow" => Arrow, "parquet" => Parquet, } }
-
-/// A name out of [`PRESETS`].
-#[derive(Debug, Clone, Copy)]
-pub struct Preset(pub &'static str);
-
-impl FromNode for Preset {
-    const KIND: &'static str = "the name of a preset";
-
-    fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
-        one_of(&PRESETS, node, path, sink).map(Preset)
-    }
-}
-
-impl FromNode for Targets {
-    const KIND: &'static str = "a list of names, or text";
-
-    fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
-        match &node.value {
-            Value::List(_) => {
-                let names = Vec::<At<String>>::from_node(node, path, sink)?;
-                Some(Targets::Suffixes(names.into_iter().map(|name| name.value).collect()))
-            }
-            Value::Text(text) => Some(Targets::from_text(text)),
-            other => {
-                sink.report(&node.place, format!("{path}: expected {}, got {}", Self::KIND, other.found()));
-                None
-            }
-        }
+        /// What an hour of all workers together costs, in any currency, 0 to 1000000: `coordinator plan`
+        /// says what the job will. Default: no price.
+        price_per_hour: f64,
     }
 }
 
