@@ -26,6 +26,9 @@ pub struct Manifest {
     pub written_by: String,
     /// Optimizer updates done.
     pub step: u64,
+    /// Ranks that trained it; more than the plan has where there were copies of the weights.
+    #[serde(default)]
+    pub ranks: u32,
     /// The layout of the rank files.
     pub shard_plan: ShardPlan,
     /// What the shards are an adapter of; absent where they are all weights.
@@ -39,6 +42,54 @@ pub struct Manifest {
     pub seed: u64,
     /// Loss of the last step, for people.
     pub loss: f64,
+    /// What evaluations found so far; absent before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Validation>,
+    /// Whether training ended with it.
+    #[serde(default)]
+    pub finished: bool,
+}
+
+/// What evaluations found until a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Validation {
+    /// Validation loss at this very step; absent where it was not evaluated.
+    pub loss: Option<f64>,
+    /// The lowest so far.
+    pub best: f64,
+    /// Evaluations since that brought nothing better.
+    pub since: u32,
+}
+
+impl Validation {
+    /// After an evaluation that found `loss`, which is better when it is lower by more than `min_delta`. One
+    /// that is no number is nothing to compare with.
+    pub fn after(previous: Option<Validation>, loss: f64, min_delta: f64) -> Option<Self> {
+        let found = Some(loss).filter(|loss| loss.is_finite());
+        match (previous, found) {
+            (Some(Validation { best, since, .. }), found)
+                if !found.is_some_and(|loss| loss < best - min_delta) =>
+            {
+                Some(Validation { loss: found, best, since: since.saturating_add(1) })
+            }
+            (_, found) => found.map(|loss| Validation { loss: Some(loss), best: loss, since: 0 }),
+        }
+    }
+}
+
+/// The one with the lowest validation loss; of equals the earliest.
+pub fn best(manifests: &[Manifest]) -> Option<&Manifest> {
+    let loss = |manifest: &Manifest| manifest.validation.and_then(|validation| validation.loss);
+    let evaluated = manifests.iter().filter_map(|manifest| Some((loss(manifest)?, manifest)));
+    evaluated.min_by(|(a, m), (b, n)| a.total_cmp(b).then(m.step.cmp(&n.step))).map(|(_, manifest)| manifest)
+}
+
+/// What a finished training leaves, of all its checkpoints: the best where that is asked for, else the last.
+/// `None` where it has not finished: an older model must not pass for the trained one.
+pub fn result(manifests: &[Manifest], keep_best: bool) -> Option<&Manifest> {
+    let last = manifests.iter().max_by_key(|manifest| manifest.step).filter(|last| last.finished)?;
+    Some(if keep_best { best(manifests).unwrap_or(last) } else { last })
 }
 
 /// An adapter, and what it was trained against.
@@ -110,4 +161,22 @@ pub fn dir_name(step: u64) -> String {
 pub fn step_of_dir_name(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("step-")?;
     (digits.len() >= 8 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loss_is_better_when_it_is_lower_by_more_than_the_least_difference() {
+        let mut found = None;
+        let mut since = Vec::new();
+        for loss in [3.0, 2.5, 2.45, f64::NAN, 2.39, 2.0] {
+            found = Validation::after(found, loss, 0.1);
+            since.push(found.map(|found| (found.best, found.since)));
+        }
+        let wanted = [(3.0, 0), (2.5, 0), (2.5, 1), (2.5, 2), (2.39, 0), (2.0, 0)];
+        assert_eq!(since, wanted.map(Some));
+        assert_eq!(Validation::after(None, f64::NAN, 0.0), None);
+    }
 }

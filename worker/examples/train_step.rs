@@ -15,12 +15,12 @@ use tunefleet_kernels::quant;
 use tunefleet_proto::adapter::LoraConfig;
 use tunefleet_proto::base_plan::{BasePlan, PartDtype, Quantization};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
-use tunefleet_proto::job::{Optimizer, Precision, TrainSpec};
+use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute, Residency, TrainSpec};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::base::{Base, encode};
 use tunefleet_worker::comm::tcp::TcpListener;
-use tunefleet_worker::comm::{Communicator, Solo, Tag};
+use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::adapter::{Frozen, Wiring};
 use tunefleet_worker::train::optimizer;
@@ -114,17 +114,17 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     };
     let trained: u64 = plan.units.iter().flat_map(|unit| &unit.parameters).map(|slot| slot.elements()).sum();
     let parameters = config.parameter_count() + if adapter.is_some() { trained } else { 0 };
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW)?;
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None)?;
     for shard in &shards {
         let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
     }
-    let options = WalkOptions { recompute: args.recompute, poison: false };
-    let walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    let spec = spec(args)?;
+    let options = WalkOptions::of(&spec);
+    let walk = Walk::new(config.clone(), plan, shards, numerics, Mesh::sharded(comm), Seeds::new(0), options);
     let mut walk = match adapter {
         Some((_, frozen)) => walk.over(frozen),
         None => walk,
     };
-    let spec = spec(args)?;
     reply(&json!({ "ready": true, "parameters": parameters, "rss_bytes": memory("VmRSS") }))?;
 
     for (index, line) in std::io::stdin().lines().enumerate() {
@@ -181,17 +181,19 @@ fn adapter(
         }
         shards.push(buffer);
     }
-    let base = Base::new(base_plan, shards, rank.world, numerics, !args.recompute, false)?;
+    let recompute = if args.recompute { Recompute::All } else { Recompute::None };
+    let residency = Residency::new(recompute, 0, 1, config.layers as usize);
+    let base = Base::new(base_plan, shards, rank.world, numerics, &residency, false)?;
     let wiring = Wiring::new(&lora, &adapter, config, &plan);
     Ok((plan, Frozen { base, wiring }))
 }
 
 fn one_step(walk: &mut Walk<'_>, spec: &TrainSpec, step: u64, batch: &Batch) -> Outcome<f64> {
     let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
-    walk.comm().all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
+    walk.mesh().world.all_reduce(&targets, Tag { unit: None, what: "target count" })?.wait()?;
     let scale = targets.reciprocal().to_kind(Kind::Float);
     walk.begin_step()?;
-    let loss = walk.train_micro_batch(batch, MicroPosition { step, micro: 0 }, &scale)?;
+    let loss = walk.train_micro_batch(batch, MicroPosition { step, micro: 0, of: 1 }, &scale)?;
     walk.finish_step()?;
     Ok(optimizer::update(walk, spec, step, spec.learning_rate, &loss, &targets)?.read().loss)
 }

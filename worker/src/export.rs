@@ -15,7 +15,7 @@ use crate::adapter::{merge, merge_verb};
 use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANTIZATION_KEY};
 use crate::checkpoint::model_dir::Sink;
 use crate::checkpoint::safetensors::{Reader, WriteDtype};
-use crate::checkpoint::{Error, hugging_face, load, model_dir};
+use crate::checkpoint::{Error, hugging_face, load, model_dir, retain};
 
 /// Command line of `worker export`.
 #[derive(Debug, clap::Args)]
@@ -78,8 +78,9 @@ pub type ExportError = crate::adapter::Error;
 /// # Errors
 /// Whatever reading the checkpoint or writing the model meets.
 pub fn export_job(spec: &JobSpec) -> Result<u64, ExportError> {
-    // The last one and no other: an older model must not pass for the trained one.
-    let last = spec.checkpoints_dir().join(checkpoint::dir_name(spec.train.steps));
+    let checkpoints = spec.checkpoints_dir();
+    let result = retain::result(&checkpoints, spec.train.keep_best).map_err(ExportError::from)?;
+    let last = checkpoints.join(checkpoint::dir_name(result.step));
     let Some(adapter) = &spec.adapter else {
         return export(
             &last,

@@ -212,7 +212,10 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
         Stage::Tokenizer => dir.join("tokenizer.json"),
         Stage::Export if spec.adapter.is_some() => dir.join(adapter::CONFIG_FILE),
         Stage::InitModel | Stage::Export => dir.join("config.json"),
-        Stage::Train => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
+        Stage::Train => match trained(spec) {
+            Some(_) => return None,
+            None => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
+        },
         Stage::Unspecified => return None,
     };
     if !file.is_file() {
@@ -269,8 +272,8 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
             Ok(chain(stage, &(inputs, &spec.data, TrainIdentity::of(spec))))
         }
         Stage::Export => {
-            let last = spec.checkpoints_dir().join(checkpoint::dir_name(spec.train.steps));
-            let weights = file_digest(&last.join(checkpoint::MANIFEST_FILE))?;
+            let last = checkpoint::dir_name(trained(spec).unwrap_or(spec.train.steps));
+            let weights = file_digest(&spec.checkpoints_dir().join(last).join(checkpoint::MANIFEST_FILE))?;
             Ok(chain(stage, &(weights, file_digest(&tokenizer_file(spec))?, &spec.export)))
         }
         Stage::Unspecified => Ok(String::new()),
@@ -286,6 +289,8 @@ struct TrainIdentity {
     precision: Precision,
     learning_rate: f64,
     schedule: Schedule,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule_end: Option<(f64, f64)>,
     warmup_steps: u64,
     weight_decay: f64,
     betas: (f64, f64),
@@ -293,6 +298,8 @@ struct TrainIdentity {
     max_grad_norm: f64,
     dropout: Option<f64>,
     seed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reduce_precision: Option<Precision>,
     #[serde(skip_serializing_if = "Option::is_none")]
     optimizer: Option<Optimizer>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -308,6 +315,8 @@ impl TrainIdentity {
             precision: train.precision,
             learning_rate: train.learning_rate,
             schedule: train.schedule,
+            schedule_end: Some((train.final_learning_rate, train.schedule_power))
+                .filter(|end| *end != (0.0, 1.0)),
             warmup_steps: train.warmup_steps,
             weight_decay: train.weight_decay,
             betas: train.betas,
@@ -316,6 +325,7 @@ impl TrainIdentity {
             dropout: train.dropout,
             seed: train.seed,
             // Paged moments are the same numbers elsewhere.
+            reduce_precision: Some(train.reduce_precision).filter(|precision| *precision != Precision::Fp32),
             optimizer: Some(train.optimizer).filter(|optimizer| *optimizer == Optimizer::AdamW8bit),
             adapter: spec.adapter.clone().map(|mut adapter| {
                 // For people; the model's own digest is part of the inputs.
@@ -381,6 +391,18 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
         .collect();
     files.sort();
     Ok(files)
+}
+
+/// Updates in the checkpoint that the finished training has come to.
+fn trained(spec: &JobSpec) -> Option<u64> {
+    let entries = std::fs::read_dir(spec.checkpoints_dir()).ok()?;
+    let manifest = |entry: std::io::Result<std::fs::DirEntry>| -> Option<checkpoint::Manifest> {
+        let path = entry.ok()?.path();
+        checkpoint::step_of_dir_name(path.file_name()?.to_str()?)?;
+        serde_json::from_slice(&std::fs::read(path.join(checkpoint::MANIFEST_FILE)).ok()?).ok()
+    };
+    let manifests: Vec<_> = entries.filter_map(manifest).collect();
+    checkpoint::result(&manifests, spec.train.keep_best).map(|result| result.step)
 }
 
 /// Updates in the newest complete checkpoint.

@@ -23,7 +23,7 @@ use crate::checkpoint::Error;
 use crate::checkpoint::base_digest::{self, UnitDigest};
 use crate::checkpoint::hugging_face::ModelFiles;
 use crate::checkpoint::place;
-use crate::comm::{Communicator, Tag, any_failed};
+use crate::comm::{Communicator, Mesh, Tag, any_failed};
 
 const MANIFEST_FILE: &str = "manifest.json";
 const MANIFEST_VERSION: u32 = 1;
@@ -69,7 +69,7 @@ pub struct Opened {
     pub built: Option<String>,
 }
 
-/// This rank's share of the base in `model_dir`, laid out by `plan`, from the entry under `cache_dir`,
+/// This rank's share of the base in `model_dir` (of one of the mesh's copies), laid out by `plan`, from the entry under `cache_dir`,
 /// which is built where it is absent, of another base, or damaged. An unquantised base is not kept on
 /// disk a second time. Collective.
 ///
@@ -80,13 +80,14 @@ pub fn open(
     model_dir: &Path,
     config: &ModelConfig,
     plan: &BasePlan,
-    comm: &dyn Communicator,
+    mesh: Mesh<'_>,
     device: Device,
 ) -> Result<Opened, Error> {
+    let (comm, rank) = (mesh.world, mesh.shards.rank());
     let files = ModelFiles::open(model_dir)?;
     files.check(model_dir, config)?;
     if plan.quantization.kind == QuantKind::None {
-        return unquantized(model_dir, &files, plan, comm.rank(), device);
+        return unquantized(model_dir, &files, plan, rank, device);
     }
     let plain = if plan.plain == PartDtype::F32 { "fp32" } else { "bf16" };
     let name = format!("{}-{plain}-{}", plan.quantization.name(), device_name(device));
@@ -96,7 +97,6 @@ pub fn open(
         Ok(manifest) => (manifest, None),
         Err(why) => (build(&entry, model_dir, &files, sources, plan, comm, device)?, why),
     };
-    let rank = comm.rank();
     let shards = plan.units.iter().map(|unit| read_shard(&entry, unit, rank, device));
     Ok(Opened { shards: shards.collect::<Result<_, _>>()?, base_sha256: manifest.base_sha256, built })
 }

@@ -12,6 +12,7 @@ pub mod cache;
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::quant;
 use tunefleet_proto::base_plan::{BasePlan, BaseTensor, BaseUnit, Encoding};
+use tunefleet_proto::job::Residency;
 
 use crate::comm::Communicator;
 use crate::model::numerics::Numerics;
@@ -48,8 +49,7 @@ pub enum Error {
 }
 
 impl Base {
-    /// A base over `shards`, one per unit of `plan`: [`cache::open`] makes them. Without recompute
-    /// (`resident`), all gathered units stay, for the graphs refer to their norms.
+    /// A base over `shards` of `world` ranks, one per unit of `plan`: [`cache::open`] makes them.
     ///
     /// # Errors
     /// Whatever libtorch refuses.
@@ -58,14 +58,13 @@ impl Base {
         shards: Vec<Tensor>,
         world: u32,
         numerics: Numerics,
-        resident: bool,
+        residency: &Residency,
         poison: bool,
     ) -> Result<Self, tunefleet_kernels::Error> {
         let sizes: Vec<u64> = plan.units.iter().map(|unit| unit.padded_bytes(world)).collect();
-        let slots = if resident { plan.units.len() } else { 2 };
         let of_shards: Vec<&Tensor> = shards.iter().collect();
         let bytes = (Kind::Uint8, numerics.device);
-        let gathered = Gathered::new(&sizes, &of_shards, world, bytes, slots, poison);
+        let gathered = Gathered::new(&sizes, &of_shards, world, bytes, residency, poison);
         let largest = plan.units.iter().map(BaseUnit::quantized_elements).max().unwrap_or(0);
         let scratch = Scratch {
             buffer: Tensor::zeros([largest as i64], (numerics.product_kind, numerics.device)),

@@ -14,6 +14,8 @@ pub mod base_digest;
 pub mod place;
 /// One checkpoint, written by all ranks.
 pub mod save;
+/// Which checkpoints stay.
+pub mod retain;
 /// The newest sound checkpoint, onto any number of ranks.
 pub mod load;
 

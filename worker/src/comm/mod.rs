@@ -3,6 +3,8 @@
 //! Every rank must start the same operations in the same order: one thread per rank starts
 //! them, in the order of the block walk. Operations are asynchronous; [`Work::wait`] joins.
 
+/// The groups that a rank belongs to.
+pub mod mesh;
 /// GPU ranks.
 pub mod nccl;
 /// One rank that plays all its peers.
@@ -12,6 +14,8 @@ pub mod tcp;
 
 use tch::{Device, Tensor};
 use tunefleet_proto::ids::Rank;
+
+pub use mesh::{Groups, Mesh};
 
 /// What an operation is about, for error messages and the record of collectives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,7 +98,7 @@ pub trait Communicator: Send + Sync {
     /// [`Error::Tensor`] before anything is sent.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error>;
 
-    /// In place sum over ranks, for small control tensors.
+    /// In place sum over ranks; all wait for their operations in the order in which they started them.
     ///
     /// # Errors
     /// [`Error::Tensor`] before anything is sent.

@@ -17,8 +17,9 @@ use tunefleet_proto::rpc::{Assignment, StartRanks};
 
 use super::Error;
 use crate::comm::nccl::NcclCommunicator;
+use crate::comm::tcp::subgroup::{self, Credentials};
 use crate::comm::tcp::{TcpCommunicator, TcpListener};
-use crate::comm::{self, Communicator, Solo, Tag};
+use crate::comm::{self, Communicator, Groups, Tag, mesh};
 
 /// How long the ranks of an attempt wait for each other.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
@@ -41,10 +42,7 @@ impl Listener {
         if assignment.world <= 1 {
             return Ok(Listener::Solo);
         }
-        let ip: IpAddr = assignment
-            .listen_address
-            .parse()
-            .map_err(|e| Error::Assignment(format!("listen address {:?}: {e}", assignment.listen_address)))?;
+        let ip = parse_ip(&assignment.listen_address)?;
         Ok(Listener::Tcp(TcpListener::bind(ip).map_err(Error::Join)?))
     }
 
@@ -56,10 +54,15 @@ impl Listener {
         }
     }
 
-    /// Meets all peers.
-    pub fn join(self, assignment: &Assignment, start: &StartRanks) -> Result<Arc<dyn Communicator>, Error> {
+    /// Meets all peers; of these, `shard_ranks` share a copy of the weights.
+    pub fn join(
+        self,
+        assignment: &Assignment,
+        start: &StartRanks,
+        shard_ranks: u32,
+    ) -> Result<Groups, Error> {
         let listener = match self {
-            Listener::Solo => return Ok(Arc::new(Solo)),
+            Listener::Solo => return Ok(Groups::sole()),
             Listener::Tcp(listener) => listener,
         };
         let peers: Vec<SocketAddr> = start
@@ -74,20 +77,52 @@ impl Listener {
         let task = start.task.clone().unwrap_or_default();
         let rank = Rank { rank: assignment.rank, world: assignment.world };
         let deadline = Instant::now() + JOIN_TIMEOUT;
-        let tcp = listener
-            .join(rank, &peers, &secret, &JobId(task.job), Attempt(task.attempt), deadline)
-            .map_err(Error::Join)?;
-        let Some(gpu) = assignment.cuda_device else { return Ok(Arc::new(tcp)) };
-        let uuid = i32::try_from(gpu).ok().and_then(|gpu| cuda_uuid(gpu).ok());
-        let uuid = uuid.ok_or_else(|| Error::Assignment(format!("there is no GPU {gpu} here")))?;
-        if share_a_gpu(&tcp, uuid).map_err(Error::Join)? {
-            tracing::warn!("two ranks share a GPU, which NCCL refuses: collectives go through the host");
-            return Ok(Arc::new(tcp));
-        }
-        let store = Box::new(Bootstrap { group: tcp, used: AtomicBool::new(false) });
-        let nccl = NcclCommunicator::join(rank, gpu as usize, store, COLLECTIVE_TIMEOUT);
-        Ok(Arc::new(nccl.map_err(Error::Join)?))
+        let credentials = Credentials { secret, job: JobId(task.job), attempt: Attempt(task.attempt) };
+        let Credentials { job, attempt, .. } = &credentials;
+        let tcp = listener.join(rank, &peers, &secret, job, *attempt, deadline).map_err(Error::Join)?;
+        let nccl_on = match assignment.cuda_device {
+            None => None,
+            Some(gpu) => {
+                let uuid = i32::try_from(gpu).ok().and_then(|gpu| cuda_uuid(gpu).ok());
+                let uuid = uuid.ok_or_else(|| Error::Assignment(format!("there is no GPU {gpu} here")))?;
+                let shared = share_a_gpu(&tcp, uuid).map_err(Error::Join)?;
+                if shared {
+                    tracing::warn!(
+                        "two ranks share a GPU, which NCCL refuses: collectives go through the host"
+                    );
+                }
+                (!shared).then_some(gpu as usize)
+            }
+        };
+        // Groups of some ranks meet over the world's connections, before NCCL takes these.
+        let some = (1 < shard_ranks && shard_ranks < rank.world).then(|| {
+            let ip = parse_ip(&assignment.listen_address)?;
+            let (shards, replicas) = mesh::neighbours(rank, shard_ranks);
+            let meet = |members: &[u32]| {
+                let tcp = subgroup::join(&tcp, members, ip, &credentials, deadline)?;
+                Ok((tcp.rank(), tcp))
+            };
+            meet(&shards).and_then(|shards| Ok((shards, meet(&replicas)?))).map_err(Error::Join)
+        });
+        let some = some.transpose()?;
+        let communicator = |(rank, tcp): (Rank, TcpCommunicator)| -> Result<Arc<dyn Communicator>, Error> {
+            let Some(gpu) = nccl_on else { return Ok(Arc::new(tcp)) };
+            let store = Box::new(Bootstrap { group: tcp, used: AtomicBool::new(false) });
+            let nccl = NcclCommunicator::join(rank, gpu, store, COLLECTIVE_TIMEOUT);
+            Ok(Arc::new(nccl.map_err(Error::Join)?))
+        };
+        let world = communicator((rank, tcp))?;
+        Ok(match some {
+            None => Groups::of_world(world, shard_ranks),
+            Some((shards, replicas)) => {
+                Groups { world, shards: communicator(shards)?, replicas: Some(communicator(replicas)?) }
+            }
+        })
     }
+}
+
+fn parse_ip(text: &str) -> Result<IpAddr, Error> {
+    text.parse().map_err(|e| Error::Assignment(format!("listen address {text:?}: {e}")))
 }
 
 /// Whether any two ranks compute on one GPU; all ranks get the same answer.

@@ -18,7 +18,7 @@ use tunefleet_proto::rpc::{
 };
 
 use super::Error;
-use crate::comm::Communicator;
+use crate::comm::Groups;
 use crate::train::{Event, Host, Outcome};
 
 /// How long the main thread has to end by itself once the rank was aborted.
@@ -49,7 +49,7 @@ struct Shared {
     closing: AtomicBool,
     /// Set once: why the rank has to end.
     abort: Mutex<Option<String>>,
-    group: Mutex<Option<Arc<dyn Communicator>>>,
+    groups: Mutex<Option<Groups>>,
 }
 
 impl Session {
@@ -100,9 +100,9 @@ impl Session {
         self.start.recv().map_err(|_| Error::Aborted(self.host.shared.abort_reason()))
     }
 
-    /// From now on an abort of this rank aborts its group.
-    pub fn watch_over(&self, group: Arc<dyn Communicator>) {
-        *lock(&self.host.shared.group) = Some(group);
+    /// From now on an abort of this rank aborts its groups.
+    pub fn watch_over(&self, groups: Groups) {
+        *lock(&self.host.shared.groups) = Some(groups);
     }
 
     /// Tells how the task went, and waits until the daemon has heard it.
@@ -116,7 +116,7 @@ impl Session {
         };
         let Session { host, ended, .. } = self;
         // Here and not as the process exits: peers get this rank's farewell, and NCCL its shutdown.
-        drop(lock(&host.shared.group).take());
+        drop(lock(&host.shared.groups).take());
         host.shared.closing.store(true, Ordering::Release);
         host.send(rank_event::Body::Done(RankDone { outcome: Some(outcome) }));
         drop(host);
@@ -169,10 +169,10 @@ impl Shared {
         }
         *lock(&self.abort) = Some(cause.to_owned());
         drop(start);
-        if let Some(group) = lock(&self.group).clone() {
+        if let Some(groups) = lock(&self.groups).clone() {
             // On a thread of its own: an abort that hangs must not keep this process alive.
             let cause = cause.to_owned();
-            std::thread::spawn(move || group.abort(&cause));
+            std::thread::spawn(move || groups.abort(&cause));
         }
         tokio::time::sleep(ABORT_GRACE).await;
         // Exit handlers of libraries may wait for threads that are stuck: they are not asked.

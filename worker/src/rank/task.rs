@@ -29,9 +29,9 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
     match stage {
         Stage::Train => {
             let plan: ShardPlan = parse("shard plan", &assignment.shard_plan_json)?;
-            let group = listener.join(assignment, &start)?;
-            session.watch_over(group.clone());
-            Ok(train::run(&spec, &plan, group.as_ref(), device, assignment.resume, &session.host)?)
+            let groups = listener.join(assignment, &start, spec.train.shard_ranks)?;
+            session.watch_over(groups.clone());
+            Ok(train::run(&spec, &plan, groups.mesh(), device, assignment.resume, &session.host)?)
         }
         Stage::Tokenizer => train_tokenizer_stage(&spec),
         Stage::InitModel => init_model_stage(&spec),

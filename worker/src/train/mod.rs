@@ -28,16 +28,15 @@ mod setup;
 mod meter;
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition};
+use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Validation};
 use tunefleet_proto::ids::Rank;
-use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::job::{EarlyStopping, JobSpec};
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use crate::checkpoint::save;
-use crate::comm::{Communicator, Tag};
+use crate::checkpoint::save::{self, Saver};
+use crate::comm::{Mesh, Tag};
 use crate::data::Sequences;
 use batches::Batches;
 use gradients::Checks;
@@ -168,13 +167,13 @@ impl From<crate::base::Error> for Error {
 pub fn run(
     spec: &JobSpec,
     plan: &ShardPlan,
-    comm: &dyn Communicator,
+    mesh: Mesh<'_>,
     device: Device,
     resume: bool,
     host: &dyn Host,
 ) -> Result<Outcome, Error> {
     host.report(Event::Section("setup"));
-    let mut run = Run::set_up(spec, plan, comm, device, resume, host)?;
+    let mut run = Run::set_up(spec, plan, mesh, device, resume, host)?;
     let outcome = run.train(host)?;
     Ok(outcome)
 }
@@ -193,15 +192,34 @@ struct Run<'a> {
     consumed: u64,
     /// Mean loss of the last step that was read.
     loss: f64,
-    saved_step: Option<u64>,
+    saver: Saver,
+    /// What evaluations found so far, and after which update the last one was.
+    found: Option<Validation>,
+    found_at: Option<u64>,
+    /// Whether what it goes on from is the end of a training.
+    ended: bool,
     /// What is trained, where it is an adapter.
     adapter: Option<AdapterRecord>,
     checks: Checks,
 }
 
+/// What an evaluation means for the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// Nothing to act on.
+    Nothing,
+    /// The lowest loss so far.
+    Better,
+    /// It has not fallen for so long that training ends.
+    Enough,
+}
+
 impl<'a> Run<'a> {
     fn train(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
         let train = &self.spec.train;
+        if self.ended {
+            return Ok(Outcome::Finished);
+        }
         let mut meter = Meter::start(self.step, self.consumed);
         // On a GPU the host runs one step ahead: what a step found, and whether some rank was asked
         // to stop when it began, is read after the next one has begun.
@@ -223,11 +241,15 @@ impl<'a> Run<'a> {
             if let Some((step, status)) = unread.replace((self.step, status)) {
                 self.check(step, &status)?;
             }
+            if let Some(saved) = self.saver.poll()? {
+                host.report(saved.into());
+            }
             let last = self.step == train.steps;
             let step = self.step;
             let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
+            let evaluate = due(train.eval_every_steps) && !stop;
             let save = last || stop || due(train.checkpoint_every_steps);
-            if (due(train.log_every_steps) || save)
+            if (due(train.log_every_steps) || save || evaluate)
                 && let Some((step, status)) = unread.take()
             {
                 let values = self.check(step, &status)?;
@@ -236,24 +258,20 @@ impl<'a> Run<'a> {
                     host.report(Event::Step(meter.report(self.spec, step, sequences, learning_rate, values)));
                 }
             }
-            if save {
+            let found = if evaluate { meter.pause(|| self.evaluate(host))? } else { Found::Nothing };
+            let ends = last || found == Found::Enough;
+            if save || ends || found == Found::Better && train.keep_best {
                 host.report(Event::Section("save"));
-                meter.pause(|| self.save(host))?;
+                meter.pause(|| self.save(host, ends))?;
             }
-            if due(train.eval_every_steps) && !stop {
-                host.report(Event::Section("evaluate"));
-                let loss = meter.pause(|| self.evaluate())?;
-                if let Some(loss) = loss {
-                    host.report(Event::Evaluated { step: self.step, loss });
-                }
-            }
-            if stop && !last {
-                return Ok(Outcome::Stopped(self.step));
+            if stop || ends {
+                self.finish_save(host)?;
+                return Ok(if ends { Outcome::Finished } else { Outcome::Stopped(self.step) });
             }
         }
-        if self.saved_step != Some(self.step) {
-            self.save(host)?;
-        }
+        // A resume after the last step: what is there may lack the mark of the end.
+        self.save(host, true)?;
+        self.finish_save(host)?;
         Ok(Outcome::Finished)
     }
 
@@ -269,14 +287,18 @@ impl<'a> Run<'a> {
         let scalar = |value: f64| Tensor::full([], value, (Kind::Double, self.device));
         let counts =
             Tensor::stack(&[scalar(own_targets as f64), scalar(f64::from(u8::from(asked_to_stop)))], 0);
-        self.walk.comm().all_reduce(&counts, Tag { unit: None, what: "target count" })?.wait()?;
+        self.walk.mesh().world.all_reduce(&counts, Tag { unit: None, what: "target count" })?.wait()?;
         let (targets, asked) = (counts.get(0), counts.get(1));
         let scale = targets.reciprocal().to_kind(Kind::Float);
 
         self.walk.begin_step()?;
         let mut loss_sum = Tensor::zeros([], (Kind::Double, self.device));
         for (micro, batch) in micro_batches.iter().enumerate() {
-            let position = MicroPosition { step: self.step + 1, micro: micro as u32 };
+            let position = MicroPosition {
+                step: self.step + 1,
+                micro: micro as u32,
+                of: train.accumulate_micro_batches,
+            };
             loss_sum += self.walk.train_micro_batch(batch, position, &scale)?;
         }
         self.walk.finish_step()?;
@@ -284,7 +306,7 @@ impl<'a> Run<'a> {
         if self.adapter.is_some()
             && let Some(expected) = self.checks.due()
         {
-            gradients::check(self.walk.plan(), self.walk.shards(), self.walk.comm(), step, expected)?;
+            gradients::check(self.walk.plan(), self.walk.shards(), self.walk.mesh().shards, step, expected)?;
         }
         let status = optimizer::update(&mut self.walk, train, step, learning_rate, &loss_sum, &targets)?;
         self.checks.updated(learning_rate);
@@ -300,8 +322,31 @@ impl<'a> Run<'a> {
         Ok(values)
     }
 
+    /// Evaluates, and judges what was found.
+    fn evaluate(&mut self, host: &dyn Host) -> Result<Found, Error> {
+        host.report(Event::Section("evaluate"));
+        let Some(loss) = self.validation_loss()? else { return Ok(Found::Nothing) };
+        host.report(Event::Evaluated { step: self.step, loss });
+        let stopping = self.spec.train.early_stopping;
+        let min_delta = stopping.map_or(0.0, |stopping| stopping.min_delta);
+        (self.found, self.found_at) = (Validation::after(self.found, loss, min_delta), Some(self.step));
+        let Some(found) = self.found else { return Ok(Found::Nothing) };
+        Ok(match stopping {
+            Some(EarlyStopping { evaluations, .. }) if found.since >= evaluations => {
+                let Validation { best, since, .. } = found;
+                host.report(Event::Note(format!(
+                    "step {}: {since} evaluations brought no validation loss below {best:.4}: training ends",
+                    self.step
+                )));
+                Found::Enough
+            }
+            _ if found.since == 0 => Found::Better,
+            _ => Found::Nothing,
+        })
+    }
+
     /// Mean loss per counted validation target; `None` without validation data.
-    fn evaluate(&mut self) -> Result<Option<f64>, Error> {
+    fn validation_loss(&mut self) -> Result<Option<f64>, Error> {
         let Some(sequences) = &self.validation else { return Ok(None) };
         let train = &self.spec.train;
         let (limit, micro) = (train.eval_sequences.into(), train.micro_batch_sequences.into());
@@ -312,14 +357,16 @@ impl<'a> Run<'a> {
             let targets = Tensor::full([], targets as f64, (Kind::Double, self.device));
             sums += Tensor::stack(&[loss, targets], 0);
         }
-        self.walk.comm().all_reduce(&sums, Tag { unit: None, what: "validation loss" })?.wait()?;
+        self.walk.mesh().world.all_reduce(&sums, Tag { unit: None, what: "validation loss" })?.wait()?;
         let sums = sums.to_device(Device::Cpu);
         let (loss, targets) = (sums.double_value(&[0]), sums.double_value(&[1]));
         Ok((targets > 0.0).then(|| loss / targets))
     }
 
-    fn save(&mut self, host: &dyn Host) -> Result<(), Error> {
-        let started = Instant::now();
+    /// Begins a checkpoint, when the one before it is written.
+    fn save(&mut self, host: &dyn Host, finished: bool) -> Result<(), Error> {
+        self.finish_save(host)?;
+        let evaluated_now = self.found.filter(|_| self.found_at == Some(self.step));
         let state = save::State {
             step: self.step,
             seed: self.spec.train.seed,
@@ -329,14 +376,26 @@ impl<'a> Run<'a> {
                 sequences: self.consumed,
             },
             loss: self.loss,
+            validation: evaluated_now.or(self.found.map(|found| Validation { loss: None, ..found })),
+            finished,
             adapter: self.adapter.clone(),
         };
-        let dir = self.spec.checkpoints_dir();
-        let keep = self.spec.train.keep_checkpoints as usize;
         let walk = &self.walk;
-        let path = save::save(&dir, walk.plan(), walk.shards(), &state, keep, walk.comm(), self.device)?;
-        self.saved_step = Some(self.step);
-        host.report(Event::Saved { step: self.step, path, pause_seconds: started.elapsed().as_secs_f64() });
+        Ok(self.saver.start(walk.plan(), walk.shards(), state, walk.mesh(), self.device)?)
+    }
+
+    /// Waits for the checkpoint that is being written, if one is.
+    fn finish_save(&mut self, host: &dyn Host) -> Result<(), Error> {
+        if let Some(saved) = self.saver.finish(self.walk.mesh(), self.device, self.step)? {
+            host.report(saved.into());
+        }
         Ok(())
+    }
+}
+
+impl From<save::Saved> for Event {
+    fn from(saved: save::Saved) -> Self {
+        let save::Saved { step, path, pause_seconds } = saved;
+        Event::Saved { step, path, pause_seconds }
     }
 }

@@ -2,11 +2,13 @@
 
 use tch::{Kind, Tensor};
 use tunefleet_kernels::optim::{self, AdamW, AdamW8State, AdamWState};
+use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::TrainSpec;
+use tunefleet_proto::shard_plan::Unit;
 
 use super::Error;
 use super::moments::Moments;
-use super::units;
+use super::units::{self, Run, Shard};
 use super::walk::Walk;
 use crate::comm::Tag;
 
@@ -65,9 +67,11 @@ pub fn update(
         let grads: Vec<Tensor> = held.flat_map(|shard| shard.grad.split(NORM_PIECE, 0)).collect();
         let norms = Tensor::stack(&optim::norms(&grads)?, 0).to_kind(Kind::Double);
         let sums = Tensor::stack(&[loss_sum.shallow_clone(), norms.square().sum(Kind::Double)], 0);
-        walk.comm().all_reduce(&sums, Tag { unit: None, what: "loss and norm" })?.wait()?;
+        walk.mesh().world.all_reduce(&sums, Tag { unit: None, what: "loss and norm" })?.wait()?;
 
-        let grad_norm = sums.get(1).sqrt();
+        // Every copy of the weights has counted the same gradients.
+        let copies = walk.mesh().replicas.map_or(1, |replicas| replicas.rank().world);
+        let grad_norm = (sums.get(1) / f64::from(copies)).sqrt();
         let nonfinite = sums.get(0).isfinite().logical_and(&grad_norm.isfinite()).logical_not();
         let divisor = if spec.max_grad_norm > 0.0 {
             // torch.nn.utils.clip_grad_norm_: the coefficient max_norm / (norm + 1e-6), at most 1.
@@ -82,49 +86,80 @@ pub fn update(
             weight_decay,
             epsilon: spec.epsilon,
         };
-        let step_scalar = Tensor::full([], step as f64, (Kind::Float, device));
-        let divisor = divisor.to_kind(Kind::Float);
-        let found = nonfinite.to_kind(Kind::Float);
-        let rank = walk.comm().rank();
-        for (decays, weight_decay) in [(true, spec.weight_decay), (false, 0.0)] {
-            let mut fp32 = Vec::new();
-            for (unit, shard) in walk.plan().units.iter().zip(walk.shards()) {
-                match &shard.moments {
-                    Moments::Fp32 { exp_avg, exp_avg_sq } => {
-                        let runs = units::runs(unit, rank).into_iter().filter(|run| run.decays == decays);
-                        fp32.extend(runs.map(|run| {
-                            let part = |t: &Tensor| t.narrow(0, run.begin, run.end - run.begin);
-                            AdamWState {
-                                param: part(&shard.master),
-                                grad: part(&shard.grad),
-                                exp_avg: part(exp_avg),
-                                exp_avg_sq: part(exp_avg_sq),
-                            }
-                        }));
-                    }
-                    Moments::Bits8 { runs, .. } => {
-                        for run8 in runs.iter().filter(|run8| run8.run.decays == decays) {
-                            let part =
-                                |t: &Tensor| t.narrow(0, run8.run.begin, run8.run.end - run8.run.begin);
-                            let state = AdamW8State {
-                                param: &part(&shard.master),
-                                grad: &part(&shard.grad),
-                                exp_avg: &run8.exp_avg.codes,
-                                exp_avg_scales: &run8.exp_avg.scales,
-                                exp_avg_sq: &run8.exp_avg_sq.codes,
-                                exp_avg_sq_scales: &run8.exp_avg_sq.scales,
-                                signed8: &run8.exp_avg.code8,
-                                unsigned8: &run8.exp_avg_sq.code8,
-                            };
-                            optim::adamw_8bit(&state, step, &divisor, &found, options(weight_decay))?;
-                        }
-                    }
-                }
+        // Where the master weights are: in main memory, if they are offloaded. The device is waited for then.
+        let held = walk.shards().first().map_or(device, |shard| shard.master.device());
+        let controls = Controls {
+            step,
+            step_scalar: Tensor::full([], step as f64, (Kind::Float, held)),
+            divisor: divisor.to_kind(Kind::Float).to_device(held),
+            found: nonfinite.to_kind(Kind::Float).to_device(held),
+        };
+        let units: Vec<(&Unit, &Shard)> = walk.plan().units.iter().zip(walk.shards()).collect();
+        // All in few launches; or, where gradients are brought over, one unit's at a time.
+        let together = if held == device { units.len() } else { 1 };
+        let rank = walk.mesh().shards.rank();
+        for units in units.chunks(together) {
+            let there = |(unit, shard): &(_, &Shard)| (*unit, shard.grad.to_device(held));
+            let grads: Vec<(&Unit, Tensor)> = units.iter().map(there).collect();
+            for (decays, weight_decay) in [(true, spec.weight_decay), (false, 0.0)] {
+                let states = grads.iter().zip(units).map(|((unit, grad), (_, shard))| (*unit, grad, *shard));
+                update_runs(states, rank, decays, &controls, options(weight_decay))?;
             }
-            optim::fused_adamw(&fp32, &step_scalar, &divisor, &found, options(weight_decay))?;
         }
         walk.invalidate();
         let values = Tensor::stack(&[sums.get(0) / targets, grad_norm, nonfinite.to_kind(Kind::Double)], 0);
         Ok(StepStatus { values })
     })
+}
+
+/// What an update is told on the device where it runs.
+struct Controls {
+    step: u64,
+    step_scalar: Tensor,
+    /// Gradients are divided by it.
+    divisor: Tensor,
+    /// Above 0 nothing changes.
+    found: Tensor,
+}
+
+/// Updates those runs of the shards that decay, or those that do not.
+fn update_runs<'t>(
+    states: impl Iterator<Item = (&'t Unit, &'t Tensor, &'t Shard)>,
+    rank: Rank,
+    decays: bool,
+    controls: &Controls,
+    options: AdamW,
+) -> Result<(), Error> {
+    let Controls { step, step_scalar, divisor, found } = controls;
+    let mut fp32 = Vec::new();
+    for (unit, grad, shard) in states {
+        let part = |t: &Tensor, run: &Run| t.narrow(0, run.begin, run.end - run.begin);
+        match &shard.moments {
+            Moments::Fp32 { exp_avg, exp_avg_sq } => {
+                let runs = units::runs(unit, rank).into_iter().filter(|run| run.decays == decays);
+                fp32.extend(runs.map(|run| AdamWState {
+                    param: part(&shard.master, &run),
+                    grad: part(grad, &run),
+                    exp_avg: part(exp_avg, &run),
+                    exp_avg_sq: part(exp_avg_sq, &run),
+                }));
+            }
+            Moments::Bits8 { runs, .. } => {
+                for run8 in runs.iter().filter(|run8| run8.run.decays == decays) {
+                    let state = AdamW8State {
+                        param: &part(&shard.master, &run8.run),
+                        grad: &part(grad, &run8.run),
+                        exp_avg: &run8.exp_avg.codes,
+                        exp_avg_scales: &run8.exp_avg.scales,
+                        exp_avg_sq: &run8.exp_avg_sq.codes,
+                        exp_avg_sq_scales: &run8.exp_avg_sq.scales,
+                        signed8: &run8.exp_avg.code8,
+                        unsigned8: &run8.exp_avg_sq.code8,
+                    };
+                    optim::adamw_8bit(&state, *step, divisor, found, options)?;
+                }
+            }
+        }
+    }
+    Ok(optim::fused_adamw(&fp32, step_scalar, divisor, found, options)?)
 }

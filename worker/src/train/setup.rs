@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::adapter::AdapterPlan;
 use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Manifest};
-use tunefleet_proto::job::{JobSpec, Recompute};
+use tunefleet_proto::job::{JobSpec, Offload};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
@@ -16,8 +16,9 @@ use super::rng::Seeds;
 use super::walk::{Walk, WalkOptions};
 use super::{Error, Event, Host, Run, schedule, units};
 use crate::base::{Base, cache};
+use crate::checkpoint::save::{self, Saver};
 use crate::checkpoint::{self, hugging_face, load};
-use crate::comm::{Communicator, Tag};
+use crate::comm::{Communicator, Mesh, Tag};
 use crate::data::{Sequences, Split};
 use crate::model::numerics::Numerics;
 
@@ -26,7 +27,7 @@ impl<'a> Run<'a> {
     pub(super) fn set_up(
         spec: &'a JobSpec,
         plan: &ShardPlan,
-        comm: &'a dyn Communicator,
+        mesh: Mesh<'a>,
         device: Device,
         resume: bool,
         host: &dyn Host,
@@ -35,18 +36,18 @@ impl<'a> Run<'a> {
             tunefleet_kernels::device::keep_freed_memory();
         }
         tunefleet_kernels::device::set_deterministic(true)?;
-        let rank = comm.rank();
+        let rank = mesh.world.rank();
         let mut config = hugging_face::read_config(&spec.model_dir())?;
         if let Some(p) = spec.train.dropout {
             config.dropout = Dropout { attention: p, embedding: p, residual: p };
         }
         let misfit = |error: tunefleet_proto::adapter::Error| Error::Mismatch(format!("adapter: {error}"));
         let adapter_plan = spec.adapter_plan(&config).map_err(misfit)?;
-        if *plan != spec.shard_plan(&config).map_err(misfit)? || plan.world != rank.world {
+        if *plan != spec.shard_plan(&config).map_err(misfit)? || plan.world != mesh.shards.rank().world {
             return Err(Error::Mismatch(format!(
                 "the shard plan of this attempt is not that of {} on {} ranks; both sides must run the same version",
                 spec.model_dir().display(),
-                rank.world
+                mesh.shards.rank().world
             )));
         }
         let open = |split| {
@@ -58,30 +59,36 @@ impl<'a> Run<'a> {
         check_fit(spec, &config, &training)?;
 
         let numerics = Numerics::new(device, spec.train.precision);
-        let shards = units::shards(plan, rank.rank, numerics, spec.train.optimizer)?;
+        let own = mesh.shards.rank().rank;
+        // On a CPU everything is in main memory as it is.
+        let offload = if device == Device::Cpu { Offload::None } else { spec.train.offload };
+        let shards = units::shards(plan, own, numerics, spec.train.optimizer, offload)?;
         let opened =
-            adapter_plan.map(|adapter| open_base(spec, &config, adapter, plan, comm, numerics, host));
+            adapter_plan.map(|adapter| open_base(spec, &config, adapter, plan, mesh, numerics, host));
         let mut opened = opened.transpose()?;
         let record = opened.as_ref().map(|(_, record)| record.clone());
-        let (step, consumed) = if resume {
-            let (dir, manifest) = agree_on_checkpoint(spec, comm, device, host)?;
+        let (step, consumed, found, ended) = if resume {
+            let (dir, manifest) = agree_on_checkpoint(spec, mesh.world, device, host)?;
             check_data(&dir, &manifest.data, &training)?;
             check_adapter(&dir, manifest.adapter.as_ref(), record.as_ref())?;
-            load::load(&dir, &manifest, plan, rank.rank, &shards)?;
-            (manifest.step, manifest.data.sequences)
+            load::load(&dir, &manifest, plan, own, &shards)?;
+            (manifest.step, manifest.data.sequences, manifest.validation, manifest.finished)
         } else {
             match &mut opened {
                 Some((frozen, _)) => {
                     let base = &mut frozen.base;
-                    tch::no_grad(|| adapter::init(&shards, plan, &config, base, comm, spec.train.seed))?;
+                    tch::no_grad(|| {
+                        adapter::init(&shards, plan, &config, base, mesh.shards, spec.train.seed)
+                    })?;
                 }
-                None => hugging_face::load(&spec.model_dir(), plan, rank.rank, &shards)?,
+                None => hugging_face::load(&spec.model_dir(), plan, own, &shards)?,
             }
-            (0, 0)
+            (0, 0, None, false)
         };
-        let options = WalkOptions { recompute: spec.train.recompute != Recompute::None, poison: false };
         let seeds = Seeds::new(spec.train.seed);
-        let walk = Walk::new(config, plan.clone(), shards, numerics, comm, seeds, options);
+        let options = WalkOptions::of(&spec.train);
+        let mut walk = Walk::new(config, plan.clone(), shards, numerics, mesh, seeds, options);
+        walk.invalidate();
         let walk = match opened {
             Some((frozen, _)) => walk.over(frozen),
             None => walk,
@@ -97,7 +104,15 @@ impl<'a> Run<'a> {
             step,
             consumed,
             loss: f64::NAN,
-            saved_step: resume.then_some(step),
+            saver: Saver::new(save::Settings {
+                dir: spec.checkpoints_dir(),
+                keep: spec.train.keep_checkpoints as usize,
+                keep_best: spec.train.keep_best,
+                asynchronous: spec.train.checkpoints_async,
+            }),
+            found,
+            found_at: None,
+            ended,
             adapter: record,
             checks: Checks::new(moved),
         })
@@ -110,25 +125,26 @@ fn open_base(
     config: &ModelConfig,
     adapter: AdapterPlan,
     plan: &ShardPlan,
-    comm: &dyn Communicator,
+    mesh: Mesh<'_>,
     numerics: Numerics,
     host: &dyn Host,
 ) -> Result<(Frozen, AdapterRecord), Error> {
     let (Some(settings), Some(base_plan)) = (&spec.adapter, spec.base_plan(config)) else {
         return Err(Error::Mismatch("the job has no adapter".to_owned()));
     };
-    if !adapter.unmatched.is_empty() && comm.rank().rank == 0 {
+    if !adapter.unmatched.is_empty() && mesh.world.rank().rank == 0 {
         let unmatched = adapter.unmatched.join(", ");
         host.report(Event::Note(format!("adapter.target_modules: nothing matches {unmatched}")));
     }
     let (cache_dir, model_dir) = (spec.base_dir(), spec.model_dir());
-    let opened = cache::open(&cache_dir, &model_dir, config, &base_plan, comm, numerics.device)?;
+    let opened = cache::open(&cache_dir, &model_dir, config, &base_plan, mesh, numerics.device)?;
     if let Some(why) = opened.built {
         let name = base_plan.quantization.name();
         host.report(Event::Note(format!("quantised {} to {name}: {why}", model_dir.display())));
     }
-    let resident = spec.train.recompute == Recompute::None;
-    let base = Base::new(base_plan, opened.shards, comm.rank().world, numerics, resident, false)?;
+    let world = mesh.shards.rank().world;
+    let residency = WalkOptions::of(&spec.train).residency(world, plan.units.len() - 1);
+    let base = Base::new(base_plan, opened.shards, world, numerics, &residency, false)?;
     let wiring = Wiring::new(&settings.lora, &adapter, config, plan);
     let record = AdapterRecord {
         lora: settings.lora.clone(),

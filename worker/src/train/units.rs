@@ -2,12 +2,12 @@
 //!
 //! A unit's gathered buffer holds its tensors end to end (see `proto::shard_plan` and
 //! `proto::base_plan`), so that gathering needs no copy: each tensor is a view. Blocks share a fixed
-//! set of buffers ("slots"); block `i` uses slot `i % slots`. With two slots, one is computed with
-//! while the other fills; with one per block, all stay resident.
+//! set of buffers ("slots"): with two, one is computed with while the other fills. Resident blocks have
+//! one of their own, and stay gathered until the weights change (see `proto::job::Residency`).
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::Rank;
-use tunefleet_proto::job::Optimizer;
+use tunefleet_proto::job::{Offload, Optimizer, Residency};
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
 use super::moments::Moments;
@@ -19,12 +19,29 @@ pub const EMBED: usize = 0;
 
 /// This rank's elements of one unit, all of one length.
 pub struct Shard {
-    /// Master weights, fp32.
+    /// Master weights, fp32; in main memory where they are offloaded.
     pub master: Tensor,
+    /// Their copy in the dtype of the computation on its device, from which is gathered: where the master
+    /// weights alone are offloaded.
+    pub computed: Option<Tensor>,
     /// Moments of AdamW.
     pub moments: Moments,
     /// Gradient of the current step, fp32.
     pub grad: Tensor,
+}
+
+impl Shard {
+    /// What is gathered from.
+    pub fn source(&self) -> &Tensor {
+        self.computed.as_ref().unwrap_or(&self.master)
+    }
+
+    /// The master weights have changed.
+    pub fn refresh(&self) {
+        if let Some(computed) = &self.computed {
+            computed.shallow_clone().copy_(&self.master);
+        }
+    }
 }
 
 /// A stretch of a shard whose parameters all decay, or all do not.
@@ -47,13 +64,20 @@ pub fn shards(
     rank: u32,
     numerics: Numerics,
     optimizer: Optimizer,
+    offload: Offload,
 ) -> Result<Vec<Shard>, tunefleet_kernels::Error> {
     let rank = Rank { rank, world: plan.world };
+    let held = if offload == Offload::None { numerics.device } else { Device::Cpu };
     let shard = |unit: &Unit| {
         let len = unit.shard_elements(rank.world) as i64;
-        let zeros = || Tensor::zeros([len], (Kind::Float, numerics.device));
-        let moments = Moments::zeros(len, &runs(unit, rank), numerics.device, optimizer)?;
-        Ok(Shard { master: zeros(), moments, grad: zeros() })
+        let zeros = |kind, device| Tensor::zeros([len], (kind, device));
+        let moments = Moments::zeros(len, &runs(unit, rank), held, optimizer)?;
+        let master = zeros(Kind::Float, held);
+        // From pinned memory a gather's copy is only queued.
+        let pinned = held != numerics.device && len > 0;
+        let master = if pinned { master.pin_memory(numerics.device) } else { master };
+        let computed = (offload == Offload::Optimizer).then(|| zeros(numerics.kind, numerics.device));
+        Ok(Shard { master, computed, moments, grad: zeros(Kind::Float, numerics.device) })
     };
     plan.units.iter().map(shard).collect()
 }
@@ -87,7 +111,9 @@ pub fn views(unit: &Unit, buffer: &Tensor) -> Vec<Tensor> {
 /// Buffers that are gathered from all ranks' shards, unit by unit.
 pub struct Gathered {
     embed: Slot,
-    blocks: Vec<Slot>,
+    slots: Vec<Slot>,
+    /// Of each block, its slot.
+    slot_of: Vec<usize>,
     /// What a buffer is filled with before it is gathered into: a test that nothing stale is read.
     poison: Option<f64>,
 }
@@ -100,34 +126,47 @@ struct Slot {
 }
 
 impl Gathered {
-    /// Buffers of `elements` (one entry per unit, [`EMBED`] first) in `kind`, with `slots` for the
-    /// blocks. Alone, and where it has that dtype, a shard is its own gathered buffer.
+    /// Buffers of `elements` (one entry per unit, [`EMBED`] first) in `kind`. Alone, and where it has that
+    /// dtype and device, a shard is its own gathered buffer.
     pub fn new(
         elements: &[u64],
         shards: &[&Tensor],
         world: u32,
         (kind, device): (Kind, Device),
-        slots: usize,
+        residency: &Residency,
         poison: bool,
     ) -> Self {
-        let slot = |unit: usize, elements: u64| Slot {
-            buffer: match shards.get(unit) {
-                Some(shard) if world == 1 && shard.kind() == kind => shard.shallow_clone(),
-                _ => Tensor::zeros([elements as i64], (kind, device)),
-            },
-            holds: None,
-            pending: None,
+        let alone =
+            |unit: usize| shards.get(unit).filter(|s| world == 1 && s.kind() == kind && s.device() == device);
+        let slot = |buffer: Tensor| Slot { buffer, holds: None, pending: None };
+        let own = |unit: usize, elements: u64| match alone(unit) {
+            Some(shard) => slot(shard.shallow_clone()),
+            None => slot(Tensor::zeros([elements as i64], (kind, device))),
         };
         let (embed, blocks) = elements.split_first().map_or((0, &[][..]), |(embed, rest)| (*embed, rest));
-        let slots = if world == 1 { blocks.len() } else { slots.min(blocks.len()) };
-        // Slots are shared, so each has room for the largest block.
-        let largest = blocks.iter().copied().max().unwrap_or(0);
-        let of_slot = |index: usize| if world == 1 { blocks[index] } else { largest };
+        // Shared slots have room for the largest block.
+        let taking_turns = || blocks.iter().zip(&residency.resident).filter(|(_, resident)| !**resident);
+        let largest = taking_turns().map(|(elements, _)| *elements).max().unwrap_or(0);
+        let shared = residency.shared_slots.min(taking_turns().count());
+        let mut slots: Vec<Slot> =
+            (0..shared).map(|_| slot(Tensor::zeros([largest as i64], (kind, device)))).collect();
+        let mut turn = 0;
+        let mut slot_of = Vec::with_capacity(blocks.len());
+        for (block, elements) in blocks.iter().enumerate() {
+            if residency.resident.get(block).copied().unwrap_or(true) {
+                slot_of.push(slots.len());
+                slots.push(own(block + 1, *elements));
+            } else {
+                slot_of.push(turn % shared);
+                turn += 1;
+            }
+        }
         // All bits set are no number in any of the dtypes.
         let poison_value = if kind == Kind::Uint8 { 255.0 } else { f64::NAN };
         Gathered {
-            embed: slot(EMBED, embed),
-            blocks: (0..slots).map(|index| slot(index + 1, of_slot(index))).collect(),
+            embed: own(EMBED, embed),
+            slots,
+            slot_of,
             poison: (poison && world > 1).then_some(poison_value),
         }
     }
@@ -157,7 +196,9 @@ impl Gathered {
         }
         let own = buffer.narrow(0, i64::from(rank.rank) * len, len);
         if own.data_ptr() != shard.data_ptr() {
-            own.shallow_clone().copy_(shard);
+            // From pinned memory the copy is only queued.
+            let there = shard.to_device_(own.device(), shard.kind(), true, false);
+            own.shallow_clone().copy_(&there);
         }
         slot.pending = Some(comm.all_gather(&buffer, Tag { unit: Some(unit as u32), what: "gather" })?);
         Ok(())
@@ -179,7 +220,7 @@ impl Gathered {
     /// What the shards hold has changed: everything must be gathered anew.
     pub fn invalidate(&mut self) {
         self.embed.holds = None;
-        for slot in &mut self.blocks {
+        for slot in &mut self.slots {
             slot.holds = None;
         }
     }
@@ -188,7 +229,6 @@ impl Gathered {
         if unit == EMBED {
             return &mut self.embed;
         }
-        let index = (unit - 1) % self.blocks.len();
-        &mut self.blocks[index]
+        &mut self.slots[self.slot_of[unit - 1]]
     }
 }

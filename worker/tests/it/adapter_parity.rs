@@ -15,10 +15,8 @@ use tunefleet_worker::adapter::prune::MajoritySign;
 use tunefleet_worker::adapter::scale::{self, Into};
 use tunefleet_worker::checkpoint::hugging_face;
 use tunefleet_worker::checkpoint::safetensors::WriteDtype;
-use tunefleet_worker::comm::Solo;
 use tunefleet_worker::generate::decoder::Decoder;
 use tunefleet_worker::model::numerics::Numerics;
-use tunefleet_worker::train::walk::WalkOptions;
 
 use crate::common::*;
 
@@ -73,8 +71,7 @@ impl Peft {
         let out = tempfile::tempdir().unwrap();
         let merged = out.path().join("merged");
         self.merge(adapter, &merged, Precision::Fp32);
-        let options = WalkOptions { recompute: true, poison: false };
-        walk(&merged, Precision::Fp32, &Solo, options, |_| ()).logits(ids).unwrap()
+        walk(&merged, Precision::Fp32, SOLO, RECOMPUTE, |_| ()).logits(ids).unwrap()
     }
 }
 

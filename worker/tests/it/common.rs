@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::job::{Optimizer, Precision};
+use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::hugging_face;
-use tunefleet_worker::comm::Communicator;
+use tunefleet_worker::comm::{Mesh, Solo};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::rng::Seeds;
 use tunefleet_worker::train::units;
@@ -71,30 +71,57 @@ pub fn batch(fixture: &HashMap<String, Tensor>) -> Batch {
     Batch { tokens_bt: fixture["ids"].shallow_clone(), targets_bt: fixture["targets"].shallow_clone() }
 }
 
-/// A walk over the model in `dir` as `comm`'s rank.
+/// A world of one.
+pub const SOLO: Mesh<'static> = Mesh { world: &Solo, shards: &Solo, replicas: None };
+/// Every block computed again, two buffers for them.
+pub const RECOMPUTE: WalkOptions = WalkOptions {
+    recompute: Recompute::All,
+    resident_blocks: 0,
+    gather_ahead: 1,
+    reduce_precision: Precision::Fp32,
+    poison: false,
+};
+/// No block computed again.
+pub const KEEP: WalkOptions = WalkOptions { recompute: Recompute::None, ..RECOMPUTE };
+
+/// A walk over the model in `dir` as a rank of `mesh`.
 pub fn walk<'a>(
     dir: &Path,
     precision: Precision,
-    comm: &'a dyn Communicator,
+    mesh: Mesh<'a>,
     options: WalkOptions,
+    edit: impl FnOnce(&mut ModelConfig),
+) -> Walk<'a> {
+    walk_with(dir, precision, mesh, options, Offload::None, edit)
+}
+
+/// [`walk`], with its state where `offload` says.
+pub fn walk_with<'a>(
+    dir: &Path,
+    precision: Precision,
+    mesh: Mesh<'a>,
+    options: WalkOptions,
+    offload: Offload,
     edit: impl FnOnce(&mut ModelConfig),
 ) -> Walk<'a> {
     tunefleet_kernels::device::set_deterministic(true).unwrap();
     let mut config = hugging_face::read_config(dir).unwrap();
     edit(&mut config);
-    let rank = comm.rank();
+    let rank = mesh.shards.rank();
     let plan = ShardPlan::new(&config, rank.world);
     let numerics = Numerics::new(Device::Cpu, precision);
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW).unwrap();
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, offload).unwrap();
     hugging_face::load(dir, &plan, rank.rank, &shards).unwrap();
-    Walk::new(config, plan, shards, numerics, comm, Seeds::new(3), options)
+    let mut walk = Walk::new(config, plan, shards, numerics, mesh, Seeds::new(3), options);
+    walk.invalidate();
+    walk
 }
 
 /// One step's loss and gradients (by Hugging Face name) of one batch in a world of one.
 pub fn loss_and_grads(walk: &mut Walk<'_>, batch: &Batch) -> (f64, HashMap<String, Tensor>) {
     let count = batch.targets_bt.ne(-100).sum(Kind::Double);
     walk.begin_step().unwrap();
-    let position = MicroPosition { step: 1, micro: 0 };
+    let position = MicroPosition { step: 1, micro: 0, of: 1 };
     let scale = count.reciprocal().to_kind(Kind::Float);
     let loss = walk.train_micro_batch(batch, position, &scale).unwrap();
     walk.finish_step().unwrap();

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use crate::common::*;
 use tch::{Kind, Tensor};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
-use tunefleet_proto::job::{Precision, TrainSpec};
+use tunefleet_proto::job::{Precision, Recompute, TrainSpec};
 use tunefleet_worker::comm::tcp::TcpListener;
-use tunefleet_worker::comm::{Communicator, Solo, Tag};
+use tunefleet_worker::comm::tcp::subgroup::{self, Credentials};
+use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag, mesh};
 use tunefleet_worker::train::optimizer;
 use tunefleet_worker::train::units;
 use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
@@ -19,8 +20,6 @@ use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 const STEPS: u64 = 20;
 const SEQUENCE_TOKENS: i64 = 24;
 pub const LEARNING_RATE: f64 = 1e-3;
-const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
-const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
 
 /// A small model with random weights, biases included.
 pub fn model() -> (tempfile::TempDir, PathBuf) {
@@ -69,7 +68,7 @@ fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
 
 /// Losses of all steps, and this rank's shards at the end.
 pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
-    let rank = walk.comm().rank();
+    let rank = walk.mesh().world.rank();
     let device = walk.numerics().device;
     let micro_batch = u64::from(spec.micro_batch_sequences);
     let per_step = micro_batch * u64::from(spec.accumulate_micro_batches) * u64::from(rank.world);
@@ -87,12 +86,12 @@ pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
                 .push(Batch { tokens_bt: there(&batch.tokens_bt), targets_bt: there(&batch.targets_bt) });
         }
         let targets = Tensor::from(counted).to_device(device);
-        walk.comm().all_reduce(&targets, Tag { unit: None, what: "count" }).unwrap().wait().unwrap();
+        walk.mesh().world.all_reduce(&targets, Tag { unit: None, what: "count" }).unwrap().wait().unwrap();
         let scale = targets.reciprocal().to_kind(Kind::Float);
         walk.begin_step().unwrap();
         let mut loss = Tensor::zeros([], (Kind::Double, device));
         for (micro, batch) in micro_batches.iter().enumerate() {
-            let position = MicroPosition { step, micro: micro as u32 };
+            let position = MicroPosition { step, micro: micro as u32, of: spec.accumulate_micro_batches };
             loss += walk.train_micro_batch(batch, position, &scale).unwrap();
         }
         walk.finish_step().unwrap();
@@ -102,15 +101,17 @@ pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
     losses
 }
 
-/// Trains `model` over `ranks` threads: losses (equal on all ranks) and the weights, by unit.
-fn run(
+/// Trains `model` over as many threads as `spec` has ranks: losses (equal on all ranks) and the weights, by
+/// unit, which are the same in all copies.
+pub fn run(
     model: &Path,
     spec: &TrainSpec,
     options: WalkOptions,
     precision: Precision,
 ) -> (Vec<f64>, Vec<Tensor>) {
-    let results = on_ranks(spec.ranks, |comm| {
-        let mut walk = walk(model, precision, comm, options, |_| ());
+    let shard_ranks = spec.shard_ranks;
+    let results = on_mesh(spec.ranks, shard_ranks, |mesh| {
+        let mut walk = walk_with(model, precision, mesh, options, spec.offload, |_| ());
         let losses = train(&mut walk, spec);
         let masters: Vec<Tensor> = walk.shards().iter().map(|s| s.master.copy()).collect();
         (losses, masters)
@@ -119,9 +120,16 @@ fn run(
     for (other, _) in &results {
         assert_eq!(other, &losses, "ranks disagree about the loss");
     }
+    let (first, others) = results.split_at(shard_ranks as usize);
+    for copy in others.chunks(shard_ranks as usize) {
+        for (a, b) in first.iter().zip(copy).flat_map(|(a, b)| a.1.iter().zip(&b.1)) {
+            assert!(a.equal(b), "copies differ by {}", largest_difference(a, b));
+        }
+    }
+    let results = first;
     let plan = tunefleet_proto::shard_plan::ShardPlan::new(
         &tunefleet_worker::checkpoint::hugging_face::read_config(model).unwrap(),
-        spec.ranks,
+        shard_ranks,
     );
     let mut weights = Vec::new();
     for (index, unit) in plan.units.iter().enumerate() {
@@ -129,6 +137,26 @@ fn run(
         weights.extend(units::views(unit, &Tensor::cat(&shards, 0)));
     }
     (losses, weights)
+}
+
+/// [`on_ranks`], with the groups in which `shard_ranks` share a copy of the weights.
+pub fn on_mesh<T: Send>(ranks: u32, shard_ranks: u32, body: impl Fn(Mesh<'_>) -> T + Sync) -> Vec<T> {
+    on_ranks(ranks, |world| {
+        if shard_ranks == 1 {
+            return body(Mesh::replicated(world));
+        }
+        if shard_ranks == ranks {
+            return body(Mesh::sharded(world));
+        }
+        let (shards, replicas) = mesh::neighbours(world.rank(), shard_ranks);
+        let job = JobId("engine-test".to_owned());
+        let credentials = Credentials { secret: [7; 32], job, attempt: Attempt(1) };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let ip = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let join = |members: &[u32]| subgroup::join(world, members, ip, &credentials, deadline).unwrap();
+        let (shards, replicas) = (join(&shards), join(&replicas));
+        body(Mesh { world, shards: &shards, replicas: Some(&replicas) })
+    })
 }
 
 pub fn on_ranks<T: Send>(world: u32, body: impl Fn(&dyn Communicator) -> T + Sync) -> Vec<T> {
@@ -208,7 +236,7 @@ fn recomputing_blocks_with_dropout_changes_nothing() {
     let (_dir, model) = model();
     let spec = spec(1, 2, 2);
     let [on, off, again] = [RECOMPUTE, KEEP, RECOMPUTE].map(|options| {
-        let mut walk = walk(&model, Precision::Fp32, &Solo, options, |config| {
+        let mut walk = walk(&model, Precision::Fp32, SOLO, options, |config| {
             let dropout = &mut config.dropout;
             (dropout.attention, dropout.embedding, dropout.residual) = (0.1, 0.1, 0.1);
         });
@@ -232,9 +260,10 @@ fn accumulating_ragged_micro_batches_equals_one_larger_batch() {
 #[test]
 fn poisoned_gather_buffers_change_nothing() {
     let (_dir, model) = model();
-    for recompute in [true, false] {
-        let [clean, poisoned] = [false, true]
-            .map(|poison| run(&model, &spec(2, 1, 2), WalkOptions { recompute, poison }, Precision::Bf16));
+    for recompute in [Recompute::All, Recompute::Every(2), Recompute::None] {
+        let [clean, poisoned] = [false, true].map(|poison| {
+            run(&model, &spec(2, 1, 2), WalkOptions { recompute, poison, ..RECOMPUTE }, Precision::Bf16)
+        });
         assert_bit_equal(&clean, &poisoned);
     }
 }
@@ -244,7 +273,7 @@ fn a_loss_that_is_not_finite_updates_no_rank() {
     let (_dir, model) = model();
     let spec = spec(2, 1, 1);
     on_ranks(2, |comm| {
-        let mut walk = walk(&model, Precision::Fp32, comm, RECOMPUTE, |_| ());
+        let mut walk = walk(&model, Precision::Fp32, Mesh::sharded(comm), RECOMPUTE, |_| ());
         let before: Vec<Tensor> = walk.shards().iter().map(|s| s.master.copy()).collect();
         // One rank's gradient alone is broken.
         let rank = comm.rank().rank;
@@ -252,7 +281,7 @@ fn a_loss_that_is_not_finite_updates_no_rank() {
         let scale = if rank == 1 { f64::NAN } else { 1.0 / counted };
         walk.begin_step().unwrap();
         let scale = Tensor::from(scale).to_kind(Kind::Float);
-        let position = MicroPosition { step: 1, micro: 0 };
+        let position = MicroPosition { step: 1, micro: 0, of: 1 };
         let loss = walk.train_micro_batch(&batch, position, &scale).unwrap();
         walk.finish_step().unwrap();
         let targets = Tensor::from(2.0 * counted);

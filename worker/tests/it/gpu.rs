@@ -13,10 +13,10 @@ use tunefleet_proto::job::Precision;
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::hugging_face;
 use tunefleet_worker::comm::nccl::NcclCommunicator;
-use tunefleet_worker::comm::{Communicator, Error, Solo, Tag};
+use tunefleet_worker::comm::{Communicator, Error, Mesh, Solo, Tag};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::rng::Seeds;
-use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
+use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk};
 
 const TAG: Tag = Tag { unit: None, what: "test" };
 
@@ -87,19 +87,24 @@ fn step(
     let config = hugging_face::read_config(dir).unwrap();
     let plan = ShardPlan::new(&config, 1);
     let numerics = Numerics::new(device, precision);
-    let shards =
-        tunefleet_worker::train::units::shards(&plan, 0, numerics, tunefleet_proto::job::Optimizer::AdamW)
-            .unwrap();
+    let shards = tunefleet_worker::train::units::shards(
+        &plan,
+        0,
+        numerics,
+        tunefleet_proto::job::Optimizer::AdamW,
+        tunefleet_proto::job::Offload::None,
+    )
+    .unwrap();
     hugging_face::load(dir, &plan, 0, &shards).unwrap();
-    let options = WalkOptions { recompute: true, poison: false };
-    let mut walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(0), options);
+    let mut walk =
+        Walk::new(config.clone(), plan, shards, numerics, Mesh::sharded(comm), Seeds::new(0), RECOMPUTE);
     tch::manual_seed(11);
     let tokens = Tensor::randint(config.vocab_size as i64, [4, 128], (Kind::Int64, Device::Cpu));
     let targets = tokens.roll([-1], [1]);
     let batch = Batch { tokens_bt: tokens.to_device(device), targets_bt: targets.to_device(device) };
     let scale = Tensor::from(1.0 / 512.0).to_kind(Kind::Float).to_device(device);
     walk.begin_step().unwrap();
-    let loss = walk.train_micro_batch(&batch, MicroPosition { step: 1, micro: 0 }, &scale).unwrap();
+    let loss = walk.train_micro_batch(&batch, MicroPosition { step: 1, micro: 0, of: 1 }, &scale).unwrap();
     walk.finish_step().unwrap();
     let grads = walk.shards().iter().map(|s| s.grad.to_device(Device::Cpu)).collect();
     (loss.double_value(&[]) / 512.0, grads)

@@ -5,15 +5,13 @@ use tunefleet_kernels::device::managed_zeros;
 use tunefleet_kernels::optim::{AdamW, AdamW8State, adamw_8bit};
 use tunefleet_kernels::quant::{self, Code4, FourBit, Nested};
 use tunefleet_proto::job::{Optimizer, Precision, TrainSpec};
-use tunefleet_worker::comm::Solo;
-use tunefleet_worker::train::walk::{Batch, WalkOptions};
+use tunefleet_worker::train::walk::Batch;
 
 use crate::common::*;
 use crate::gpu::gpu;
 use crate::{engine, qlora};
 
 const GPU: Device = Device::Cuda(0);
-const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
 
 /// Codes, scales, codes of scales and offset of `values`, where they lie.
 fn quantized(values: &Tensor, code: Code4, block: i64) -> [Tensor; 4] {
@@ -125,7 +123,7 @@ fn adapter_gradients_on_the_gpu_are_the_peers() {
         let batch = Batch { tokens_bt: there("ids"), targets_bt: there("targets") };
         let qlora::Case { model, adapter, quantization, name } = &case;
         let mut walk =
-            qlora::adapter_walk(model, adapter, *quantization, Precision::Fp32, &Solo, RECOMPUTE, GPU);
+            qlora::adapter_walk(model, adapter, *quantization, Precision::Fp32, SOLO, RECOMPUTE, GPU);
         let (loss, grads) = loss_and_grads(&mut walk, &batch);
         let peer = fixture["loss"].double_value(&[0]);
         // Its own quantisation differs in a few codes from the CPU's, which the fixture has.

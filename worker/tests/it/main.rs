@@ -15,6 +15,7 @@ mod comm;
 mod comm_processes;
 mod quant;
 mod engine;
+mod strategies;
 mod parity;
 mod qlora;
 mod adapter_parity;

@@ -8,15 +8,11 @@ use crate::common::*;
 use tch::Tensor;
 use tunefleet_kernels::autograd::grad;
 use tunefleet_proto::job::Precision;
-use tunefleet_worker::comm::Solo;
 use tunefleet_worker::generate::complete;
 use tunefleet_worker::generate::decoder::Decoder;
 use tunefleet_worker::generate::sampling::Sampling;
 use tunefleet_worker::model::numerics::{Numerics, attention};
-use tunefleet_worker::train::walk::{Batch, WalkOptions};
-
-const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
-const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
+use tunefleet_worker::train::walk::Batch;
 
 fn index(dir: &std::path::Path, key: &str) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(dir.join("index.json")).unwrap();
@@ -37,7 +33,7 @@ fn fp32_logits_loss_and_every_gradient_equal_transformers() {
         let fixture = tensors(&dir.join("fixture.safetensors"));
         let batch = batch(&fixture);
         for options in [RECOMPUTE, KEEP] {
-            let mut walk = walk(&dir, Precision::Fp32, &Solo, options, |_| ());
+            let mut walk = walk(&dir, Precision::Fp32, SOLO, options, |_| ());
             let logits = walk.logits(&batch.tokens_bt).unwrap();
             let difference = largest_difference(&logits, &fixture["logits"]);
             println!("{}: logits {difference:.1e}", dir.display());
@@ -62,7 +58,7 @@ fn bf16_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers() {
         let fixture = tensors(&dir.join("bf16.safetensors"));
         let batches = fixture["ids"].size()[0];
         for options in [RECOMPUTE, KEEP] {
-            let mut walk = walk(&dir, Precision::Bf16, &Solo, options, |_| ());
+            let mut walk = walk(&dir, Precision::Bf16, SOLO, options, |_| ());
             let mut squares = HashMap::<String, f64>::new();
             for k in 0..batches {
                 let of_batch = |name: &str| fixture[name].get(k);
@@ -117,22 +113,17 @@ fn an_export_loads_in_transformers_with_the_same_logits() {
 /// Through a checkpoint and back: the way every exported model goes.
 fn export_of(model: &std::path::Path, out: &std::path::Path) {
     use tunefleet_proto::checkpoint::DataPosition;
+    use tunefleet_worker::checkpoint::save;
     let checkpoints = out.with_extension("checkpoints");
-    let walk = walk(model, Precision::Fp32, &Solo, KEEP, |_| ());
+    let walk = walk(model, Precision::Fp32, SOLO, KEEP, |_| ());
     let data = DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
     let state =
-        tunefleet_worker::checkpoint::save::State { step: 1, seed: 0, data, loss: 0.0, adapter: None };
+        save::State { step: 1, seed: 0, data, loss: 0.0, validation: None, finished: true, adapter: None };
     let device = tch::Device::Cpu;
-    tunefleet_worker::checkpoint::save::save(
-        &checkpoints,
-        walk.plan(),
-        walk.shards(),
-        &state,
-        1,
-        &Solo,
-        device,
-    )
-    .unwrap();
+    let dir = checkpoints.clone();
+    let mut saver = save::Saver::new(save::Settings { dir, keep: 1, keep_best: false, asynchronous: true });
+    saver.start(walk.plan(), walk.shards(), state, SOLO, device).unwrap();
+    saver.finish(SOLO, device, 1).unwrap().unwrap();
     tunefleet_worker::export::export(&checkpoints, model, model, out, Precision::Fp32).unwrap();
 }
 
@@ -144,7 +135,7 @@ fn greedy_tokens_with_the_cache_equal_full_forward_passes() {
         let prompt = [5u32, 9, 2, 7, 7, 1];
         let greedy = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
         let made = complete(&decoder, &prompt, 12, u32::MAX, greedy);
-        let mut walk = walk(&dir, Precision::Fp32, &Solo, KEEP, |_| ());
+        let mut walk = walk(&dir, Precision::Fp32, SOLO, KEEP, |_| ());
         let mut tokens: Vec<i64> = prompt.iter().map(|&t| i64::from(t)).collect();
         for next in made {
             let ids = Tensor::from_slice(&tokens).unsqueeze(0);

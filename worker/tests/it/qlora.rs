@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::adapter::LoraConfig;
 use tunefleet_proto::base_plan::{BasePlan, PartDtype, QuantKind, Quantization};
-use tunefleet_proto::job::{Optimizer, Precision};
+use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::base::{Base, cache, encode};
 use tunefleet_worker::checkpoint::hugging_face;
-use tunefleet_worker::comm::{Communicator, Solo};
+use tunefleet_worker::comm::{Mesh, Solo};
 use tunefleet_worker::generate::decoder::Decoder;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::adapter::{self, Frozen, Wiring};
@@ -23,9 +23,6 @@ use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
 
 use crate::common::*;
 use crate::engine;
-
-const RECOMPUTE: WalkOptions = WalkOptions { recompute: true, poison: false };
-const KEEP: WalkOptions = WalkOptions { recompute: false, poison: false };
 
 /// One variant of a fixture: a model, an adapter on it, and how its base is held.
 pub struct Case {
@@ -64,13 +61,13 @@ pub fn quantization(name: &str) -> Quantization {
     Quantization { kind, block: 64, double: four_bit && name.ends_with("-double") }
 }
 
-/// A walk over `model` with the adapter in `adapter`, as `comm`'s rank.
+/// A walk over `model` with the adapter in `adapter`, as a rank of `mesh`.
 pub fn adapter_walk<'a>(
     model: &Path,
     adapter: &Path,
     quantization: Quantization,
     precision: Precision,
-    comm: &'a dyn Communicator,
+    mesh: Mesh<'a>,
     options: WalkOptions,
     device: Device,
 ) -> Walk<'a> {
@@ -79,16 +76,17 @@ pub fn adapter_walk<'a>(
     let text = std::fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
     let lora = LoraConfig::from_peft_json(&text).unwrap();
     let adapter_plan = lora.plan(&config).unwrap();
-    let rank = comm.rank();
+    let rank = mesh.shards.rank();
     let plan = ShardPlan::of_adapter(&adapter_plan, &config, rank.world);
     let numerics = Numerics::new(device, precision);
     let plain = if precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
     let base_plan = BasePlan::new(&config, quantization, plain);
     let cache_dir = tempfile::tempdir().unwrap();
-    let opened = cache::open(cache_dir.path(), model, &config, &base_plan, comm, device).unwrap();
-    let base = Base::new(base_plan, opened.shards, rank.world, numerics, !options.recompute, options.poison);
+    let opened = cache::open(cache_dir.path(), model, &config, &base_plan, mesh, device).unwrap();
+    let residency = options.residency(rank.world, config.layers as usize);
+    let base = Base::new(base_plan, opened.shards, rank.world, numerics, &residency, options.poison);
     let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW).unwrap();
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None).unwrap();
     let weights = tensors(&adapter.join("adapter_model.safetensors"));
     for (unit, shard) in plan.units.iter().zip(&shards) {
         for piece in unit.pieces(rank.rank, rank.world) {
@@ -98,13 +96,13 @@ pub fn adapter_walk<'a>(
             shard.master.narrow(0, piece.shard_offset as i64, len).copy_(&own);
         }
     }
-    let walk = Walk::new(config, plan, shards, numerics, comm, Seeds::new(3), options);
+    let walk = Walk::new(config, plan, shards, numerics, mesh, Seeds::new(3), options);
     walk.over(Frozen { base: base.unwrap(), wiring })
 }
 
 fn walk_of(case: &Case, precision: Precision, options: WalkOptions) -> Walk<'static> {
     let Case { model, adapter, quantization, .. } = case;
-    adapter_walk(model, adapter, *quantization, precision, &Solo, options, Device::Cpu)
+    adapter_walk(model, adapter, *quantization, precision, SOLO, options, Device::Cpu)
 }
 
 #[test]
@@ -174,7 +172,7 @@ fn a_bf16_loss_curve_strays_at_most_a_fifth_farther_from_fp32_than_the_peers() {
         let adapter = dir.join(seed["directory"].as_str().unwrap());
         let file = tensors(&adapter.join("curves.safetensors"));
         let [fp32, bf16] = [Precision::Fp32, Precision::Bf16].map(|precision| {
-            let mut walk = adapter_walk(&model, &adapter, base, precision, &Solo, RECOMPUTE, Device::Cpu);
+            let mut walk = adapter_walk(&model, &adapter, base, precision, SOLO, RECOMPUTE, Device::Cpu);
             curve(&mut walk, &file)
         });
         let theirs = |name: &str| Vec::<f64>::try_from(&file[name]).unwrap();
@@ -205,7 +203,7 @@ fn curve(walk: &mut Walk<'_>, file: &HashMap<String, Tensor>) -> Vec<f64> {
         let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
         let scale = targets.reciprocal().to_kind(Kind::Float);
         walk.begin_step().unwrap();
-        let position = MicroPosition { step: step as u64 + 1, micro: 0 };
+        let position = MicroPosition { step: step as u64 + 1, micro: 0, of: 1 };
         let loss = walk.train_micro_batch(&batch, position, &scale).unwrap();
         walk.finish_step().unwrap();
         optimizer::update(walk, &spec, step as u64 + 1, 1e-3, &loss, &targets).unwrap().read().loss
@@ -235,6 +233,7 @@ impl Trained<'_> {
         let quantization = quantization(self.base);
         let cache_dir = tempfile::tempdir().unwrap();
         let results = engine::on_ranks(self.spec.ranks, |comm| {
+            let mesh = Mesh::sharded(comm);
             tunefleet_kernels::device::set_deterministic(true).unwrap();
             let rank = comm.rank();
             let plan = ShardPlan::of_adapter(&adapter_plan, &config, rank.world);
@@ -242,14 +241,16 @@ impl Trained<'_> {
             let plain = if self.precision == Precision::Fp32 { PartDtype::F32 } else { PartDtype::Bf16 };
             let base_plan = BasePlan::new(&config, quantization, plain);
             let dir = cache_dir.path();
-            let opened = cache::open(dir, self.model, &config, &base_plan, comm, self.device).unwrap();
-            let (resident, poison) = (!self.options.recompute, self.options.poison);
+            let opened = cache::open(dir, self.model, &config, &base_plan, mesh, self.device).unwrap();
+            let residency = self.options.residency(rank.world, config.layers as usize);
+            let poison = self.options.poison;
             let mut base =
-                Base::new(base_plan, opened.shards, rank.world, numerics, resident, poison).unwrap();
-            let shards = units::shards(&plan, rank.rank, numerics, self.spec.optimizer).unwrap();
+                Base::new(base_plan, opened.shards, rank.world, numerics, &residency, poison).unwrap();
+            let shards =
+                units::shards(&plan, rank.rank, numerics, self.spec.optimizer, Offload::None).unwrap();
             tch::no_grad(|| adapter::init(&shards, &plan, &config, &mut base, comm, 3)).unwrap();
             let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
-            let walk = Walk::new(config.clone(), plan, shards, numerics, comm, Seeds::new(3), self.options);
+            let walk = Walk::new(config.clone(), plan, shards, numerics, mesh, Seeds::new(3), self.options);
             let mut walk = walk.over(Frozen { base, wiring });
             let losses = engine::train(&mut walk, &self.spec);
             (losses, walk.shards().iter().map(|s| s.master.to_device(Device::Cpu)).collect::<Vec<_>>())
@@ -348,9 +349,9 @@ fn recomputing_blocks_under_an_adapter_changes_nothing_with_or_without_dropout()
 #[test]
 fn poisoned_buffers_of_a_frozen_base_change_nothing() {
     let (_dir, model) = engine::model();
-    for recompute in [true, false] {
+    for recompute in [Recompute::All, Recompute::None] {
         let [clean, poisoned] = [false, true].map(|poison| {
-            let options = WalkOptions { recompute, poison };
+            let options = WalkOptions { recompute, poison, ..RECOMPUTE };
             Trained { options, precision: Precision::Bf16, ..trained(&model, 2, 1) }.run()
         });
         engine::assert_bit_equal(&clean, &poisoned);
@@ -398,7 +399,7 @@ fn a_trained_tensor_that_no_gradient_reaches_is_named() {
         1,
     );
     let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
-    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW).unwrap();
+    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW, Offload::None).unwrap();
     let check = |expected| gradients::check(&plan, &shards, &Solo, 1, expected).map_err(|e| e.to_string());
     for shard in &shards {
         let _ = shard.grad.shallow_clone().fill_(1.0);
@@ -419,7 +420,7 @@ fn a_damaged_or_foreign_quantised_base_is_built_anew() {
     let config = hugging_face::read_config(&model).unwrap();
     let plan = BasePlan::new(&config, quantization("nf4-64-double"), PartDtype::Bf16);
     let cache_dir = dir.path().join("base");
-    let open = || cache::open(&cache_dir, &model, &config, &plan, &Solo, Device::Cpu).unwrap();
+    let open = || cache::open(&cache_dir, &model, &config, &plan, SOLO, Device::Cpu).unwrap();
     let first = open();
     assert_eq!(first.built.as_deref(), Some("there was none"));
     assert_eq!(open().built, None, "the second time it is there");
@@ -458,7 +459,7 @@ fn a_base_weight_that_is_not_finite_is_refused_by_name() {
     let config = hugging_face::read_config(&model).unwrap();
     for base in ["nf4-64", "plain"] {
         let plan = BasePlan::new(&config, quantization(base), PartDtype::Bf16);
-        let opened = cache::open(&dir.path().join("base"), &model, &config, &plan, &Solo, Device::Cpu);
+        let opened = cache::open(&dir.path().join("base"), &model, &config, &plan, SOLO, Device::Cpu);
         let message = opened.err().unwrap().to_string();
         assert!(
             message.contains("tensor transformer.h.1.mlp.c_proj.bias: holds a value that is not finite"),

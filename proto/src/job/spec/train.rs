@@ -214,16 +214,21 @@ pub struct Residency {
 
 impl Residency {
     /// That of `train` over `blocks` blocks.
-    pub fn new(train: &TrainSpec, blocks: usize) -> Self {
-        let recomputed: Vec<bool> = (0..blocks).map(|i| train.recompute.applies(i, blocks)).collect();
+    pub fn of(train: &TrainSpec, blocks: usize) -> Self {
         let all = train.strategy == Strategy::ShardGradOp || train.shard_ranks == 1;
+        let resident = if all { u32::MAX } else { train.resident_blocks };
+        Residency::new(train.recompute, resident, train.gather_ahead, blocks)
+    }
+
+    /// Of so many blocks, some computed again, the first `resident_blocks` resident at least.
+    pub fn new(recompute: Recompute, resident_blocks: u32, gather_ahead: u32, blocks: usize) -> Self {
+        let recomputed: Vec<bool> = (0..blocks).map(|i| recompute.applies(i, blocks)).collect();
         // The graph of a block that is not computed again refers to its gathered weights; the last
         // one's is gone before another takes its place.
         let kept = |i: usize| i + 1 < blocks && !recomputed[i];
-        let resident: Vec<bool> =
-            (0..blocks).map(|i| all || kept(i) || i < train.resident_blocks as usize).collect();
+        let resident: Vec<bool> = (0..blocks).map(|i| kept(i) || i < resident_blocks as usize).collect();
         let others = resident.iter().filter(|resident| !**resident).count();
-        let ahead = (train.gather_ahead.max(1) as usize).min(blocks);
+        let ahead = (gather_ahead.max(1) as usize).min(blocks);
         Residency { resident, recomputed, shared_slots: others.min(1 + ahead), ahead }
     }
 }

@@ -11,19 +11,22 @@ mod handshake;
 mod join;
 mod link;
 mod sum;
+mod member;
+/// A group of some of a group's ranks.
+pub mod subgroup;
 
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
 
-use self::frame::{Header, Op};
+use self::frame::Op;
 use self::group::{End, Group, Operation, PeerQueues, Queues};
 use self::handshake::Identity;
-use self::link::Transfer;
+use self::member::Member;
 use self::sum::{Pool, Sum};
 use super::{Communicator, Error, Tag, Work};
 
@@ -70,13 +73,17 @@ impl TcpListener {
         let streams = join::mesh(self.listener, &me, peers, deadline)?;
         let communicator = TcpCommunicator::new(rank, streams)
             .map_err(|e| Error::Join(format!("starting the links: {e}")))?;
-        if communicator.is_sole() {
+        if communicator.member.is_sole() {
             return Ok(communicator);
         }
         // A link may have been proved on one side only.
         let all_here = Tag { unit: None, what: "join" };
-        let operation = communicator.start(Op::Barrier, all_here, None, None, None)?;
-        if communicator.group.wait_timeout(&operation, deadline.saturating_duration_since(Instant::now()))? {
+        let operation = communicator.member.start(Op::Barrier, all_here, None, None, None)?;
+        if communicator
+            .member
+            .group
+            .wait_timeout(&operation, deadline.saturating_duration_since(Instant::now()))?
+        {
             return Ok(communicator);
         }
         Err(Error::Join("connected to all ranks, but not all of them are to each other".to_owned()))
@@ -85,14 +92,10 @@ impl TcpListener {
 
 /// A member of a group of ranks; see the module's text.
 pub struct TcpCommunicator {
-    group: Arc<Group>,
-    pool: Arc<Pool>,
+    member: Member,
     senders: Vec<JoinHandle<()>>,
     others: Vec<JoinHandle<()>>,
 }
-
-/// Parts of a tensor, one per rank.
-type Parts = Vec<Tensor>;
 
 impl TcpCommunicator {
     fn new(rank: Rank, streams: Vec<Option<std::net::TcpStream>>) -> std::io::Result<Self> {
@@ -114,16 +117,15 @@ impl TcpCommunicator {
 
         // Made before any thread: if one cannot be started, Drop ends those that were.
         let mut this = TcpCommunicator {
-            group: group.clone(),
-            pool: pool.clone(),
+            member: Member { group: group.clone(), pool: pool.clone() },
             senders: Vec::new(),
             others: Vec::new(),
         };
         for (peer, outgoing, to_send, incoming, to_receive) in ends {
-            let group = this.group.clone();
+            let group = this.member.group.clone();
             let body = Box::new(move || link::send_all(&group, peer, outgoing, &to_send));
             this.senders.push(spawn(format!("send-{peer}"), body)?);
-            let group = this.group.clone();
+            let group = this.member.group.clone();
             let body = Box::new(move || link::receive_all(&group, peer, incoming, &to_receive));
             this.others.push(spawn(format!("receive-{peer}"), body)?);
         }
@@ -131,174 +133,42 @@ impl TcpCommunicator {
         this.others.push(spawn("add-up".to_owned(), body)?);
         Ok(this)
     }
-
-    /// Queues one operation: `outgoing[r]` goes to rank r, `incoming[r]` is filled by it.
-    fn start(
-        &self,
-        op: Op,
-        tag: Tag,
-        outgoing: Option<&Parts>,
-        incoming: Option<&Parts>,
-        sum: Option<Sum>,
-    ) -> Result<Arc<Operation>, Error> {
-        self.group.start(|queues| {
-            let operation = Arc::new(Operation::new(tag, 2 * queues.peers.len(), sum));
-            let seq = queues.started;
-            queues.started += 1;
-            for PeerQueues { peer, send, receive } in &queues.peers {
-                let transfer = |parts: Option<&Parts>| {
-                    let part = parts.and_then(|parts| parts.get(*peer as usize));
-                    let bytes = part.map_or(0, |t| (t.numel() * t.kind().elt_size_in_bytes()) as u64);
-                    let kind = part.map(Tensor::kind);
-                    let header = Header { seq, op, kind, unit: tag.unit, culprit: None, bytes };
-                    Transfer {
-                        header,
-                        payload: part.map(Tensor::shallow_clone),
-                        operation: operation.clone(),
-                    }
-                };
-                // A thread that is gone has ended the group, and waiters know.
-                let _ = send.send(transfer(outgoing));
-                let _ = receive.send(transfer(incoming));
-            }
-            operation
-        })
-    }
-
-    fn work(&self, operation: Arc<Operation>, copy_back: Option<(Tensor, Tensor)>) -> Box<dyn Work> {
-        Box::new(TcpWork { group: self.group.clone(), pool: self.pool.clone(), operation, copy_back })
-    }
-
-    fn is_sole(&self) -> bool {
-        self.group.rank.world == 1
-    }
-
-    /// `tensor` cut into one part per rank.
-    fn parts(&self, tensor: &Tensor) -> Parts {
-        let world = i64::from(self.group.rank.world);
-        let n = tensor.numel() as i64 / world;
-        (0..world).map(|r| tensor.narrow(0, r * n, n)).collect()
-    }
 }
 
 impl Communicator for TcpCommunicator {
     fn rank(&self) -> Rank {
-        self.group.rank
+        self.member.group.rank
     }
 
     fn all_gather(&self, buffer: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
-        let Rank { rank, world } = self.group.rank;
-        check("all-gather", buffer, buffer.numel().is_multiple_of(world as usize), "of world x n elements")?;
-        if self.is_sole() {
-            return Ok(Box::new(super::Done));
-        }
-        let flat = buffer.detach().view(-1);
-        let (host, copy_back) = match flat.device() {
-            Device::Cpu => (flat, None),
-            device => {
-                let host = self.pool.take(flat.kind(), flat.numel() as i64, device)?;
-                let mine = self.parts(&host).swap_remove(rank as usize);
-                copy(&mine, &self.parts(&flat)[rank as usize])?;
-                (host.shallow_clone(), Some((flat, host)))
-            }
-        };
-        let parts = self.parts(&host);
-        let mine = parts.iter().map(|_| parts[rank as usize].shallow_clone()).collect();
-        let operation = self.start(Op::AllGather, tag, Some(&mine), Some(&parts), None)?;
-        Ok(self.work(operation, copy_back))
+        self.member.all_gather(buffer, tag)
     }
 
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
-        let Rank { rank, world } = self.group.rank;
-        const OP: &str = "reduce-scatter";
-        check(OP, output, matches!(output.kind(), Kind::Float | Kind::BFloat16), "fp32 or bf16")?;
-        let kinds_fit =
-            input.kind() == output.kind() || (input.kind() == Kind::BFloat16 && output.kind() == Kind::Float);
-        check(OP, input, kinds_fit, "of the output's dtype, or bf16 into fp32")?;
-        check(
-            OP,
-            input,
-            input.numel() == output.numel() * world as usize,
-            "of world x the output's elements",
-        )?;
-        check(OP, input, !overlap(input, output), "apart from the output in memory")?;
-        let (input, output) = (input.detach().view(-1), output.detach().view(-1));
-        if self.is_sole() {
-            copy(&output, &input)?;
-            return Ok(Box::new(super::Done));
-        }
-        let mut scratch = Vec::new();
-        let (host_input, host_output, copy_back) = match input.device() {
-            Device::Cpu => (input, output, None),
-            device => {
-                let host_input = self.pool.take(input.kind(), input.numel() as i64, device)?;
-                copy(&host_input, &input)?;
-                let host_output = self.pool.take(output.kind(), output.numel() as i64, device)?;
-                scratch.push(host_input.shallow_clone());
-                (host_input, host_output.shallow_clone(), Some((output, host_output)))
-            }
-        };
-        let outgoing = self.parts(&host_input);
-        let received = self.pool.take(host_input.kind(), host_input.numel() as i64, Device::Cpu)?;
-        let mut incoming = self.parts(&received);
-        scratch.push(received);
-        incoming[rank as usize] = outgoing[rank as usize].shallow_clone();
-        let sum =
-            Sum { parts: incoming.iter().map(Tensor::shallow_clone).collect(), output: host_output, scratch };
-        let operation = self.start(Op::ReduceScatter, tag, Some(&outgoing), Some(&incoming), Some(sum))?;
-        Ok(self.work(operation, copy_back))
+        self.member.reduce_scatter(input, output, tag)
     }
 
     fn all_reduce(&self, tensor: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
-        let Rank { rank, world } = self.group.rank;
-        check("all-reduce", tensor, frame::has_code(tensor.kind()), "fp32, bf16, fp64, int64 or bytes")?;
-        if self.is_sole() {
-            return Ok(Box::new(super::Done));
-        }
-        let output = tensor.detach().view(-1);
-        // Sent from a copy, because the sum overwrites the tensor while slow peers still take it.
-        let all = Tensor::f_zeros([i64::from(world) * output.numel() as i64], (output.kind(), Device::Cpu))
-            .map_err(|e| Error::Backend(e.to_string()))?;
-        let parts = self.parts(&all);
-        copy(&parts[rank as usize], &output)?;
-        let mine = parts.iter().map(|_| parts[rank as usize].shallow_clone()).collect();
-        let (host_output, copy_back) = match output.device() {
-            Device::Cpu => (output, None),
-            _ => {
-                let host_output = output.zeros_like().to_device(Device::Cpu);
-                (host_output.shallow_clone(), Some((output, host_output)))
-            }
-        };
-        let sum = Sum {
-            parts: parts.iter().map(Tensor::shallow_clone).collect(),
-            output: host_output,
-            scratch: Vec::new(),
-        };
-        let operation = self.start(Op::AllReduce, tag, Some(&mine), Some(&parts), Some(sum))?;
-        Ok(self.work(operation, copy_back))
+        self.member.all_reduce(tensor, tag)
     }
 
     fn barrier(&self) -> Result<(), Error> {
-        if self.is_sole() {
-            return Ok(());
-        }
-        let operation = self.start(Op::Barrier, Tag { unit: None, what: "barrier" }, None, None, None)?;
-        self.group.wait(&operation)
+        self.member.barrier()
     }
 
     fn abort(&self, reason: &str) {
-        self.group.fail(Error::Aborted(reason.to_owned()));
+        self.member.group.fail(Error::Aborted(reason.to_owned()));
     }
 }
 
 impl Drop for TcpCommunicator {
     fn drop(&mut self) {
-        self.group.finish(End::Left);
+        self.member.group.finish(End::Left);
         // Senders deliver what is queued and say farewell; none of them waits long.
         for thread in self.senders.drain(..) {
             let _ = thread.join();
         }
-        self.group.shutdown(Shutdown::Both);
+        self.member.group.shutdown(Shutdown::Both);
         for thread in self.others.drain(..) {
             let _ = thread.join();
         }
@@ -317,52 +187,4 @@ fn add_up(group: &Group, pool: &Pool, queue: &mpsc::Receiver<(Arc<Operation>, Su
         scratch.into_iter().for_each(|tensor| pool.put(tensor));
         group.complete(&operation);
     }
-}
-
-struct TcpWork {
-    group: Arc<Group>,
-    pool: Arc<Pool>,
-    operation: Arc<Operation>,
-    /// To a GPU tensor, from the host's.
-    copy_back: Option<(Tensor, Tensor)>,
-}
-
-impl Work for TcpWork {
-    fn wait(self: Box<Self>) -> Result<(), Error> {
-        self.group.wait(&self.operation)?;
-        if let Some((to, from)) = self.copy_back {
-            copy(&to, &from)?;
-            self.pool.put(from);
-        }
-        Ok(())
-    }
-}
-
-/// Blocks until the elements are there, also to and from a GPU.
-fn copy(to: &Tensor, from: &Tensor) -> Result<(), Error> {
-    to.shallow_clone().f_copy_(from).map_err(|e| Error::Backend(format!("staging: {e}")))
-}
-
-fn check(op: &'static str, tensor: &Tensor, holds: bool, rule: &str) -> Result<(), Error> {
-    let refuse = |rule: &str| {
-        let got = format!("{:?} {:?} on {:?}", tensor.kind(), tensor.size(), tensor.device());
-        Err(Error::Tensor { op, rule: format!("the tensor must be {rule}"), got })
-    };
-    if !tensor.is_contiguous() {
-        return refuse("contiguous");
-    }
-    if !frame::has_code(tensor.kind()) {
-        return refuse("fp32, bf16, fp64, int64 or bytes");
-    }
-    if holds { Ok(()) } else { refuse(rule) }
-}
-
-/// Whether two contiguous tensors share memory.
-fn overlap(a: &Tensor, b: &Tensor) -> bool {
-    let span = |t: &Tensor| {
-        let begin = t.data_ptr() as usize;
-        begin..begin + t.numel() * t.kind().elt_size_in_bytes()
-    };
-    let (a, b) = (span(a), span(b));
-    a.start < b.end && b.start < a.end
 }

@@ -1,0 +1,51 @@
+//! Loss and logits without gradients.
+
+use tch::Tensor;
+
+use super::blocks::Direction;
+use super::{Batch, Walk};
+use crate::model::block::BlockShape;
+use crate::model::{embed, head};
+use crate::train::Error;
+
+impl Walk<'_> {
+    /// Sum of the loss over counted targets (fp64 scalar on the device), without dropout or grad.
+    ///
+    /// # Errors
+    /// Whatever a collective meets.
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<Tensor, Error> {
+        let (h_btd, embed_params) = self.forward(&batch.tokens_bt)?;
+        let width = self.config.hidden_size as i64;
+        Ok(tch::no_grad(|| {
+            let head = self.head(&embed_params);
+            head::loss_sum(
+                self.numerics,
+                head.weight_vd,
+                &h_btd.reshape([-1, width]),
+                &batch.targets_bt.reshape([-1]),
+            )
+        }))
+    }
+
+    /// Logits in fp32, `[B, T, V]`, without dropout or grad.
+    ///
+    /// # Errors
+    /// Whatever a collective meets.
+    pub fn logits(&mut self, tokens_bt: &Tensor) -> Result<Tensor, Error> {
+        let (h_btd, embed_params) = self.forward(tokens_bt)?;
+        Ok(tch::no_grad(|| head::logits(self.numerics, self.head(&embed_params).weight_vd, &h_btd)))
+    }
+
+    /// Normed states of the last block, and the embeddings' parameters.
+    fn forward(&mut self, tokens_bt: &Tensor) -> Result<(Tensor, Vec<Tensor>), Error> {
+        let shape = BlockShape::new(&self.config, false);
+        let embed_params = self.gathered_embed()?;
+        let mut x = tch::no_grad(|| embed::forward(&embed_params[0], &embed_params[1], tokens_bt, 0));
+        for i in 0..self.plan.units.len() - 1 {
+            let weights = self.gathered_block(i, Direction::Forward)?;
+            x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, false));
+        }
+        let h = tch::no_grad(|| head::norm(&self.head(&embed_params), &x, self.config.norm_epsilon));
+        Ok((h, embed_params))
+    }
+}

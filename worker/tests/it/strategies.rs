@@ -1,0 +1,223 @@
+//! What sharding strategy, residency, gather depth and offload must not change: the result.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use crate::common::{KEEP, RECOMPUTE, walk};
+use crate::engine::{assert_bit_equal, assert_close, on_mesh, run, train, train_spec};
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::ids::Rank;
+use tunefleet_proto::job::{Offload, Precision, TrainSpec};
+use tunefleet_proto::model::ModelConfig;
+use tunefleet_worker::checkpoint::model_dir;
+use tunefleet_worker::comm::{Communicator, Error, Mesh, Tag, Work};
+use tunefleet_worker::train::walk::WalkOptions;
+
+/// Five blocks, so that residency and gather depth have something to choose from.
+fn deep_model() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model");
+    let config = ModelConfig { layers: 5, ..ModelConfig::preset("tiny").unwrap() };
+    tch::manual_seed(5);
+    model_dir::write(&path, &config, Precision::Fp32, None, |parameter, sink| {
+        let values = Tensor::randn([parameter.elements() as i64], (Kind::Float, Device::Cpu)) * 0.02;
+        let norm = parameter.name.contains("ln_") && parameter.name.ends_with("weight");
+        let values = if norm { values + 1.0 } else { values };
+        sink(&Vec::<f32>::try_from(values).unwrap())
+    })
+    .unwrap();
+    (dir, path)
+}
+
+const ONE: &str = "accumulate_micro_batches: 1";
+
+/// 20 steps of 4 sequences a micro-batch, over so many ranks.
+fn spec(ranks: u32, keys: &str) -> TrainSpec {
+    let micro_batch = 4 / ranks.min(4);
+    let keys = format!(
+        "ranks: {ranks}, device: cpu, precision: fp32, steps: 20, micro_batch_sequences: {micro_batch}, \
+         learning_rate: 1e-3, schedule: constant, warmup_steps: 0, \
+         weight_decay: 0.05, betas: [0.9, 0.95], seed: 3, {keys}"
+    );
+    train_spec(&keys)
+}
+
+fn trained(spec: &TrainSpec, precision: Precision) -> (Vec<f64>, Vec<Tensor>) {
+    let (_dir, model) = deep_model();
+    run(&model, spec, WalkOptions::of(spec), precision)
+}
+
+#[test]
+fn every_strategy_trains_the_model_of_one_rank() {
+    let one = trained(&spec(1, ONE), Precision::Fp32);
+    for (ranks, strategy) in [
+        (2, "strategy: full_shard"),
+        (2, "strategy: shard_grad_op"),
+        (2, "strategy: no_shard"),
+        (4, "strategy: no_shard"),
+        (4, "strategy: hybrid_shard, shard_ranks: 2"),
+        (4, "strategy: shard_grad_op"),
+    ] {
+        assert_close(&one, &trained(&spec(ranks, &format!("{ONE}, {strategy}")), Precision::Fp32));
+    }
+}
+
+#[test]
+fn a_sum_over_three_copies_is_right_where_nothing_divides() {
+    let keys = "micro_batch_sequences: 2, accumulate_micro_batches: 3";
+    let of = |ranks: u32, keys: &str| {
+        train_spec(&format!(
+            "ranks: {ranks}, device: cpu, precision: fp32, steps: 5, learning_rate: 1e-3, warmup_steps: 0, {keys}"
+        ))
+    };
+    let one = trained(&of(1, keys), Precision::Fp32);
+    let three = of(3, "micro_batch_sequences: 2, accumulate_micro_batches: 1, strategy: no_shard");
+    assert_close(&one, &trained(&three, Precision::Fp32));
+}
+
+#[test]
+fn strategies_repeat_bit_for_bit() {
+    for strategy in ["strategy: no_shard", "strategy: hybrid_shard, shard_ranks: 2"] {
+        let of = spec(4, &format!("{ONE}, {strategy}"));
+        assert_bit_equal(&trained(&of, Precision::Bf16), &trained(&of, Precision::Bf16));
+    }
+}
+
+#[test]
+fn what_stays_gathered_and_what_is_recomputed_changes_nothing() {
+    let plain = trained(&spec(2, "accumulate_micro_batches: 2"), Precision::Bf16);
+    for keys in [
+        "recompute: none",
+        "recompute: every 2",
+        "recompute: every 3",
+        "resident_blocks: 1",
+        "resident_blocks: 3",
+        "gather_ahead: 2",
+        "gather_ahead: 3, resident_blocks: 1",
+        "strategy: shard_grad_op, recompute: every 2",
+        "offload: optimizer",
+        "offload: all",
+    ] {
+        let other = trained(&spec(2, &format!("accumulate_micro_batches: 2, {keys}")), Precision::Bf16);
+        assert_bit_equal(&plain, &other);
+    }
+}
+
+#[test]
+fn offloaded_weights_of_one_rank_train_the_same_model() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let plain = trained(&spec(1, ONE), precision);
+        for offload in [Offload::Optimizer, Offload::All] {
+            let spec = TrainSpec { offload, ..spec(1, ONE) };
+            assert_bit_equal(&plain, &trained(&spec, precision));
+        }
+    }
+}
+
+#[test]
+fn gradients_that_travel_in_16_bits_train_nearly_the_same_model() {
+    let wide = trained(&spec(2, ONE), Precision::Fp32);
+    for strategy in ["full_shard", "no_shard"] {
+        let narrow = spec(2, &format!("{ONE}, reduce_precision: bf16, strategy: {strategy}"));
+        let narrow = trained(&narrow, Precision::Fp32);
+        assert_ne!(wide.0, narrow.0, "nothing was rounded");
+        for (a, b) in wide.0.iter().zip(&narrow.0) {
+            assert!((a - b).abs() < 2e-3 * a, "{a} and {b}");
+        }
+    }
+}
+
+/// Unit and purpose of an operation.
+type Entry = (Option<u32>, &'static str);
+
+/// Notes what is started, and passes it on.
+struct Noting<'a> {
+    inner: &'a dyn Communicator,
+    notes: Mutex<Vec<Entry>>,
+}
+
+impl Communicator for Noting<'_> {
+    fn rank(&self) -> Rank {
+        self.inner.rank()
+    }
+
+    fn all_gather(&self, buffer: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.notes.lock().unwrap().push((tag.unit, tag.what));
+        self.inner.all_gather(buffer, tag)
+    }
+
+    fn reduce_scatter(&self, input: &Tensor, output: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.notes.lock().unwrap().push((tag.unit, tag.what));
+        self.inner.reduce_scatter(input, output, tag)
+    }
+
+    fn all_reduce(&self, tensor: &Tensor, tag: Tag) -> Result<Box<dyn Work>, Error> {
+        self.inner.all_reduce(tensor, tag)
+    }
+
+    fn barrier(&self) -> Result<(), Error> {
+        self.inner.barrier()
+    }
+
+    fn abort(&self, reason: &str) {
+        self.inner.abort(reason);
+    }
+}
+
+/// What a rank of two starts in one step of so many micro-batches over five blocks.
+fn started(micro_batches: u32, options: WalkOptions) -> Vec<Entry> {
+    let (_dir, model) = deep_model();
+    let keys = format!("steps: 1, accumulate_micro_batches: {micro_batches}, warmup_steps: 0, ranks: 2");
+    let spec = train_spec(&keys);
+    let mut notes = on_mesh(2, 2, |mesh| {
+        let noting = Noting { inner: mesh.world, notes: Mutex::default() };
+        let mut walk = walk(&model, Precision::Bf16, Mesh::sharded(&noting), options, |_| ());
+        train(&mut walk, &spec);
+        drop(walk);
+        noting.notes.into_inner().unwrap()
+    });
+    assert_eq!(notes[0], notes[1], "ranks start the same operations in the same order");
+    notes.remove(0)
+}
+
+#[test]
+fn a_gather_is_started_before_the_reduction_that_it_must_not_wait_behind() {
+    let gather = |unit| (Some(unit), "gather");
+    let reduce = |unit| (Some(unit), "reduce");
+    let wanted = [
+        gather(0),
+        gather(1),
+        gather(2),
+        gather(3),
+        gather(4),
+        gather(5),
+        // The last two are still there.
+        reduce(5),
+        gather(3),
+        reduce(4),
+        gather(2),
+        reduce(3),
+        gather(1),
+        reduce(2),
+        reduce(1),
+        reduce(0),
+    ];
+    assert_eq!(started(1, RECOMPUTE), wanted);
+}
+
+#[test]
+fn a_resident_block_is_gathered_once_a_step() {
+    let gathers = |options, unit| {
+        started(2, options).into_iter().filter(|entry| *entry == (Some(unit), "gather")).count()
+    };
+    // Forward and backward of two micro-batches, but that it is still there for the second one.
+    assert_eq!(gathers(RECOMPUTE, 1), 3);
+    let first_two = WalkOptions { resident_blocks: 2, ..RECOMPUTE };
+    assert_eq!([1, 2, 3].map(|unit| gathers(first_two, unit)), [1, 1, 3]);
+    for options in [KEEP, WalkOptions { resident_blocks: u32::MAX, ..RECOMPUTE }] {
+        for unit in 0..=5 {
+            // Unless its activations are kept, the last block takes turns with nobody.
+            assert_eq!(gathers(options, unit), 1, "unit {unit} of {options:?}");
+        }
+    }
+}
