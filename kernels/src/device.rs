@@ -40,6 +40,40 @@ pub fn keep_freed_memory() {
     unsafe { sys::tf_keep_freed_memory() };
 }
 
+/// Memory of CPU tensors, bytes as they asked for them; what the C allocator adds or keeps is not in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuMemory {
+    /// In live tensors now.
+    pub allocated: i64,
+    /// Most in live tensors since the start or the last reset.
+    pub allocated_peak: i64,
+}
+
+/// From here on this process counts the memory of CPU tensors. Call it before the first tensor: those
+/// made before are not counted, and no second call changes anything.
+///
+/// # Errors
+/// [`Error::Torch`] with libtorch's message.
+pub fn count_cpu_memory() -> Result<(), Error> {
+    // SAFETY: no precondition; tensors made before keep the deleters that they were made with.
+    let status = unsafe { sys::tf_count_cpu_memory() };
+    ffi::check("counting CPU memory", status)
+}
+
+/// What counted CPU tensors take; zeros before [`count_cpu_memory`].
+pub fn cpu_memory() -> CpuMemory {
+    let mut raw = sys::tf_cpu_memory::default();
+    // SAFETY: `raw` is a valid place to write the struct.
+    unsafe { sys::tf_cpu_memory(&mut raw) };
+    CpuMemory { allocated: raw.allocated, allocated_peak: raw.allocated_peak }
+}
+
+/// Begins a new peak measurement of CPU tensors.
+pub fn reset_cpu_peak() {
+    // SAFETY: no precondition.
+    unsafe { sys::tf_cpu_reset_peak() };
+}
+
 /// Makes the first calls of the mathematical libraries on one thread. They look then which
 /// instructions the CPU has; of two threads that are first together, one may compute a little
 /// otherwise than ever after, and a run does not repeat bit for bit.

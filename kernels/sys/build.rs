@@ -5,8 +5,14 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 5] =
-    ["csrc/core.cpp", "csrc/attention_cpu.cpp", "csrc/gelu_cpu.cpp", "csrc/quant.cpp", "csrc/quant_cpu.cpp"];
+const SOURCES: [&str; 6] = [
+    "csrc/core.cpp",
+    "csrc/cpu_memory.cpp",
+    "csrc/attention_cpu.cpp",
+    "csrc/gelu_cpu.cpp",
+    "csrc/quant.cpp",
+    "csrc/quant_cpu.cpp",
+];
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
 /// For the CUDA compiler, and what stands in for it where it is absent.

@@ -100,6 +100,16 @@ int tf_set_deterministic(int on);
 /* The C allocator keeps freed memory instead of giving it back to the system. No-op where it cannot. */
 void tf_keep_freed_memory(void);
 
+/* CPU tensors are counted from here on, once for the process; those made before are not. */
+int tf_count_cpu_memory(void);
+/* What counted tensors take, as they asked for it, bytes. */
+struct tf_cpu_memory {
+  int64_t allocated;
+  int64_t allocated_peak;
+};
+void tf_cpu_memory(struct tf_cpu_memory *memory);
+void tf_cpu_reset_peak(void);
+
 /* Address of a dense CPU tensor's first element. */
 int tf_data_ptr(tf_tensor tensor, void **data);
 

@@ -23,6 +23,13 @@ pub struct tf_adamw {
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct tf_cpu_memory {
+    pub allocated: i64,
+    pub allocated_peak: i64,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct tf_cuda_memory {
     pub allocated: i64,
     pub allocated_peak: i64,
@@ -138,6 +145,9 @@ unsafe extern "C" {
     pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;
     pub fn tf_set_deterministic(on: c_int) -> c_int;
     pub fn tf_keep_freed_memory();
+    pub fn tf_count_cpu_memory() -> c_int;
+    pub fn tf_cpu_memory(memory: *mut tf_cpu_memory);
+    pub fn tf_cpu_reset_peak();
     pub fn tf_data_ptr(tensor: tf_tensor, data: *mut *mut c_void) -> c_int;
     pub fn tf_cuda_memory(device: c_int, memory: *mut tf_cuda_memory) -> c_int;
     pub fn tf_cuda_reset_peak(device: c_int) -> c_int;
