@@ -9,7 +9,7 @@ pub mod autograd;
 pub mod bytes;
 /// What the machine can do, and what it must do.
 pub mod device;
-/// Attention and GELU.
+/// Training's work between the matrix products, in as few passes over memory as it takes.
 pub mod fused;
 /// libtorch's NCCL communicator.
 pub mod nccl;

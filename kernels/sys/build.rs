@@ -5,22 +5,31 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 9] = [
     "csrc/core.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/attention_cpu.cpp",
     "csrc/gelu_cpu.cpp",
+    "csrc/fused.cpp",
+    "csrc/cross_entropy_cpu.cpp",
+    "csrc/accumulate_cpu.cpp",
     "csrc/quant.cpp",
     "csrc/quant_cpu.cpp",
 ];
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
 /// For the CUDA compiler, and what stands in for it where it is absent.
-const KERNELS: [&str; 2] = ["csrc/quant.cu", "csrc/quant_adamw.cu"];
-const NO_KERNELS: [&str; 1] = ["csrc/quant_no_cuda.cpp"];
-const HEADERS: [&str; 6] = [
+const KERNELS: [&str; 4] =
+    ["csrc/cross_entropy.cu", "csrc/accumulate.cu", "csrc/quant.cu", "csrc/quant_adamw.cu"];
+const NO_KERNELS: [&str; 2] = ["csrc/fused_no_cuda.cpp", "csrc/quant_no_cuda.cpp"];
+const HEADERS: [&str; 11] = [
     "csrc/capi.h",
     "csrc/guard.h",
+    "csrc/simd.h",
+    "csrc/device.cuh",
+    "csrc/fused.h",
+    "csrc/fused_tensors.h",
+    "csrc/gelu_simd.h",
     "csrc/attention_cpu.h",
     "csrc/quant.h",
     "csrc/quant_simd.h",

@@ -85,6 +85,13 @@ int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int c
 /* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
 int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
 
+/* Cross-entropy of logits `[C, V]` (fp32 or bf16, dense) and int64 targets `[C]`; the logits become softmax -
+ * onehot, and zeros where the target is `ignored`. Losses are fp32 `[C]`. Not differentiable. */
+int tf_softmax_cross_entropy_(tf_tensor logits_cv, tf_tensor targets_c, int64_t ignored, tf_tensor *losses_c);
+
+/* into[i] = grads[i], or += where not `first`; of one shape each. Not differentiable. */
+int tf_accumulate(const tf_tensor *into, const tf_tensor *grads, size_t len, int first);
+
 /* fp32 zeros in memory that the GPU shares with the host and pages in as it needs them. */
 int tf_cuda_managed_zeros(int64_t len, int device, tf_tensor *out);
 

@@ -1,5 +1,6 @@
 // Autograd, optimizer and switches that tch lacks. CPU and CUDA alike: libtorch dispatches.
 #include <ATen/ATen.h>
+#include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -10,6 +11,7 @@
 #endif
 
 #include "guard.h"
+#include "simd.h"
 
 using TensorList = std::vector<at::Tensor>;
 
@@ -96,6 +98,17 @@ int tf_cpu_bf16_matmul_is_native(int *native) {
                          .typed<bool()>();
     *native = op.call();
   });
+}
+
+bool simd::has_avx512() {
+#if SIMD_AVX512
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                          at::get_cpu_capability() == "AVX512";
+  return has;
+#else
+  return false;
+#endif
 }
 
 int tf_set_deterministic(int on) {

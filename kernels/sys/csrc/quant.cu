@@ -4,9 +4,6 @@
 // compiled with --use_fast_math: its products, sums and maxima flush denormals, and its reciprocal is
 // the hardware's approximation. Such operations are spelled out here, so that no compiler flag can
 // change a result; whatever is not flushed is an intrinsic that is never contracted.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cfloat>
 
 #include "quant.h"
@@ -25,17 +22,6 @@ __device__ const float kValues[2][16] = {
      0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
     {0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f,
      -0.0f, -0.005208333333f, -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f}};
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(value);
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(value);
-  else return value;
-}
 
 // The number of thresholds below x, by four comparisons; a NaN is above none.
 __device__ __forceinline__ uint32_t nf4_code(float x) {

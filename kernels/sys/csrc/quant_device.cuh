@@ -1,18 +1,9 @@
-// What quant.cu and quant_adamw.cu share: arithmetic as --use_fast_math rounds it, words, the search in
-// an 8-bit code, launches.
+// What quant.cu and quant_adamw.cu share: arithmetic as --use_fast_math rounds it, and the search in an
+// 8-bit code.
 #pragma once
-#include <cuda_runtime.h>
-
-#include <cstdint>
-#include <cstring>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
+#include "device.cuh"
 
 namespace {
-
-constexpr int kThreads = 256;
-constexpr unsigned kWarp = 0xffffffffu;
 
 __device__ __forceinline__ float mul_ftz(float a, float b) {
   float r;
@@ -39,41 +30,6 @@ __device__ __forceinline__ float rcp_ftz(float a) {
   return r;
 }
 
-template <int BYTES>
-using Word = std::conditional_t<
-    BYTES == 2, uint16_t,
-    std::conditional_t<BYTES == 4, uint32_t, std::conditional_t<BYTES == 8, uint2, uint4>>>;
-
-// `whole`: all N values are there, at a multiple of the word that holds them (of 16 bytes at most).
-// Otherwise `count` of them are, and the others read as 0. A constant `whole` leaves no branch.
-template <typename T, int N>
-__device__ __forceinline__ void load(const T *from, int64_t count, bool whole, T (&to)[N]) {
-  constexpr int WIDTH = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
-  if (whole) {
-    Word<WIDTH> words[N * sizeof(T) / WIDTH];
-#pragma unroll
-    for (int i = 0; i < int(N * sizeof(T) / WIDTH); i++)
-      words[i] = reinterpret_cast<const Word<WIDTH> *>(from)[i];
-    memcpy(to, words, sizeof(words));
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) to[i] = i < count ? from[i] : T(0.0f);
-  }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store(T *to, int64_t count, bool whole, const T (&from)[N]) {
-  if (whole) {
-    Word<N * sizeof(T)> word;
-    memcpy(&word, from, sizeof(word));
-    *reinterpret_cast<Word<N * sizeof(T)> *>(to) = word;
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++)
-      if (i < count) to[i] = from[i];
-  }
-}
-
 __device__ __forceinline__ float max_over_lanes(float value, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2)
     value = max_ftz(value, __shfl_xor_sync(kWarp, value, offset));
@@ -97,18 +53,6 @@ __device__ __forceinline__ int nearest(const float *tree, float x) {
 #pragma unroll
   for (int level = 0; level < 7; level++) node = 2 * node + (x >= tree[node]);
   return 2 * node + (x > tree[node]) - 256;
-}
-
-template <typename... Params, typename... Args>
-void launch(const char *op, void (*kernel)(Params...), dim3 grid, void *stream, Args... args) {
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
-}
-
-bool at_multiple_of(size_t bytes, const void *pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
 }  // namespace

@@ -140,6 +140,13 @@ unsafe extern "C" {
         out_bhtc: *mut tf_tensor,
     ) -> c_int;
     pub fn tf_gelu_cpu(x: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
+    pub fn tf_softmax_cross_entropy_(
+        logits_cv: tf_tensor,
+        targets_c: tf_tensor,
+        ignored: i64,
+        losses_c: *mut tf_tensor,
+    ) -> c_int;
+    pub fn tf_accumulate(into: *const tf_tensor, grads: *const tf_tensor, len: usize, first: c_int) -> c_int;
     pub fn tf_cuda_managed_zeros(len: i64, device: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_foreach_norm(tensors: *const tf_tensor, len: usize, norms: *mut tf_tensor) -> c_int;
     pub fn tf_cpu_bf16_matmul_is_native(native: *mut c_int) -> c_int;

@@ -1,5 +1,15 @@
-//! Operations whose libtorch kernels on the CPU leave its matrix instructions idle, or compute a tanh where an
-//! exponential would do. Elsewhere they are libtorch's own.
+//! Training's work between the matrix products: each operation reads and writes its tensors as few times as can
+//! be, where libtorch's would make several passes, leave the CPU's matrix instructions idle, or compute a tanh
+//! where an exponential would do. On a CPU results are the same bits on any number of threads, and so they are
+//! from run to run on a GPU.
+
+mod accumulate;
+mod cross_entropy;
+#[cfg(test)]
+mod testing;
+
+pub use accumulate::accumulate;
+pub use cross_entropy::softmax_cross_entropy_;
 
 use tch::Tensor;
 use tunefleet_kernels_sys as sys;
@@ -43,10 +53,7 @@ mod tests {
 
     use super::*;
     use crate::autograd::grad;
-
-    fn error(ours: &Tensor, exact: &Tensor) -> f64 {
-        (ours.to_kind(Kind::Double) - exact).square().sum(Kind::Double).double_value(&[]).sqrt()
-    }
+    use crate::fused::testing::error;
 
     fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         Tensor::scaled_dot_product_attention(q, k, v, None::<&Tensor>, 0.0, true, None, true)

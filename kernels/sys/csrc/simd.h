@@ -1,0 +1,71 @@
+// What the CPU loops share: vectors of AVX-512, and the question whether the CPU has it.
+#pragma once
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define SIMD_AVX512 1
+#else
+#define SIMD_AVX512 0
+#endif
+
+namespace simd {
+
+// Whether the loops below may run: the CPU has the instructions, and ATEN_CPU_CAPABILITY allows them.
+bool has_avx512();
+
+#if SIMD_AVX512
+#define SIMD_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+// Always inlined: the development profile compiles with -O1, which would call them.
+#define SIMD_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline)) inline
+
+// Rounded to bf16, in the high half of each word. By hand: the conversion instruction would flush denormals.
+SIMD_INLINE __m512i rounded(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), even);
+}
+
+// 16 values in their order, or the first `len` where there are fewer and zeros behind them.
+SIMD_INLINE __mmask16 mask16(int64_t len) { return len >= 16 ? 0xffff : (1u << len) - 1; }
+SIMD_INLINE __m512 load16(const float *p, int64_t len) { return _mm512_maskz_loadu_ps(mask16(len), p); }
+SIMD_INLINE __m512 load16(const c10::BFloat16 *p, int64_t len) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask16(len), p)), 16));
+}
+SIMD_INLINE void store16(float *p, int64_t len, __m512 value) { _mm512_mask_storeu_ps(p, mask16(len), value); }
+SIMD_INLINE void store16(c10::BFloat16 *p, int64_t len, __m512 value) {
+  _mm256_mask_storeu_epi16(p, mask16(len), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16)));
+}
+
+// As many elements as fill a register, widened; the first `len` where there are fewer. For loops to which
+// the order of elements means nothing.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int kVectors = 1;
+  static constexpr int64_t kLen = 16;
+  SIMD_INLINE static void load(const float *p, int64_t len, __m512 *values) { values[0] = load16(p, len); }
+  SIMD_INLINE static void store(float *p, int64_t len, const __m512 *values) { store16(p, len, values[0]); }
+};
+// Even elements in one vector and odd ones in the other: no lane changes its place.
+template <>
+struct Lanes<c10::BFloat16> {
+  static constexpr int kVectors = 2;
+  static constexpr int64_t kLen = 32;
+  SIMD_INLINE static __mmask32 mask(int64_t len) { return len >= kLen ? 0xffffffffu : (1u << len) - 1; }
+  SIMD_INLINE static void load(const c10::BFloat16 *p, int64_t len, __m512 *values) {
+    const __m512i raw = _mm512_maskz_loadu_epi16(mask(len), p);
+    values[0] = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
+    values[1] = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(0xffff0000)));
+  }
+  SIMD_INLINE static void store(c10::BFloat16 *p, int64_t len, const __m512 *values) {
+    const __m512i even = _mm512_srli_epi32(rounded(values[0]), 16);
+    _mm512_mask_storeu_epi16(p, mask(len), _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(values[1])));
+  }
+};
+#endif
+
+}  // namespace simd
