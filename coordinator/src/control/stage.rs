@@ -384,12 +384,20 @@ fn model_digest(dir: &Path) -> Result<String, Error> {
     Ok(tunefleet_proto::hex(&hasher.finalize()))
 }
 
+/// The files that a worker reads weights from: safetensors, or where there are none, PyTorch's.
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
-    let mut files: Vec<PathBuf> = entries(dir)?
-        .into_iter()
-        .filter(|path| path.extension().is_some_and(|e| e == "safetensors"))
-        .collect();
+    let mut files = entries(dir)?;
     files.sort();
+    let ends_in = |path: &Path, extension: &str| path.extension().is_some_and(|e| e == extension);
+    let is_torch = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with("pytorch_model") && ends_in(path, "bin")
+    };
+    if files.iter().any(|path| ends_in(path, "safetensors")) {
+        files.retain(|path| ends_in(path, "safetensors"));
+    } else {
+        files.retain(|path| is_torch(path));
+    }
     Ok(files)
 }
 

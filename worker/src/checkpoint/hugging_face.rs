@@ -1,14 +1,16 @@
 //! Shards from a Hugging Face model directory: each rank reads only its own slices.
+//!
+//! Weights are in safetensors files, or where there are none, in those that transformers wrote before.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
-use super::Error;
-use super::safetensors::Reader;
+use super::{Error, safetensors, torch_zip};
 use crate::model::numerics::Numerics;
 use crate::train::units::Shard;
 
@@ -16,14 +18,76 @@ use crate::train::units::Shard;
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// The index of a model that is.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The same two of a model that `torch.save` wrote.
+pub const TORCH_WEIGHTS_FILE: &str = "pytorch_model.bin";
+/// As [`INDEX_FILE`].
+pub const TORCH_INDEX_FILE: &str = "pytorch_model.bin.index.json";
 /// Where a model's shape stands.
 pub const CONFIG_FILE: &str = "config.json";
 
-/// All safetensors files of a model directory.
+/// All weights files of a model directory.
 pub struct ModelFiles {
-    readers: Vec<Reader>,
+    readers: Vec<WeightsFile>,
     /// Tensor name -> index into `readers`.
     tensors: BTreeMap<String, usize>,
+}
+
+/// A weights file in one of the formats that are read.
+pub(crate) enum WeightsFile {
+    Safetensors(safetensors::Reader),
+    Torch(torch_zip::Reader),
+}
+
+impl WeightsFile {
+    fn open(path: &Path, format: Format) -> Result<Self, Error> {
+        Ok(match format {
+            Format::Safetensors => WeightsFile::Safetensors(safetensors::Reader::open(path)?),
+            Format::Torch => WeightsFile::Torch(torch_zip::Reader::open(path)?),
+        })
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            WeightsFile::Safetensors(reader) => reader.path(),
+            WeightsFile::Torch(reader) => reader.path(),
+        }
+    }
+
+    /// Names of all tensors, sorted.
+    fn names(&self) -> Vec<String> {
+        match self {
+            WeightsFile::Safetensors(reader) => reader.names(),
+            WeightsFile::Torch(reader) => reader.names().map(str::to_owned).collect(),
+        }
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<u64>> {
+        match self {
+            WeightsFile::Safetensors(reader) => {
+                Some(reader.info(name)?.shape.iter().map(|&n| n as u64).collect())
+            }
+            WeightsFile::Torch(reader) => reader.shape(name).map(<[u64]>::to_vec),
+        }
+    }
+
+    /// Elements `range` of a tensor, flattened, as fp32, in pieces: `take(first, values)`.
+    pub(crate) fn read_f32(
+        &self,
+        name: &str,
+        range: Range<u64>,
+        take: impl FnMut(u64, &[f32]),
+    ) -> Result<(), Error> {
+        match self {
+            WeightsFile::Safetensors(reader) => reader.read_f32(name, range, take),
+            WeightsFile::Torch(reader) => reader.read_f32(name, range, take),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Format {
+    Safetensors,
+    Torch,
 }
 
 /// Reads a directory's `config.json`.
@@ -37,29 +101,28 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig, Error> {
 }
 
 impl ModelFiles {
-    /// Opens the file, or all files that the index names.
+    /// Opens the file, or all files that the index names; safetensors where both formats are there.
     ///
     /// # Errors
     /// Files that are absent, truncated or name a tensor twice.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let index = dir.join(INDEX_FILE);
-        let names: BTreeSet<String> = if index.exists() {
-            let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
-            let value: serde_json::Value =
-                serde_json::from_str(&text).map_err(|e| Error::format(&index, e.to_string()))?;
-            let map = value["weight_map"].as_object();
-            let map = map.ok_or_else(|| Error::format(&index, "lacks the object weight_map"))?;
-            map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect()
-        } else {
-            [WEIGHTS_FILE.to_owned()].into()
+        let formats = [
+            (Format::Safetensors, INDEX_FILE, WEIGHTS_FILE),
+            (Format::Torch, TORCH_INDEX_FILE, TORCH_WEIGHTS_FILE),
+        ];
+        let is_there = |(_, index, weights): &(Format, &str, &str)| {
+            dir.join(index).exists() || dir.join(weights).exists()
         };
+        let (format, index, weights) = formats.into_iter().find(is_there).unwrap_or(formats[0]);
+        let index = dir.join(index);
+        let names = if index.exists() { indexed(&index)? } else { [weights.to_owned()].into() };
         let mut files = ModelFiles { readers: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             if name.contains(['/', '\\']) {
                 return Err(Error::format(&index, format!("file name {name:?} leaves the directory")));
             }
             let path = dir.join(name);
-            let reader = Reader::open(&path)?;
+            let reader = WeightsFile::open(&path, format)?;
             for tensor in reader.names() {
                 if files.tensors.insert(tensor.clone(), files.readers.len()).is_some() {
                     return Err(Error::tensor(&path, &tensor, "stands in two files"));
@@ -70,13 +133,17 @@ impl ModelFiles {
         Ok(files)
     }
 
-    pub(crate) fn reader(&self, name: &str) -> Option<&Reader> {
+    pub(crate) fn reader(&self, name: &str) -> Option<&WeightsFile> {
         self.readers.get(*self.tensors.get(name)?)
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<u64>> {
+        self.reader(name)?.shape(name)
     }
 
     /// The files, in the order of their names.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
-        self.readers.iter().map(Reader::path)
+        self.readers.iter().map(WeightsFile::path)
     }
 
     /// Every parameter of `config` is there in its shape, and nothing else is.
@@ -94,16 +161,26 @@ impl ModelFiles {
     pub fn read(&self, dir: &Path, name: &str, mut look: impl FnMut(&[f32])) -> Result<Tensor, Error> {
         let absent = || Error::tensor(dir, name, "is in none of the files");
         let reader = self.reader(name).ok_or_else(absent)?;
-        let elements: usize = reader.info(name).ok_or_else(absent)?.shape.iter().product();
+        let elements: u64 = self.shape(name).ok_or_else(absent)?.iter().product();
         let out = Tensor::zeros([elements as i64], (Kind::Float, Device::Cpu));
         let mut finite = true;
-        reader.read_f32(name, 0..elements as u64, |first, values| {
+        reader.read_f32(name, 0..elements, |first, values| {
             finite &= values.iter().all(|v| v.is_finite());
             look(values);
             out.narrow(0, first as i64, values.len() as i64).copy_(&Tensor::from_slice(values));
         })?;
         if finite { Ok(out) } else { Err(Error::tensor(dir, name, NOT_FINITE)) }
     }
+}
+
+/// The files that an index names.
+fn indexed(index: &Path) -> Result<BTreeSet<String>, Error> {
+    let text = std::fs::read_to_string(index).map_err(Error::io(index))?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).map_err(|e| Error::format(index, e.to_string()))?;
+    let map = value["weight_map"].as_object();
+    let map = map.ok_or_else(|| Error::format(index, "lacks the object weight_map"))?;
+    Ok(map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect())
 }
 
 const NOT_FINITE: &str = "holds a value that is not finite";
@@ -167,9 +244,8 @@ fn fill(
 pub(crate) fn check_names(dir: &Path, files: &ModelFiles, plan: &ShardPlan) -> Result<(), Error> {
     let mut unused: BTreeSet<&str> = files.tensors.keys().map(String::as_str).collect();
     for slot in plan.units.iter().flat_map(|unit| &unit.parameters) {
-        let info = files.reader(&slot.hf_name).and_then(|reader| reader.info(&slot.hf_name));
-        let info = info.ok_or_else(|| Error::tensor(dir, &slot.hf_name, "is missing"))?;
-        let shape: Vec<u64> = info.shape.iter().map(|&n| n as u64).collect();
+        let shape = files.shape(&slot.hf_name);
+        let shape = shape.ok_or_else(|| Error::tensor(dir, &slot.hf_name, "is missing"))?;
         if shape != slot.shape {
             let rule = format!("has shape {shape:?}, config.json asks for {:?}", slot.shape);
             return Err(Error::tensor(dir, &slot.hf_name, rule));

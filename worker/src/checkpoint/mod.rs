@@ -1,9 +1,13 @@
-//! Weights on disk: safetensors files, checkpoints of a run, Hugging Face model directories.
+//! Weights on disk: safetensors and PyTorch files, checkpoints of a run, Hugging Face model directories.
 //!
 //! A rank reads only its own slices and writes only its own shards; nobody ever holds the model.
 
+/// Elements of files to fp32.
+mod floats;
 /// safetensors files, read by slices and written as a stream.
 pub mod safetensors;
+/// Files of `torch.save`, read by slices.
+pub mod torch_zip;
 /// Shards from a Hugging Face model directory.
 pub mod hugging_face;
 /// A Hugging Face model directory, written.

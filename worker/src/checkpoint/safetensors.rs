@@ -8,13 +8,14 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use half::{bf16, f16};
+use half::bf16;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::Error;
+use super::floats::{self, FloatDtype};
 
 /// Largest header that is read: the format's own limit.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -94,43 +95,26 @@ impl Reader {
         &self,
         name: &str,
         range: Range<u64>,
-        mut take: impl FnMut(u64, &[f32]),
+        take: impl FnMut(u64, &[f32]),
     ) -> Result<(), Error> {
         let info = self.info(name).ok_or_else(|| Error::tensor(&self.path, name, "is not in the file"))?;
-        let width = match info.dtype {
-            Dtype::F32 => 4,
-            Dtype::BF16 | Dtype::F16 => 2,
+        let dtype = match info.dtype {
+            Dtype::F32 => FloatDtype::F32,
+            Dtype::BF16 => FloatDtype::Bf16,
+            Dtype::F16 => FloatDtype::F16,
             other => {
                 let rule = format!("has dtype {other}; only fp32, bf16 and fp16 weights can be loaded");
                 return Err(Error::tensor(&self.path, name, rule));
             }
         };
-        let elements = ((info.data_offsets.1 - info.data_offsets.0) / width) as u64;
+        let elements = (info.data_offsets.1 - info.data_offsets.0) as u64 / dtype.bytes();
         if range.end > elements || range.start > range.end {
             let rule = format!("has {elements} elements, needed are {}..{}", range.start, range.end);
             return Err(Error::tensor(&self.path, name, rule));
         }
         let begin = self.data_begin + info.data_offsets.0 as u64;
-        let chunk_elements = (CHUNK_BYTES / width) as u64;
-        let mut bytes = vec![0; CHUNK_BYTES];
-        let mut values = Vec::new();
-        let mut first = range.start;
-        while first < range.end {
-            let count = chunk_elements.min(range.end - first) as usize;
-            let bytes = &mut bytes[..count * width];
-            self.file.read_exact_at(bytes, begin + first * width as u64).map_err(Error::io(&self.path))?;
-            values.clear();
-            match info.dtype {
-                Dtype::F32 => values.extend(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b))),
-                Dtype::BF16 => {
-                    values.extend(bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()));
-                }
-                _ => values.extend(bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-            }
-            take(first, &values);
-            first += count as u64;
-        }
-        Ok(())
+        let read_exact_at = |into: &mut [u8], offset| self.file.read_exact_at(into, offset);
+        floats::read(read_exact_at, begin, dtype, range, take).map_err(Error::io(&self.path))
     }
 }
 

@@ -19,5 +19,6 @@ mod strategies;
 mod parity;
 mod qlora;
 mod adapter_parity;
+mod torch_bin;
 mod gpu;
 mod gpu_adapter;

@@ -113,7 +113,7 @@ section! {
 section! {
     /// Where the weights come from: exactly one of these.
     ModelFile {
-        /// A Hugging Face model directory (`config.json` and safetensors files).
+        /// A Hugging Face model directory (`config.json`, and safetensors files or `pytorch_model*.bin`).
         path: String,
         /// Random weights.
         init: ModelInitFile,
