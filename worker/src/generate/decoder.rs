@@ -82,7 +82,14 @@ impl Decoder {
     }
 
     /// Sum of the loss over counted targets, fp64 scalar on the device, of whole sequences `[B, T]`.
-    pub fn loss_sum(&self, tokens_bt: &Tensor, targets_bt: &Tensor) -> Tensor {
+    ///
+    /// # Errors
+    /// A target outside the vocabulary.
+    pub fn loss_sum(
+        &self,
+        tokens_bt: &Tensor,
+        targets_bt: &Tensor,
+    ) -> Result<Tensor, tunefleet_kernels::Error> {
         tch::no_grad(|| {
             let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, 0);
             let mut x = x.to_kind(self.numerics.product_kind);

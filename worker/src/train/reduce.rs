@@ -5,11 +5,13 @@
 //! begin with the last micro-batch, as soon as a shard's own gradient is complete.
 
 use tch::{Kind, Tensor};
+use tunefleet_kernels::fused;
 use tunefleet_proto::job::Precision;
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
+use super::Error;
 use super::units::{self, EMBED, Shard};
-use crate::comm::{Error, Mesh, Tag, Work};
+use crate::comm::{Mesh, Tag, Work};
 use crate::model::numerics::Numerics;
 
 /// Where a micro-batch stands in its step.
@@ -91,13 +93,7 @@ impl Reducer {
         }
         let unit = &plan.units[index];
         if self.lanes.is_empty() {
-            for (mut into, grad) in units::views(unit, &shard.grad).into_iter().zip(grads) {
-                if part.first {
-                    into.copy_(grad);
-                } else {
-                    let _ = into.g_add_(grad);
-                }
-            }
+            fused::accumulate(&units::views(unit, &shard.grad), grads, part.first)?;
             return self.sum_copies(index, &shard.grad, part, mesh);
         }
         let turn = self.next;
@@ -109,9 +105,7 @@ impl Reducer {
             let _ = lane.input.zero_();
             lane.layout = layout;
         }
-        for (mut into, grad) in units::views(unit, &lane.input).into_iter().zip(grads) {
-            into.copy_(grad);
-        }
+        fused::accumulate(&units::views(unit, &lane.input), grads, true)?;
         let input = lane.input.narrow(0, 0, unit.elements as i64);
         let grad = shard.grad.shallow_clone();
         let output = if part.first { grad.shallow_clone() } else { lane.output.narrow(0, 0, grad.size()[0]) };

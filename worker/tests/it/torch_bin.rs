@@ -8,18 +8,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tch::Device;
-use tunefleet_proto::job::{Optimizer, Precision};
+use tunefleet_proto::job::{Offload, Optimizer, Precision};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::hugging_face::{self, ModelFiles};
 use tunefleet_worker::checkpoint::torch_zip::{ReadAt, Reader};
-use tunefleet_worker::comm::Solo;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::units;
-use tunefleet_worker::train::walk::{Batch, WalkOptions};
+use tunefleet_worker::train::walk::Batch;
 
-use crate::common::{fixtures_of, loss_and_grads, python, run_python, walk};
+use crate::common::{KEEP, SOLO, fixtures_of, loss_and_grads, python, run_python, walk};
 
-const OPTIONS: WalkOptions = WalkOptions { recompute: false, poison: false };
 const PROGRAM: &str = "tests/parity/make_bin_fixtures.py";
 
 fn fixtures() -> Option<PathBuf> {
@@ -69,7 +67,7 @@ fn shards_and_the_first_loss_are_those_of_the_safetensors_file() {
         let plan = ShardPlan::new(&config, 3);
         for rank in 0..3 {
             let [a, b] = [0, 1].map(|i: usize| {
-                let shards = units::shards(&plan, rank, numerics, Optimizer::AdamW).unwrap();
+                let shards = units::shards(&plan, rank, numerics, Optimizer::AdamW, Offload::None).unwrap();
                 hugging_face::load(&dirs[i], &plan, rank, &shards).unwrap();
                 shards
             });
@@ -80,7 +78,7 @@ fn shards_and_the_first_loss_are_those_of_the_safetensors_file() {
         let tokens_bt = tch::Tensor::arange(40, (tch::Kind::Int64, Device::Cpu)).view([2, 20]);
         let batch = Batch { targets_bt: &tokens_bt + 1, tokens_bt };
         let losses = dirs.map(|dir| {
-            let mut walk = walk(&dir, Precision::Fp32, &Solo, OPTIONS, |_| ());
+            let mut walk = walk(&dir, Precision::Fp32, SOLO, KEEP, |_| ());
             loss_and_grads(&mut walk, &batch).0
         });
         assert!(losses[0].is_finite() && losses[0] > 0.0, "{losses:?}");

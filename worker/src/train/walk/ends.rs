@@ -84,7 +84,7 @@ impl Walk<'_> {
                 dhead.weight_vd,
                 &mut scratch,
             )
-        });
+        })?;
         let dh_btd = dh_nd.view_as(&h_btd);
         let mut dnorm = tunefleet_kernels::autograd::grad(&h_btd, &dh_btd, &[x, norm_weight, norm_bias])?;
         let dx = dnorm.remove(0);

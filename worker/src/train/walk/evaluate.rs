@@ -16,15 +16,9 @@ impl Walk<'_> {
     pub fn evaluate(&mut self, batch: &Batch) -> Result<Tensor, Error> {
         let (h_btd, embed_params) = self.forward(&batch.tokens_bt)?;
         let width = self.config.hidden_size as i64;
-        Ok(tch::no_grad(|| {
-            let head = self.head(&embed_params);
-            head::loss_sum(
-                self.numerics,
-                head.weight_vd,
-                &h_btd.reshape([-1, width]),
-                &batch.targets_bt.reshape([-1]),
-            )
-        }))
+        let head = self.head(&embed_params);
+        let (h_nd, targets_n) = (h_btd.reshape([-1, width]), batch.targets_bt.reshape([-1]));
+        Ok(tch::no_grad(|| head::loss_sum(self.numerics, head.weight_vd, &h_nd, &targets_n))?)
     }
 
     /// Logits in fp32, `[B, T, V]`, without dropout or grad.
