@@ -52,8 +52,9 @@ lint: setup ## formatting, clippy, licences and sources, the coordinator without
 fmt: ## format everything
 	cargo fmt --all
 
-docs: ## pages that follow from the code: docs/job-file.md
+docs: ## pages that follow from the code: docs/job-file.md, the tables of docs/convert.md
 	TUNEFLEET_BLESS=1 cargo test -p tunefleet-tests --test documents the_job_file_page
+	TUNEFLEET_BLESS=1 cargo test -p tunefleet-coordinator the_guide_has_a_row_for_every_setting
 
 bench: setup-tests ## throughput beside transformers, FSDP2, peft and bitsandbytes, in alternating pairs
 	@scripts/bench

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{collect, dataset, init, jobs, launch, plan, serve, validate};
+use crate::{collect, convert, dataset, init, jobs, launch, plan, serve, validate};
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ struct Cli {
 enum Verb {
     /// Writes a commented job file for your repositories and this machine.
     Init(init::Args),
+    /// Writes a job file that says what an accelerate or DeepSpeed config and train.py's arguments say.
+    Convert(convert::Args),
     /// Collects repositories into a dataset.
     Collect(collect::Args),
     /// Shows what is in a dataset and checks that it is whole.
@@ -77,6 +79,7 @@ pub fn main() -> ExitCode {
 fn run(verb: Verb) -> ExitCode {
     match verb {
         Verb::Init(args) => init::run(args),
+        Verb::Convert(args) => convert::run(args),
         Verb::Collect(args) => collect::run(args),
         Verb::Dataset(args) => dataset::inspect::run(args),
         Verb::Validate(args) => validate::run(args),

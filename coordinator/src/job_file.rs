@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use tunefleet_proto::job::{self, Diagnostics, JobSpec};
 use tunefleet_proto::model::ModelConfig;
 
+use crate::convert::recognise::{Foreign, recognise};
+
 /// Which job file, and what to change in it.
 #[derive(Debug, Clone, clap::Args)]
 pub struct JobArgs {
@@ -27,6 +29,14 @@ pub enum Error {
         path: PathBuf,
         /// What the system said.
         cause: std::io::Error,
+    },
+    /// The job file is a config of another trainer.
+    #[error("{path}: this is {}, and not a job file; make one of it with\n  {}", .foreign.kind, .foreign.command)]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        foreign: Foreign,
     },
     /// The job file is wrong.
     #[error(transparent)]
@@ -60,6 +70,9 @@ impl JobArgs {
     pub fn load(&self) -> Result<JobSpec, Error> {
         let read = |cause| Error::Read { path: self.config.clone(), cause };
         let text = std::fs::read_to_string(&self.config).map_err(read)?;
+        if let Some(foreign) = recognise(&self.config, &text) {
+            return Err(Error::Foreign { path: self.config.clone(), foreign });
+        }
         let cwd = std::env::current_dir().map_err(read)?;
         Ok(job::load(&self.config, &text, &self.set, &cwd)?)
     }

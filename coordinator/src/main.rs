@@ -7,6 +7,8 @@ mod cli;
 mod collect;
 /// How verbs reach a coordinator.
 mod connect;
+/// `coordinator convert`: a job file from the settings of other trainers.
+mod convert;
 /// The control plane: jobs, workers, stages.
 mod control;
 /// Segments, their manifest, and what is in them.

@@ -110,7 +110,7 @@ impl Sink {
 }
 
 /// A value as a message shows it: quoted, on one line, not too long.
-pub(super) fn shown(text: &str) -> String {
+pub fn shown(text: &str) -> String {
     const LONGEST: usize = 60;
     match text.char_indices().nth(LONGEST) {
         None => format!("{text:?}"),
@@ -119,7 +119,7 @@ pub(super) fn shown(text: &str) -> String {
 }
 
 /// ` (did you mean "x"?)` when a candidate is near enough to be a slip of the hand, else nothing.
-pub(super) fn did_you_mean<'a>(given: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
+pub fn did_you_mean<'a>(given: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     let given = given.to_lowercase().replace('-', "_");
     if given.chars().count() > 64 {
         return String::new();

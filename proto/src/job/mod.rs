@@ -5,7 +5,7 @@
 //! of every step are collected and reported together.
 
 mod diagnostic;
-mod tree;
+pub mod tree;
 mod overrides;
 mod read;
 mod file;
@@ -16,7 +16,7 @@ mod spec;
 
 use std::path::Path;
 
-pub use diagnostic::{Diagnostic, Diagnostics, Place};
+pub use diagnostic::{Diagnostic, Diagnostics, Place, did_you_mean, shown};
 pub use file::*;
 pub use filters::default_filters;
 pub use location::absolute;

@@ -11,7 +11,7 @@ use serde_saphyr::{Location, MessageFormatter, Options, Spanned, UserMessageForm
 
 use super::diagnostic::{Diagnostic, Place};
 
-/// Largest job file: a list of ten thousand repositories fits.
+/// Largest file: a list of ten thousand repositories fits.
 const MAX_BYTES: usize = 1 << 20;
 /// Values in a file, aliases expanded.
 const MAX_NODES: usize = 50_000;
@@ -20,33 +20,44 @@ const MAX_DEPTH: usize = 16;
 
 /// A value and where it was written.
 #[derive(Debug, Clone)]
-pub(super) struct Node {
-    pub(super) place: Place,
-    pub(super) value: Value,
+pub struct Node {
+    /// Where.
+    pub place: Place,
+    /// What.
+    pub value: Value,
 }
 
+/// What YAML can say. Numbers keep their text: where text is expected, `1.10` must not become `1.1`.
 #[derive(Debug, Clone)]
-pub(super) enum Value {
+pub enum Value {
+    /// Nothing.
     Null,
+    /// `true` or `false`.
     Bool(bool),
-    /// Numbers keep their text: where text is expected, `1.10` must not become `1.1`.
+    /// A whole number, and its text.
     Integer(i128, String),
+    /// A number, and its text.
     Float(f64, String),
+    /// Text.
     Text(String),
+    /// A list.
     List(Vec<Node>),
+    /// A mapping, in the order of the file.
     Map(Vec<(Key, Node)>),
 }
 
-/// A key of a mapping. Keys may repeat in the tree; the walk reports it.
+/// A key of a mapping. Keys may repeat in the tree; who walks it reports that.
 #[derive(Debug, Clone)]
-pub(super) struct Key {
-    pub(super) place: Place,
-    pub(super) name: String,
+pub struct Key {
+    /// Where.
+    pub place: Place,
+    /// Its name.
+    pub name: String,
 }
 
 impl Value {
     /// Kind and value, for messages that say what was found.
-    pub(super) fn found(&self) -> String {
+    pub fn found(&self) -> String {
         match self {
             Value::Null => "nothing".to_owned(),
             Value::Bool(value) => value.to_string(),
@@ -58,11 +69,11 @@ impl Value {
     }
 }
 
-/// Reads a whole job file.
+/// Reads a whole file.
 ///
 /// # Errors
 /// What is not YAML, or is too big or too deep; there is then no tree to go on with.
-pub(super) fn parse(text: &str) -> Result<Node, Diagnostic> {
+pub fn parse(text: &str) -> Result<Node, Diagnostic> {
     parse_at(text, &|location| Place::File { line: location.line().max(1), column: location.column().max(1) })
 }
 
@@ -74,7 +85,7 @@ pub(super) fn parse_fragment(text: &str, place: &Place) -> Result<Node, Diagnost
 fn parse_at(text: &str, place: &dyn Fn(Location) -> Place) -> Result<Node, Diagnostic> {
     let fault = |location, message| Err(Diagnostic { place: place(location), message });
     if text.len() > MAX_BYTES {
-        let message = format!("a job file holds at most {MAX_BYTES} bytes, this one has {}", text.len());
+        let message = format!("a file holds at most {MAX_BYTES} bytes, this one has {}", text.len());
         return fault(Location::UNKNOWN, message);
     }
     match serde_saphyr::from_str_with_options::<Spanned<Raw>>(text, options()) {
