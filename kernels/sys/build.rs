@@ -5,12 +5,17 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 14] = [
     "csrc/core.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/attention_cpu.cpp",
     "csrc/gelu_cpu.cpp",
     "csrc/fused.cpp",
+    "csrc/fused_autograd.cpp",
+    "csrc/columns_cpu.cpp",
+    "csrc/layer_norm_cpu.cpp",
+    "csrc/bias_gelu_cpu.cpp",
+    "csrc/dropout_cpu.cpp",
     "csrc/cross_entropy_cpu.cpp",
     "csrc/accumulate_cpu.cpp",
     "csrc/quant.cpp",
@@ -19,16 +24,27 @@ const SOURCES: [&str; 9] = [
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
 /// For the CUDA compiler, and what stands in for it where it is absent.
-const KERNELS: [&str; 4] =
-    ["csrc/cross_entropy.cu", "csrc/accumulate.cu", "csrc/quant.cu", "csrc/quant_adamw.cu"];
+const KERNELS: [&str; 8] = [
+    "csrc/columns.cu",
+    "csrc/layer_norm.cu",
+    "csrc/bias_gelu.cu",
+    "csrc/dropout.cu",
+    "csrc/cross_entropy.cu",
+    "csrc/accumulate.cu",
+    "csrc/quant.cu",
+    "csrc/quant_adamw.cu",
+];
 const NO_KERNELS: [&str; 2] = ["csrc/fused_no_cuda.cpp", "csrc/quant_no_cuda.cpp"];
-const HEADERS: [&str; 11] = [
+const HEADERS: [&str; 14] = [
     "csrc/capi.h",
     "csrc/guard.h",
     "csrc/simd.h",
     "csrc/device.cuh",
     "csrc/fused.h",
     "csrc/fused_tensors.h",
+    "csrc/columns_cpu.h",
+    "csrc/columns.cuh",
+    "csrc/philox.h",
     "csrc/gelu_simd.h",
     "csrc/attention_cpu.h",
     "csrc/quant.h",

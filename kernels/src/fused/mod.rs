@@ -4,12 +4,18 @@
 //! from run to run on a GPU.
 
 mod accumulate;
+mod bias_gelu;
 mod cross_entropy;
+mod dropout;
+mod layer_norm;
 #[cfg(test)]
 mod testing;
 
 pub use accumulate::accumulate;
+pub use bias_gelu::bias_gelu;
 pub use cross_entropy::softmax_cross_entropy_;
+pub use dropout::residual_dropout;
+pub use layer_norm::layer_norm;
 
 use tch::Tensor;
 use tunefleet_kernels_sys as sys;
@@ -45,6 +51,23 @@ pub fn gelu(x: &Tensor, tanh_form: bool) -> Result<Tensor, Error> {
     ffi::check("GELU", status)?;
     // SAFETY: on success the call wrote a tensor made by `new` for us.
     Ok(unsafe { ffi::owned(vec![out]) }.remove(0))
+}
+
+/// A bias `[D]` beside `x` `[.., D]`.
+fn check_bias(op: &'static str, x: &Tensor, bias: &Tensor) -> Result<(), Error> {
+    let refuse = |rule, got| Err(Error::Precondition { op, rule, got });
+    let (x_size, bias_size) = (x.size(), bias.size());
+    if bias_size.len() != 1 || x_size.last() != bias_size.first() {
+        return refuse(
+            "of biases must be as long as x's last dimension",
+            format!("{bias_size:?} for {x_size:?}"),
+        );
+    }
+    if bias.kind() != x.kind() || bias.device() != x.device() {
+        let got = format!("{:?} on {:?} for {:?} on {:?}", bias.kind(), bias.device(), x.kind(), x.device());
+        return refuse("of biases must have x's dtype and device", got);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -85,6 +85,16 @@ int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int c
 /* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
 int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
 
+/* Layer norm over the last dimension, of x `[.., D]`, weight and bias `[D]`; differentiable. */
+int tf_layer_norm(tf_tensor x, tf_tensor weight, tf_tensor bias, double epsilon, tf_tensor *out);
+
+/* gelu(x + bias), x `[.., D]`, bias `[D]`; differentiable. The sum is rounded to x's dtype. */
+int tf_bias_gelu(tf_tensor x, tf_tensor bias, int tanh_form, tf_tensor *out);
+
+/* residual + dropout(x + bias), by the mask of philox.h; `bias` may be null, `[D]` otherwise. Differentiable. */
+int tf_residual_dropout(tf_tensor residual, tf_tensor x, tf_tensor bias, double probability, int64_t seed,
+                        int64_t stream, tf_tensor *out);
+
 /* Cross-entropy of logits `[C, V]` (fp32 or bf16, dense) and int64 targets `[C]`; the logits become softmax -
  * onehot, and zeros where the target is `ignored`. Losses are fp32 `[C]`. Not differentiable. */
 int tf_softmax_cross_entropy_(tf_tensor logits_cv, tf_tensor targets_c, int64_t ignored, tf_tensor *losses_c);

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int kWarps = kThreads / 32;
-
 // Maximum and sum of exp(x - maximum) of some elements (Milakov and Gimelshein 2018).
 struct Normaliser {
   float most, sum;

@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr unsigned kWarp = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float value) { return value; }

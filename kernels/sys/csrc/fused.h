@@ -81,7 +81,7 @@ namespace fused_cpu {
 void softmax_cross_entropy(const fused_cross_entropy &args);
 /* False where plain loops would have to do it: libtorch's are better. */
 bool accumulate(const fused_pair *pairs, size_t len, bool first);
-/* These need AVX-512. */
+/* These three need AVX-512. */
 void layer_norm(const fused_layer_norm &args);
 void layer_norm_grad(const fused_layer_norm_grad &args);
 void bias_gelu(const fused_bias_gelu &args);

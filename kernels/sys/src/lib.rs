@@ -140,6 +140,23 @@ unsafe extern "C" {
         out_bhtc: *mut tf_tensor,
     ) -> c_int;
     pub fn tf_gelu_cpu(x: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
+    pub fn tf_layer_norm(
+        x: tf_tensor,
+        weight: tf_tensor,
+        bias: tf_tensor,
+        epsilon: f64,
+        out: *mut tf_tensor,
+    ) -> c_int;
+    pub fn tf_bias_gelu(x: tf_tensor, bias: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
+    pub fn tf_residual_dropout(
+        residual: tf_tensor,
+        x: tf_tensor,
+        bias: tf_tensor,
+        probability: f64,
+        seed: i64,
+        stream: i64,
+        out: *mut tf_tensor,
+    ) -> c_int;
     pub fn tf_softmax_cross_entropy_(
         logits_cv: tf_tensor,
         targets_c: tf_tensor,
