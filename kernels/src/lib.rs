@@ -34,6 +34,14 @@ pub enum Error {
     /// There is no GPU, or this build has no CUDA.
     #[error("{0}; run on a machine with an NVIDIA GPU, or set train.device to cpu")]
     NoCuda(String),
+    /// Attention whose scores would all be held at once.
+    #[error("attention has no fused kernel for {shape}: {advice}")]
+    UnfusedAttention {
+        /// Device, dtype, heads, width, tokens and dropout.
+        shape: String,
+        /// What helps.
+        advice: &'static str,
+    },
     /// A tensor that does not meet the call's precondition; nothing was called.
     #[error("{op}: tensor {rule}, got {got}")]
     Precondition {

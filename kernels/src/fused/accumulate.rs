@@ -128,14 +128,16 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_threads_changes_no_bit() {
-        let (flat, into, grads) = case(Kind::Float, Kind::BFloat16, Device::Cpu);
-        let before = flat.copy();
-        assert_same_on_any_number_of_threads(|| {
-            flat.shallow_clone().copy_(&before);
-            accumulate(&into, &grads, false).unwrap();
-            vec![flat.copy()]
-        });
+    fn neither_the_number_of_threads_nor_a_repetition_changes_a_bit() {
+        for device in devices() {
+            let (flat, into, grads) = case(Kind::Float, Kind::BFloat16, device);
+            let before = flat.copy();
+            assert_same_on_any_number_of_threads(|| {
+                flat.shallow_clone().copy_(&before);
+                accumulate(&into, &grads, false).unwrap();
+                vec![flat.copy()]
+            });
+        }
     }
 
     #[test]

@@ -148,13 +148,15 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_threads_changes_no_bit() {
-        let (logits_cv, targets_c) = case(37, 5000, 3.0, Kind::BFloat16, Device::Cpu);
-        assert_same_on_any_number_of_threads(|| {
-            let grads_cv = logits_cv.copy();
-            let losses_c = softmax_cross_entropy_(&grads_cv, &targets_c, IGNORED).unwrap();
-            vec![losses_c, grads_cv]
-        });
+    fn neither_the_number_of_threads_nor_a_repetition_changes_a_bit() {
+        for device in devices() {
+            let (logits_cv, targets_c) = case(37, 5000, 3.0, Kind::BFloat16, device);
+            assert_same_on_any_number_of_threads(|| {
+                let grads_cv = logits_cv.copy();
+                let losses_c = softmax_cross_entropy_(&grads_cv, &targets_c, IGNORED).unwrap();
+                vec![losses_c, grads_cv]
+            });
+        }
     }
 
     #[test]

@@ -100,12 +100,14 @@ mod tests {
     }
 
     #[test]
-    fn the_number_of_threads_changes_no_bit() {
-        let leaves = case(1003, 96, Kind::BFloat16, Device::Cpu);
-        assert_same_on_any_number_of_threads(|| {
-            let (out, mut grads) = run(&leaves, ours);
-            grads.push(out);
-            grads
-        });
+    fn neither_the_number_of_threads_nor_a_repetition_changes_a_bit() {
+        for device in devices() {
+            let leaves = case(1003, 96, Kind::BFloat16, device);
+            assert_same_on_any_number_of_threads(|| {
+                let (out, mut grads) = run(&leaves, ours);
+                grads.push(out);
+                grads
+            });
+        }
     }
 }

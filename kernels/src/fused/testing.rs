@@ -23,7 +23,8 @@ pub fn devices() -> Vec<Device> {
     vec![Device::Cpu]
 }
 
-/// Asserts that `run` returns the same bits on one thread and on three. Tests run in processes of their own.
+/// Asserts that `run` returns the same bits on one thread and on three, and so, on a GPU, when it is repeated.
+/// Tests run in processes of their own.
 pub fn assert_same_on_any_number_of_threads(run: impl Fn() -> Vec<Tensor>) {
     let threads = tch::get_num_threads();
     tch::set_num_threads(1);
@@ -32,7 +33,7 @@ pub fn assert_same_on_any_number_of_threads(run: impl Fn() -> Vec<Tensor>) {
     let three = run();
     tch::set_num_threads(threads);
     for (i, (one, three)) in one.iter().zip(&three).enumerate() {
-        assert!(one.equal(three), "result {i} depends on the number of threads");
+        assert!(one.equal(three), "result {i} is not what it was");
     }
 }
 

@@ -245,3 +245,18 @@ int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int c
                                          *static_cast<at::Tensor *>(v_bksc), causal != 0));
   });
 }
+
+int tf_attention_backend(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, double dropout, int *backend) {
+  return tf_guard([&] {
+    const at::Tensor &q = *static_cast<at::Tensor *>(q_bhtc), &k = *static_cast<at::Tensor *>(k_bksc);
+    const at::Tensor &v = *static_cast<at::Tensor *>(v_bksc);
+#if ATTENTION_AVX512
+    if (dropout == 0.0 && suits(q, k, v)) {
+      *backend = TF_ATTENTION_OWN;
+      return;
+    }
+#endif
+    *backend = static_cast<int>(at::_fused_sdp_choice(q, k, v, {}, dropout, /*is_causal=*/true, std::nullopt,
+                                                      /*enable_gqa=*/true));
+  });
+}

@@ -82,6 +82,11 @@ int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *o
  * of K; differentiable. On a CPU in bf16 the backward pass is ours, elsewhere libtorch's. */
 int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int causal, tf_tensor *out_bhtc);
 
+/* Which kernel causal attention of these tensors would run on: TF_ATTENTION_OWN for tf_attention_cpu's own
+ * backward pass, else libtorch's choice by its number in at::SDPBackend. */
+enum { TF_ATTENTION_OWN = 100 };
+int tf_attention_backend(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, double dropout, int *backend);
+
 /* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
 int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
 

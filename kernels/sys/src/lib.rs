@@ -11,6 +11,7 @@ pub type tf_tensor = *mut c_void;
 
 pub const TF_OK: c_int = 0;
 pub const TF_NO_CUDA: c_int = 2;
+pub const TF_ATTENTION_OWN: c_int = 100;
 
 #[repr(C)]
 pub struct tf_adamw {
@@ -138,6 +139,13 @@ unsafe extern "C" {
         v_bksc: tf_tensor,
         causal: c_int,
         out_bhtc: *mut tf_tensor,
+    ) -> c_int;
+    pub fn tf_attention_backend(
+        q_bhtc: tf_tensor,
+        k_bksc: tf_tensor,
+        v_bksc: tf_tensor,
+        dropout: f64,
+        backend: *mut c_int,
     ) -> c_int;
     pub fn tf_gelu_cpu(x: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_layer_norm(

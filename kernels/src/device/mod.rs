@@ -1,9 +1,13 @@
 //! What the machine can do, and what it must do.
 
+mod attention;
+
 use std::sync::OnceLock;
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels_sys as sys;
+
+pub use attention::assert_fused_attention;
 
 use crate::{Error, ffi};
 
