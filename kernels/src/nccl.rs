@@ -3,6 +3,10 @@
 //! Operations are asynchronous and ordered: every rank must start the same ones in the same
 //! order, from one thread. The bootstrap goes through a [`Store`] of the caller's, so that no
 //! unauthenticated port is opened.
+//!
+//! What c10d does about a failed or late operation is set by environment variables, which it reads
+//! when a group is made: whoever starts a process that joins one sets them. [`Progress`] lets the
+//! caller watch over its operations itself.
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -37,13 +41,23 @@ unsafe impl Sync for Group {}
 
 /// A started operation.
 pub struct Work {
+    progress: Arc<Progress>,
+    waited: bool,
+}
+
+/// How far an operation is, for threads other than the one that started it. It may outlive the
+/// [`Work`] that it is of.
+pub struct Progress {
     raw: *mut sys::tf_work,
     /// A c10d::Work keeps its group's store, which calls back into this one.
     _store: Arc<Box<dyn Store>>,
 }
 
-// SAFETY: a c10d::Work is reference-counted and may be waited for on any thread.
-unsafe impl Send for Work {}
+// SAFETY: a c10d::Work is reference-counted, and may be waited for and freed on any thread.
+unsafe impl Send for Progress {}
+// SAFETY: c10d's own watchdog thread asks a Work whether it is complete while another thread waits
+// for it; what the two share is behind the Work's lock.
+unsafe impl Sync for Progress {}
 
 impl Group {
     /// Joins `world` ranks as `rank` on GPU `device`; returns when all have connected.
@@ -122,7 +136,8 @@ impl Group {
     ) -> Result<Work, Error> {
         let mut raw = std::ptr::null_mut();
         ffi::check(op, call(self.raw, &mut raw))?;
-        Ok(Work { raw, _store: Arc::clone(&self.store) })
+        let progress = Arc::new(Progress { raw, _store: Arc::clone(&self.store) });
+        Ok(Work { progress, waited: false })
     }
 }
 
@@ -143,14 +158,36 @@ impl Work {
         this.join()
     }
 
+    /// A view of this operation for other threads.
+    pub fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
+    }
+
     fn join(&mut self) -> Result<(), Error> {
-        let raw = std::mem::replace(&mut self.raw, std::ptr::null_mut());
-        if raw.is_null() {
+        if std::mem::replace(&mut self.waited, true) {
             return Ok(());
         }
-        // SAFETY: made by a start call and consumed here, once: the handle is null from now on.
-        let status = unsafe { sys::tf_nccl_wait(raw) };
+        // SAFETY: made by a start call, and freed only when the last holder of `progress` goes.
+        let status = unsafe { sys::tf_nccl_wait(self.progress.raw) };
         ffi::check("waiting for a collective", status)
+    }
+}
+
+impl Progress {
+    /// Whether the device is through with the operation; waits for nothing. One that failed, or that
+    /// cannot be looked at, never is.
+    pub fn is_complete(&self) -> bool {
+        let mut complete = 0;
+        // SAFETY: a live handle, and a valid place for the answer.
+        let status = unsafe { sys::tf_nccl_is_complete(self.raw, &mut complete) };
+        ffi::check("looking at a collective", status).is_ok() && complete != 0
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // SAFETY: made by a start call and freed here, once: nobody else holds the handle any more.
+        unsafe { sys::tf_work_free(self.raw) };
     }
 }
 

@@ -165,8 +165,11 @@ int tf_nccl_join(int rank, int world, int device, const struct tf_store *store,
 int tf_nccl_all_gather(tf_nccl *group, tf_tensor output, tf_tensor input, tf_work **work);
 int tf_nccl_reduce_scatter(tf_nccl *group, tf_tensor output, tf_tensor input, tf_work **work);
 int tf_nccl_all_reduce(tf_nccl *group, tf_tensor tensor, tf_work **work);
-/* Orders the current stream after the operation, and frees the handle whatever happens. */
+/* Orders the current stream after the operation. */
 int tf_nccl_wait(tf_work *work);
+/* Whether the device is through with the operation; waits for nothing. One that failed never is. */
+int tf_nccl_is_complete(tf_work *work, int *complete);
+void tf_work_free(tf_work *work);
 /* From any thread: fails what is under way. */
 int tf_nccl_abort(tf_nccl *group);
 void tf_nccl_free(tf_nccl *group);

@@ -147,10 +147,17 @@ int tf_nccl_all_reduce(tf_nccl *group, tf_tensor tensor, tf_work **work) {
 }
 
 int tf_nccl_wait(tf_work *work) {
-  int status = tf_guard([&] { work->work->wait(); });
-  delete work;
-  return status;
+  return tf_guard([&] { work->work->wait(); });
 }
+
+int tf_nccl_is_complete(tf_work *work, int *complete) {
+  return tf_guard([&] {
+    // To c10d a failed operation is a completed one.
+    *complete = work->work->isCompleted() && work->work->exception() == nullptr;
+  });
+}
+
+void tf_work_free(tf_work *work) { delete work; }
 
 int tf_nccl_abort(tf_nccl *group) {
   return tf_guard([&] { group->group->abort(); });

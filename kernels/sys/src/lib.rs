@@ -206,6 +206,8 @@ unsafe extern "C" {
     ) -> c_int;
     pub fn tf_nccl_all_reduce(group: *mut tf_nccl, tensor: tf_tensor, work: *mut *mut tf_work) -> c_int;
     pub fn tf_nccl_wait(work: *mut tf_work) -> c_int;
+    pub fn tf_nccl_is_complete(work: *mut tf_work, complete: *mut c_int) -> c_int;
+    pub fn tf_work_free(work: *mut tf_work);
     pub fn tf_nccl_abort(group: *mut tf_nccl) -> c_int;
     pub fn tf_nccl_free(group: *mut tf_nccl);
 }
