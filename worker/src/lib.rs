@@ -28,5 +28,7 @@ pub mod generate;
 pub mod daemon;
 /// The process of one rank: session to its daemon, task.
 pub mod rank;
+/// Faults on demand, in debug builds, for tests.
+pub mod fault;
 /// What the daemon shows to Prometheus.
 pub mod metrics;

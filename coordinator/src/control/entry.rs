@@ -11,9 +11,10 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
-use tunefleet_proto::rpc::{Continuation, JobStatus, Stage, StartTask, TaskId, Waiting};
+use tunefleet_proto::rpc::{Continuation, Failure, JobStatus, Stage, StartTask, TaskId, Waiting};
 
 use super::events::EventLog;
+use super::hang::listed;
 use super::job::{End, Job};
 use super::metrics_log::MetricsLog;
 use super::placement::WorkerName;
@@ -92,7 +93,7 @@ impl Entry {
                 if last {
                     self.lock = None;
                     self.detail = match self.job.end() {
-                        Some(End::Failed(failure)) => failure.cause.clone(),
+                        Some(End::Failed(failure)) => detail_of(failure),
                         _ => String::new(),
                     };
                 }
@@ -106,6 +107,9 @@ impl Entry {
             }
             Body::Evaluated(evaluated) => metrics::evaluated(&id.0, evaluated),
             Body::Saved(saved) => metrics::saved(&id.0, saved),
+            Body::RankEnded(ended) => {
+                tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);
+            }
             Body::Note(_) | Body::Waiting(_) | Body::Section(_) => {}
         }
         if let Err(error) = self.log.append(self.attempt, &body) {
@@ -166,6 +170,20 @@ impl Entry {
             output: self.spec.output.display().to_string(),
             detail: self.detail.clone(),
         }
+    }
+}
+
+/// A failure in one line: the cause, and which ranks ended only because of it.
+fn detail_of(failure: &Failure) -> String {
+    let cause = match failure.rank {
+        Some(rank) if !failure.aborted_ranks.is_empty() && !failure.cause.starts_with("rank") => {
+            format!("rank {rank}: {}", failure.cause)
+        }
+        _ => failure.cause.clone(),
+    };
+    match failure.aborted_ranks.as_slice() {
+        [] => cause,
+        aborted => format!("{cause}; {}: aborted by peer", listed(aborted)),
     }
 }
 

@@ -8,10 +8,13 @@
 use std::collections::BTreeSet;
 
 use tunefleet_proto::rpc::job_event::Body;
-use tunefleet_proto::rpc::{Failure, JobState, Stage, StageChanged, StateChanged, stage_changed::What};
+use tunefleet_proto::rpc::{
+    Collectives, Failure, JobState, Stage, StageChanged, StateChanged, stage_changed::What,
+};
 
 use super::placement::WorkerName;
-use super::rank::{Exit, Outcome, RankFailure, first_cause};
+use super::rank::{Exit, Outcome};
+use super::task::Task;
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +36,35 @@ pub enum Input {
         /// Where it listens; empty in a world of one.
         address: String,
     },
+    /// A rank entered a section of the training loop.
+    Entered {
+        /// Whose task.
+        stage: Stage,
+        /// Which rank.
+        rank: u32,
+        /// Name of the section.
+        section: String,
+    },
+    /// A collective of a rank takes longer than it may.
+    Stalled {
+        /// Whose task.
+        stage: Stage,
+        /// Which rank.
+        rank: u32,
+        /// Where it is.
+        at: Collectives,
+    },
+    /// A rank told where it is among its collectives.
+    Answered {
+        /// Whose task.
+        stage: Stage,
+        /// Which rank.
+        rank: u32,
+        /// Where it is.
+        at: Collectives,
+    },
+    /// Ranks that have not told where they are will not do so any more.
+    AnswersOver(Stage),
     /// A rank told how its task went; its exit follows.
     Done {
         /// Whose task.
@@ -120,6 +152,16 @@ pub enum Effect {
         workers: BTreeSet<WorkerName>,
         /// Why.
         reason: String,
+        /// Whether another rank is the reason, and not a person.
+        by_peer: bool,
+    },
+    /// Ask the ranks where they are among their collectives; answer with [`Input::Answered`], and after
+    /// a while with [`Input::AnswersOver`].
+    ReportCollectives {
+        /// Which task.
+        stage: Stage,
+        /// On these workers.
+        workers: BTreeSet<WorkerName>,
     },
     /// All ranks are gone: their slots are free.
     Release,
@@ -164,23 +206,6 @@ enum Phase {
     Ended(End),
 }
 
-#[derive(Debug, Clone, PartialEq)]
-struct Task {
-    stage: Stage,
-    ranks: Vec<Rank>,
-    /// Whether the ranks were let go; before, there is nothing to save.
-    started: bool,
-    failures: Vec<RankFailure>,
-}
-
-#[derive(Debug, Clone, PartialEq)]
-struct Rank {
-    worker: WorkerName,
-    address: Option<String>,
-    outcome: Option<Outcome>,
-    exited: bool,
-}
-
 /// One attempt of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
@@ -209,9 +234,7 @@ impl Job {
             Phase::Ended(End::Failed(_)) => JobState::Failed,
             Phase::Ended(End::Cancelled) => JobState::Cancelled,
             Phase::Ended(End::Stopped(_)) => JobState::Stopped,
-            Phase::Running(task) if self.stopping.is_some() || !task.failures.is_empty() => {
-                JobState::Stopping
-            }
+            Phase::Running(task) if task.is_failing() => JobState::Stopping,
             _ if self.stopping.is_some() => JobState::Stopping,
             _ => JobState::Running,
         }
@@ -221,7 +244,7 @@ impl Job {
     pub fn stage(&self) -> Stage {
         match &self.phase {
             Phase::Inspecting(stage) | Phase::Waiting { stage, .. } | Phase::Recording(stage) => *stage,
-            Phase::Running(task) => task.stage,
+            Phase::Running(task) => task.stage(),
             Phase::Collecting => Stage::Collect,
             Phase::Ended(End::Failed(failure)) => failure.stage(),
             Phase::Queued | Phase::Ended(_) => Stage::Unspecified,
@@ -246,8 +269,7 @@ impl Job {
 
     /// Whether ranks of this stage's task may be alive on `worker`.
     pub fn runs_on(&self, stage: Stage, worker: &WorkerName) -> bool {
-        matches!(&self.phase, Phase::Running(task) if task.stage == stage
-            && task.ranks.iter().any(|rank| rank.worker == *worker && !rank.exited))
+        matches!(&self.phase, Phase::Running(task) if task.stage() == stage && task.runs_on(worker))
     }
 
     /// Takes a fact and tells what to do about it.
@@ -256,6 +278,7 @@ impl Job {
     /// [`Stale`] when the fact does not belong to the job as it is; nothing has changed then.
     pub fn apply(&mut self, input: Input) -> Result<Vec<Effect>, Stale> {
         let before = self.state();
+        let cancelled = self.stopping == Some(Stopping::Now);
         let mut effects = match (&mut self.phase, input) {
             (Phase::Ended(_), input) => return Err(Stale(format!("{input:?} after the end"))),
             (Phase::Queued, Input::Begin) => self.inspect(Stage::Collect),
@@ -274,15 +297,24 @@ impl Job {
                 task.ready(stage, rank, address)?
             }
             (Phase::Running(task), Input::Done { stage, rank, outcome }) => {
-                task.live_rank(stage, rank)?.outcome = Some(outcome);
+                task.done(stage, rank, outcome)?;
                 Vec::new()
             }
+            (Phase::Running(task), Input::Entered { stage, rank, section }) => {
+                task.entered(stage, rank, section)?;
+                Vec::new()
+            }
+            (Phase::Running(task), Input::Stalled { stage, rank, at }) => {
+                task.stalled(stage, rank, at, cancelled)?
+            }
+            (Phase::Running(task), Input::Answered { stage, rank, at }) => task.answered(stage, rank, at)?,
+            (Phase::Running(task), Input::AnswersOver(stage)) => task.answers_over(stage)?,
             (Phase::Running(task), Input::Exited { stage, rank, exit }) => {
-                let aborts = task.exited(stage, rank, exit, self.stopping)?;
+                let aborts = task.exited(stage, rank, exit, cancelled)?;
                 self.settle(aborts)
             }
             (Phase::Running(task), Input::WorkerLost(worker)) => {
-                let aborts = task.worker_lost(&worker);
+                let aborts = task.worker_lost(&worker, cancelled);
                 self.settle(aborts)
             }
             // Nothing of this job runs there.
@@ -345,34 +377,23 @@ impl Job {
         if workers.len() != world as usize {
             return Err(Stale(format!("{} slots for {world} ranks", workers.len())));
         }
-        let rank = |worker: &WorkerName| Rank {
-            worker: worker.clone(),
-            address: None,
-            outcome: None,
-            exited: false,
-        };
-        let ranks = workers.iter().map(rank).collect();
-        self.phase = Phase::Running(Task { stage, ranks, started: false, failures: Vec::new() });
+        self.phase = Phase::Running(Task::new(stage, &workers));
         Ok(vec![Effect::StartTask { stage, ranks: workers, resume }])
     }
 
     /// After a rank is gone: nothing until the last one is, then what follows from all.
     fn settle(&mut self, mut effects: Vec<Effect>) -> Vec<Effect> {
         let Phase::Running(task) = &self.phase else { return effects };
-        if !task.ranks.iter().all(|rank| rank.exited) {
+        if !task.is_over() {
             return effects;
         }
         effects.push(Effect::Release);
-        let stage = task.stage;
-        let stopped_at = task.ranks.iter().find_map(|rank| match rank.outcome {
-            Some(Outcome::Stopped(step)) => Some(step),
-            _ => None,
-        });
+        let stage = task.stage();
         let end = if self.stopping == Some(Stopping::Now) {
             End::Cancelled
-        } else if let Some(cause) = first_cause(&task.failures) {
-            End::Failed(cause.to_failure(stage))
-        } else if let Some(step) = stopped_at {
+        } else if let Some(failure) = task.failure() {
+            End::Failed(failure)
+        } else if let Some(step) = task.stopped_at() {
             End::Stopped(step)
         } else {
             effects.extend(self.record(stage));
@@ -415,13 +436,14 @@ impl Job {
                 self.finish(End::Cancelled)
             }
             Phase::Running(task) => {
-                let (stage, workers) = (task.stage, task.workers());
-                if checkpoint && stage == Stage::Train && task.started {
+                let (stage, workers) = (task.stage(), task.workers());
+                if checkpoint && stage == Stage::Train && task.is_started() {
                     self.stopping = Some(Stopping::Checkpoint);
                     return vec![Effect::StopAtCheckpoint { stage, workers }];
                 }
                 self.stopping = Some(Stopping::Now);
-                vec![Effect::Abort { stage, workers, reason: "cancelled".to_owned() }]
+                let reason = "cancelled".to_owned();
+                vec![Effect::Abort { stage, workers, reason, by_peer: false }]
             }
             // A stage is done and being noted, in a moment: the job ends with that.
             Phase::Recording(_) | Phase::Ended(_) => {
@@ -441,79 +463,6 @@ impl Job {
     fn finish(&mut self, end: End) -> Vec<Effect> {
         self.phase = Phase::Ended(end);
         Vec::new()
-    }
-}
-
-impl Task {
-    fn live_rank(&mut self, stage: Stage, rank: u32) -> Result<&mut Rank, Stale> {
-        if self.stage != stage {
-            return Err(Stale(format!("{} is over, {} runs", stage.name(), self.stage.name())));
-        }
-        match self.ranks.get_mut(rank as usize) {
-            Some(found) if !found.exited => Ok(found),
-            Some(_) => Err(Stale(format!("rank {rank} has exited"))),
-            None => Err(Stale(format!("there is no rank {rank}"))),
-        }
-    }
-
-    fn ready(&mut self, stage: Stage, rank: u32, address: String) -> Result<Vec<Effect>, Stale> {
-        let found = self.live_rank(stage, rank)?;
-        if found.address.is_some() {
-            return Err(Stale(format!("rank {rank} was ready before")));
-        }
-        found.address = Some(address);
-        let Some(peers) = self.ranks.iter().map(|rank| rank.address.clone()).collect::<Option<Vec<_>>>()
-        else {
-            return Ok(Vec::new());
-        };
-        if self.ranks.iter().any(|rank| rank.exited) {
-            return Ok(Vec::new());
-        }
-        self.started = true;
-        Ok(vec![Effect::StartRanks { stage, workers: self.workers(), peers }])
-    }
-
-    fn exited(
-        &mut self,
-        stage: Stage,
-        rank: u32,
-        exit: Exit,
-        stopping: Option<Stopping>,
-    ) -> Result<Vec<Effect>, Stale> {
-        let found = self.live_rank(stage, rank)?;
-        found.exited = true;
-        let failure = RankFailure::of(rank, &found.worker, found.outcome.as_ref(), exit);
-        let Some(failure) = failure else { return Ok(Vec::new()) };
-        let first = self.failures.is_empty() && stopping != Some(Stopping::Now);
-        let reason = format!("rank {rank} failed: {}", failure.message);
-        self.failures.push(failure);
-        Ok(if first { self.abort(reason) } else { Vec::new() })
-    }
-
-    fn worker_lost(&mut self, worker: &WorkerName) -> Vec<Effect> {
-        let first = self.failures.is_empty();
-        let mut hit = false;
-        for (index, rank) in self.ranks.iter_mut().enumerate() {
-            if rank.worker == *worker && !rank.exited {
-                rank.exited = true;
-                hit = true;
-                self.failures.push(RankFailure::lost(index as u32, worker));
-            }
-        }
-        if hit && first { self.abort(format!("worker {worker} was lost")) } else { Vec::new() }
-    }
-
-    fn abort(&self, reason: String) -> Vec<Effect> {
-        let workers = self.workers();
-        if workers.is_empty() {
-            return Vec::new();
-        }
-        vec![Effect::Abort { stage: self.stage, workers, reason }]
-    }
-
-    /// Workers with ranks that have not exited.
-    fn workers(&self) -> BTreeSet<WorkerName> {
-        self.ranks.iter().filter(|rank| !rank.exited).map(|rank| rank.worker.clone()).collect()
     }
 }
 

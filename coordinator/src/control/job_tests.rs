@@ -1,7 +1,7 @@
 //! The state machine under every order of events that a generator can think of.
 
 use proptest::prelude::*;
-use tunefleet_proto::rpc::JobState;
+use tunefleet_proto::rpc::{Collective, JobState, RankEnded};
 
 use super::*;
 
@@ -131,6 +131,125 @@ fn a_lost_worker_fails_the_ranks_that_ran_there() {
     assert!(failure.cause.contains("w1"), "{}", failure.cause);
 }
 
+/// Where a rank is that has started `sequence` operations, and waits in the last.
+fn at(sequence: u64) -> Collectives {
+    let about = "reduce of block.7".to_owned();
+    let last = Some(Collective { sequence, about, seconds: 2.0, ..Collective::default() });
+    Collectives { last_started: last.clone(), oldest_unfinished: last, ..Collectives::default() }
+}
+
+fn stalled(job: &mut Job, rank: u32, sequence: u64) -> Vec<Effect> {
+    job.apply(Input::Stalled { stage: Stage::Train, rank, at: at(sequence) }).unwrap()
+}
+
+fn answered(job: &mut Job, rank: u32, sequence: u64) -> Vec<Effect> {
+    job.apply(Input::Answered { stage: Stage::Train, rank, at: at(sequence) }).unwrap()
+}
+
+fn aborts(effects: &[Effect]) -> bool {
+    effects.iter().any(|effect| matches!(effect, Effect::Abort { .. }))
+}
+
+fn ended(effects: &[Effect]) -> Vec<RankEnded> {
+    let told = effects.iter().filter_map(|effect| match effect {
+        Effect::Tell(Body::RankEnded(ended)) => Some(ended.clone()),
+        _ => None,
+    });
+    told.collect()
+}
+
+#[test]
+fn the_rank_behind_is_the_cause_and_the_others_were_aborted_by_peer() {
+    let mut job = training();
+    let effects = stalled(&mut job, 0, 9);
+    let asked = effects
+        .iter()
+        .filter(|e| matches!(e, Effect::ReportCollectives { workers, .. } if workers.len() == 2));
+    assert_eq!(asked.count(), 1, "{effects:?}");
+    assert!(!aborts(&effects), "nobody is blamed before all were asked");
+    assert_eq!(stalled(&mut job, 2, 9), [], "they are asked once");
+    assert_eq!(job.state(), JobState::Running);
+    let effects = answered(&mut job, 1, 8);
+    assert!(
+        effects.iter().any(|e| matches!(e, Effect::Abort { by_peer: true, reason, .. }
+        if reason.starts_with("rank 1 is behind: it is at reduce of block.7 (#8)"))),
+        "{effects:?}"
+    );
+    assert_eq!(job.state(), JobState::Stopping);
+
+    let log = Exit { aborted: true, log_path: "rank-1.log".to_owned(), ..killed() };
+    let told: Vec<RankEnded> = [(0, killed()), (1, log), (2, killed())]
+        .into_iter()
+        .flat_map(|(rank, exit)| ended(&end_rank(&mut job, rank, None, Exit { aborted: true, ..exit })))
+        .collect();
+    assert_eq!(told.iter().map(|ended| ended.aborted_by_peer).collect::<Vec<_>>(), [true, false, true]);
+    assert!(told[0].how.starts_with("aborted by peer: rank 1 is behind"), "{}", told[0].how);
+    let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
+    assert_eq!(
+        (failure.rank, failure.worker.as_str(), failure.log_path.as_str()),
+        (Some(1), "w1", "rank-1.log")
+    );
+    assert_eq!(failure.aborted_ranks, [0, 2]);
+    assert!(failure.exit.is_empty(), "how it was ended explains nothing");
+}
+
+#[test]
+fn a_rank_that_does_not_answer_in_time_is_behind() {
+    let mut job = training();
+    let entered = Input::Entered { stage: Stage::Train, rank: 1, section: "save".to_owned() };
+    job.apply(entered).unwrap();
+    stalled(&mut job, 0, 9);
+    answered(&mut job, 2, 9);
+    let over = Input::AnswersOver(Stage::Train);
+    assert!(aborts(&job.apply(over.clone()).unwrap()));
+    assert!(job.apply(over).is_err(), "it is over once");
+    for rank in 0..WORLD {
+        end_rank(&mut job, rank, None, Exit { aborted: true, ..killed() });
+    }
+    let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
+    assert_eq!(failure.rank, Some(1));
+    assert!(failure.cause.contains("did not answer"), "{}", failure.cause);
+    assert!(failure.cause.contains("section \"save\""), "{}", failure.cause);
+}
+
+#[test]
+fn a_rank_that_dies_while_others_are_asked_is_the_cause() {
+    let mut job = training();
+    stalled(&mut job, 0, 9);
+    assert!(aborts(&end_rank(&mut job, 1, None, killed())));
+    assert!(job.apply(Input::AnswersOver(Stage::Train)).is_err(), "nobody waits for answers");
+    for rank in [0, 2] {
+        end_rank(&mut job, rank, None, Exit { aborted: true, ..killed() });
+    }
+    let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
+    assert_eq!((failure.rank, failure.exit.as_str()), (Some(1), "signal 9 (SIGKILL)"));
+    assert_eq!(failure.aborted_ranks, [0, 2]);
+}
+
+#[test]
+fn a_stall_that_ended_after_all_fails_nothing() {
+    let mut job = training();
+    stalled(&mut job, 0, 9);
+    for rank in 0..WORLD {
+        end_rank(&mut job, rank, Some(Outcome::Finished), clean());
+    }
+    assert_eq!(job.stage(), Stage::Train);
+    job.apply(Input::Recorded(Stage::Train, Ok(()))).unwrap();
+    assert_eq!(job.state(), JobState::Running);
+}
+
+#[test]
+fn ranks_of_a_cancelled_job_were_not_aborted_by_peers() {
+    let mut job = training();
+    let effects = job.apply(Input::Stop { checkpoint: false }).unwrap();
+    assert!(effects.iter().any(|e| matches!(e, Effect::Abort { by_peer: false, .. })), "{effects:?}");
+    for rank in 0..WORLD {
+        let effects = end_rank(&mut job, rank, None, Exit { aborted: true, ..killed() });
+        assert_eq!(ended(&effects), []);
+    }
+    assert_eq!(job.end(), Some(&End::Cancelled));
+}
+
 /// What the world outside may answer to an effect.
 fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
     match effect {
@@ -163,6 +282,11 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
                 ]
             })
             .collect(),
+        Effect::ReportCollectives { stage, .. } => {
+            let answer =
+                |rank| Input::Answered { stage: *stage, rank, at: at(u64::from(pick % 4) + u64::from(rank)) };
+            (0..WORLD - 1).map(answer).chain([Input::AnswersOver(*stage)]).collect()
+        }
         _ => Vec::new(),
     }
 }
@@ -171,7 +295,7 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
 fn noise(pick: u8) -> Input {
     let stage = Stage::ALL[usize::from(pick) % Stage::ALL.len()];
     let rank = u32::from(pick) % (WORLD + 1);
-    match pick % 11 {
+    match pick % 15 {
         0 => Input::Begin,
         1 => Input::Inspected(stage, Ok(Verdict::Cached)),
         2 => Input::Collected(Ok(())),
@@ -182,6 +306,10 @@ fn noise(pick: u8) -> Input {
         7 => Input::WorkerLost(worker(rank)),
         8 => Input::Recorded(stage, Ok(())),
         9 => Input::Stop { checkpoint: pick.is_multiple_of(2) },
+        10 => Input::Entered { stage, rank, section: "step".to_owned() },
+        11 => Input::Stalled { stage, rank, at: at(u64::from(pick)) },
+        12 => Input::Answered { stage, rank, at: at(u64::from(pick)) },
+        13 => Input::AnswersOver(stage),
         _ => Input::GraceOver,
     }
 }
@@ -224,7 +352,9 @@ proptest! {
                         prop_assert_eq!(live, Some(*stage));
                         prop_assert_eq!(peers.len() as u32, job.world(*stage), "none starts alone");
                     }
-                    Effect::StopAtCheckpoint { stage, .. } | Effect::Abort { stage, .. } => {
+                    Effect::StopAtCheckpoint { stage, .. }
+                    | Effect::Abort { stage, .. }
+                    | Effect::ReportCollectives { stage, .. } => {
                         prop_assert_eq!(live, Some(*stage));
                     }
                     Effect::Release => prop_assert!(live.take().is_some()),

@@ -11,8 +11,9 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::{DatasetSpec, DeviceKind, JobSpec};
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    Abort, Continuation, CoordinatorMessage, JobStatus, RankReport, Register, Stage, StartRanks,
-    StopAtCheckpoint, TaskId, Waiting, WorkerMessage, coordinator_message, rank_event, worker_message,
+    Abort, Continuation, CoordinatorMessage, JobStatus, RankReport, Register, ReportCollectives, Stage,
+    StartRanks, StopAtCheckpoint, TaskId, Waiting, WorkerMessage, coordinator_message, rank_event,
+    worker_message,
 };
 
 use super::entry::Entry;
@@ -27,6 +28,8 @@ use crate::metrics;
 const WINDOW: usize = 1024;
 /// How often silent workers are looked for.
 const TICK: Duration = Duration::from_secs(1);
+/// How long ranks may take to tell where they are among their collectives.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// A tick that is so late was held up: the process was stopped, or its disk.
 const STOOD_STILL: Duration = Duration::from_secs(3);
 
@@ -206,16 +209,11 @@ impl State {
     }
 
     fn cancel(&mut self, id: &JobId, grace: Duration) -> Result<JobStatus, Status> {
-        let attempt = self.entry(id)?.attempt;
+        self.entry(id)?;
         let checkpoint = !grace.is_zero();
         self.apply(id, Input::Stop { checkpoint });
         if checkpoint {
-            let happened = Message::Happened { job: id.clone(), attempt, input: Input::GraceOver };
-            let messages = self.messages.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep(grace).await;
-                answer(messages, happened).await;
-            });
+            self.after(grace, id, Input::GraceOver);
         }
         Ok(self.entry(id)?.status(id))
     }
@@ -282,8 +280,15 @@ impl State {
                     self.workers.send(&worker, coordinator_message::Body::StopAtCheckpoint(stop.clone()));
                 }
             }
-            Effect::Abort { stage, workers, reason } => {
-                let abort = Abort { task: task(stage), reason };
+            Effect::ReportCollectives { stage, workers } => {
+                let ask = ReportCollectives { task: task(stage) };
+                for worker in workers {
+                    self.workers.send(&worker, coordinator_message::Body::ReportCollectives(ask.clone()));
+                }
+                self.after(ANSWER_LIMIT, id, Input::AnswersOver(stage));
+            }
+            Effect::Abort { stage, workers, reason, by_peer } => {
+                let abort = Abort { task: task(stage), reason, by_peer };
                 for worker in workers {
                     self.workers.send(&worker, coordinator_message::Body::Abort(abort.clone()));
                 }
@@ -293,6 +298,17 @@ impl State {
                 self.workers.release(&slots);
             }
         }
+    }
+
+    /// Hands this attempt an input once `delay` has passed.
+    fn after(&self, delay: Duration, id: &JobId, input: Input) {
+        let Some(attempt) = self.jobs.get(id).map(|entry| entry.attempt) else { return };
+        let happened = Message::Happened { job: id.clone(), attempt, input };
+        let messages = self.messages.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            answer(messages, happened).await;
+        });
     }
 
     /// Runs blocking work; its answer comes back as an input of this attempt, also after a panic.
@@ -385,7 +401,7 @@ impl State {
 
     /// Tells a worker to end ranks that should not be.
     fn refuse(&self, worker: &WorkerName, task: TaskId, reason: &str) {
-        let abort = Abort { task: Some(task), reason: reason.to_owned() };
+        let abort = Abort { task: Some(task), reason: reason.to_owned(), by_peer: false };
         self.workers.send(worker, coordinator_message::Body::Abort(abort));
     }
 
@@ -423,10 +439,22 @@ impl State {
                 let Some(outcome) = done.outcome else { return };
                 return self.apply(id, Input::Done { stage, rank, outcome: outcome.into() });
             }
+            Some(rank_event::Body::Stalled(at)) => {
+                return self.apply(id, Input::Stalled { stage, rank, at });
+            }
+            Some(rank_event::Body::Collectives(at)) => {
+                return self.apply(id, Input::Answered { stage, rank, at });
+            }
+            Some(rank_event::Body::Section(section)) => {
+                self.apply(id, Input::Entered { stage, rank, section: section.clone() });
+                if rank != 0 {
+                    return;
+                }
+                Body::Section(section)
+            }
             Some(rank_event::Body::Note(text)) => Body::Note(text),
             // Losses are those of all ranks: one of them is enough to tell.
             _ if rank != 0 => return,
-            Some(rank_event::Body::Section(name)) => Body::Section(name),
             Some(rank_event::Body::Step(step)) => Body::Step(step),
             Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),
             Some(rank_event::Body::Saved(saved)) => Body::Saved(saved),

@@ -1,7 +1,7 @@
 //! How ranks end, and which of several failures is the cause.
 
 use nix::sys::signal::Signal;
-use tunefleet_proto::rpc::{Failure, RankExited, Stage, rank_done};
+use tunefleet_proto::rpc::{Failure, RankEnded, RankExited, Stage, rank_done};
 
 use super::placement::WorkerName;
 
@@ -38,6 +38,9 @@ pub struct Exit {
     pub log_path: String,
 }
 
+/// What is said of a rank that ended because of another.
+const ABORTED_BY_PEER: &str = "aborted by peer: ";
+
 /// One rank's failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankFailure {
@@ -45,7 +48,7 @@ pub struct RankFailure {
     worker: WorkerName,
     consequence: bool,
     /// What went wrong, in words.
-    pub message: String,
+    message: String,
     exit: Exit,
 }
 
@@ -96,6 +99,41 @@ impl RankFailure {
         Some(RankFailure { rank, worker: worker.clone(), consequence, message, exit })
     }
 
+    /// Whose it is.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Whether another rank, or whoever stopped this one, is to blame.
+    pub fn is_consequence(&self) -> bool {
+        self.consequence
+    }
+
+    /// How the process ended.
+    pub fn exit(&self) -> &Exit {
+        &self.exit
+    }
+
+    /// Why the others are stopped when this is the first failure.
+    pub fn reason(&self) -> String {
+        match self.message.strip_prefix(ABORTED_BY_PEER) {
+            Some(cause) => cause.to_owned(),
+            None => format!("rank {} failed: {}", self.rank, self.message),
+        }
+    }
+
+    /// As it is told when it happens. `reason` is why the ranks of the task were aborted, if they were.
+    pub fn ended(&self, reason: Option<&str>) -> RankEnded {
+        let how = if self.consequence {
+            let told = self.message.strip_prefix(ABORTED_BY_PEER);
+            format!("{ABORTED_BY_PEER}{}", told.or(reason).unwrap_or(&self.message))
+        } else {
+            self.message.clone()
+        };
+        let (rank, worker) = (self.rank, self.worker.to_string());
+        RankEnded { rank, worker, how, aborted_by_peer: self.consequence }
+    }
+
     /// A rank whose worker is not heard of any more.
     pub fn lost(rank: u32, worker: &WorkerName) -> Self {
         let message = format!("worker {worker} is not heard of any more");
@@ -112,6 +150,7 @@ impl RankFailure {
             exit: self.exit.describe(),
             last_lines: self.exit.last_lines.clone(),
             log_path: self.exit.log_path.clone(),
+            aborted_ranks: Vec::new(),
         }
     }
 }
@@ -157,5 +196,26 @@ mod tests {
         let failures = [noticed, aborted, killed.clone()];
         assert_eq!(first_cause(&failures), Some(&killed));
         assert_eq!(killed.to_failure(Stage::Train).exit, "signal 9 (SIGKILL)");
+    }
+
+    #[test]
+    fn consequences_are_told_apart_from_their_cause() {
+        let reason = Some("rank 1 failed: ended by signal 9 (SIGKILL)");
+        let killed = failure(None, Exit { signal: Some(9), ..Exit::default() }).unwrap();
+        assert_eq!(killed.reason(), "rank 1 failed: ended by signal 9 (SIGKILL)");
+        let ended = killed.ended(None);
+        assert_eq!((ended.how.as_str(), ended.aborted_by_peer), ("ended by signal 9 (SIGKILL)", false));
+
+        let message = "aborted by peer: rank 1 is gone during gather".to_owned();
+        let gone = Outcome::Failed { message, consequence: true };
+        let noticed = failure(Some(gone), Exit { code: Some(1), ..Exit::default() }).unwrap();
+        assert_eq!(noticed.reason(), "rank 1 is gone during gather");
+        assert_eq!(noticed.ended(reason).how, "aborted by peer: rank 1 is gone during gather");
+
+        // It was stuck, and had no time to tell anything.
+        let stuck = failure(None, Exit { signal: Some(9), aborted: true, ..Exit::default() }).unwrap();
+        let ended = stuck.ended(reason);
+        assert_eq!(ended.how, "aborted by peer: rank 1 failed: ended by signal 9 (SIGKILL)");
+        assert!(ended.aborted_by_peer);
     }
 }

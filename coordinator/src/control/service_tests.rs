@@ -10,8 +10,8 @@ use tunefleet_proto::job::{self, TrainSpec};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    ControlClient, Finished, JobState, RankDone, RankEvent, RankExited, RankReport, Ready, Register, Stage,
-    StartRanks, StepDone, TaskId, rank_done, rank_event,
+    Collective, Collectives, ControlClient, Finished, JobState, RankDone, RankEvent, RankExited, RankFailed,
+    RankReport, Ready, Register, Stage, StartRanks, StepDone, TaskId, rank_done, rank_event,
 };
 use tunefleet_proto::{checkpoint, dataset};
 
@@ -226,6 +226,53 @@ async fn what_a_stale_attempt_says_is_not_heard_and_its_ranks_are_ended() {
     let failure = end.failure.clone().unwrap();
     assert_eq!((end.state(), failure.rank), (JobState::Failed, Some(1)));
     assert_eq!(failure.exit, "signal 9 (SIGKILL)");
+}
+
+#[tokio::test]
+async fn ranks_are_asked_where_they_are_and_the_one_behind_is_named_in_the_status() {
+    let dir = tempfile::tempdir().unwrap();
+    let url = served(None).await;
+    let mut client = control(&url, None).await;
+    let attempt = submit(&mut client, &spec(dir.path())).await.unwrap();
+    let mut worker = Worker::join(&url, "w", "1").await.unwrap();
+    worker.start(attempt).await;
+
+    let collective = |sequence, about: &str| {
+        Some(Collective { sequence, about: about.to_owned(), seconds: 2.0, ..Collective::default() })
+    };
+    let waits = || Collectives {
+        last_started: collective(8, "reduce of block.1"),
+        oldest_unfinished: collective(8, "reduce of block.1"),
+        ..Collectives::default()
+    };
+    let behind = Collectives { last_started: collective(7, "gather of block.1"), ..Collectives::default() };
+    worker.report(attempt, 0, rank_event::Body::Stalled(waits()));
+    let coordinator_message::Body::ReportCollectives(ask) = worker.next().await else { panic!() };
+    assert_eq!(ask.task, Some(task(attempt)));
+    worker.report(attempt, 0, rank_event::Body::Collectives(waits()));
+    worker.report(attempt, 1, rank_event::Body::Collectives(behind));
+    let coordinator_message::Body::Abort(abort) = worker.next().await else { panic!() };
+    assert!(abort.by_peer && abort.reason.starts_with("rank 1 is behind"), "{abort:?}");
+    worker.exit(attempt, 1, None, Some(9));
+    let message = format!("aborted by peer: {}", abort.reason);
+    let outcome = Some(rank_done::Outcome::Failed(RankFailed { message, consequence: true }));
+    worker.report(attempt, 0, rank_event::Body::Done(RankDone { outcome }));
+    worker.exit(attempt, 0, Some(1), None);
+
+    let events = watch(&mut client).await;
+    let aborted: Vec<u32> = events
+        .iter()
+        .filter_map(|body| match body {
+            Body::RankEnded(ended) if ended.aborted_by_peer => Some(ended.rank),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(aborted, [0]);
+    let request = StatusRequest { job: "job".to_owned() };
+    let detail = client.status(request).await.unwrap().into_inner().detail;
+    assert!(detail.starts_with("rank 1 is behind: it is at gather of block.1 (#7)"), "{detail}");
+    assert!(detail.contains("the others wait in reduce of block.1 (#8)"), "{detail}");
+    assert!(detail.ends_with("; rank 0: aborted by peer"), "{detail}");
 }
 
 #[tokio::test]

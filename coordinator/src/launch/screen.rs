@@ -72,6 +72,9 @@ impl Screen {
                     bar.set_prefix(name);
                 }
             }
+            Body::RankEnded(ended) => {
+                self.say(&format!("rank {} on worker {}: {}", ended.rank, ended.worker, ended.how));
+            }
             // Ends are told by who attends; the other states are seen from the stages.
             Body::State(_) => {}
         }

@@ -7,7 +7,7 @@ use tunefleet_proto::job::{JobSpec, MergeBase};
 use tunefleet_proto::rpc::{Failure, Stage};
 
 use super::screen::{Totals, grouped};
-use crate::control::METRICS_LOG_FILE;
+use crate::control::{METRICS_LOG_FILE, listed_ranks};
 use crate::job_file::JobArgs;
 
 /// How this job is launched again.
@@ -87,6 +87,9 @@ pub fn failed(job: &str, failure: &Failure, has_checkpoint: bool, again: &Comman
         text += &format!(" ({})", failure.exit);
     }
     text.push('\n');
+    if !failure.aborted_ranks.is_empty() {
+        text += &format!("{}: aborted by peer\n", listed_ranks(&failure.aborted_ranks));
+    }
     if !failure.last_lines.is_empty() {
         text += &format!("last lines of {}:\n", failure.log_path);
         for line in &failure.last_lines {

@@ -279,6 +279,8 @@ impl Job {
 
     /// This rank's file and the note of its digest.
     fn write(&self, units: &mut dyn Iterator<Item = Result<[Tensor; 3], Error>>) -> Result<(), Error> {
+        crate::fault::at(self.rank, self.state.step);
+        crate::fault::point(crate::fault::Phase::Save);
         let mut entries = Vec::new();
         for unit in &self.plan.units {
             for state in STATE_NAMES {

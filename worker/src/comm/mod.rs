@@ -3,14 +3,22 @@
 //! Every rank must start the same operations in the same order: one thread per rank starts
 //! them, in the order of the block walk. Operations are asynchronous; [`Work::wait`] joins.
 
+/// What a rank says of its collectives when one has hung.
+pub mod dump;
 /// The groups that a rank belongs to.
 pub mod mesh;
 /// GPU ranks.
 pub mod nccl;
+/// The record of collectives.
+pub mod recorder;
 /// One rank that plays all its peers.
 pub mod simulated;
 /// Over TCP, for CPUs.
 pub mod tcp;
+/// Looks for collectives that take too long.
+pub mod watchdog;
+
+use std::sync::Arc;
 
 use tch::{Device, Tensor};
 use tunefleet_proto::ids::Rank;
@@ -77,6 +85,17 @@ pub trait Work: Send {
     /// # Errors
     /// Whatever the operation met.
     fn wait(self: Box<Self>) -> Result<(), Error>;
+
+    /// A view of this operation for other threads; `None` where it ends when [`Work::wait`] does.
+    fn completion(&self) -> Option<Arc<dyn Completion>> {
+        None
+    }
+}
+
+/// Whether an operation has ended, for threads that do not wait for it.
+pub trait Completion: Send + Sync {
+    /// Never blocks. An operation that failed is never complete.
+    fn is_complete(&self) -> bool;
 }
 
 /// Collectives over one attempt's ranks.

@@ -1,5 +1,14 @@
 //! The communicator of GPU ranks: libtorch's NCCL group. Operations run on NCCL's own streams;
 //! waiting orders the compute stream after them and never stops the host.
+//!
+//! One communicator has one order, which is that of the walk: in the backward pass the gather of
+//! block i-1 is enqueued before the reduction of block i, so that the reduction never delays the
+//! weights that are needed next. One thread enqueues for all of a rank's communicators, in an order that
+//! is the same on all ranks: no two ranks can meet two communicators in different orders and wait for
+//! each other for ever.
+//!
+//! What becomes of a late or failed operation is decided by this process's watchdog and by the
+//! coordinator, not by c10d: see [`SETTINGS`].
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -8,7 +17,29 @@ use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::nccl::{self, Group, Store};
 use tunefleet_proto::ids::Rank;
 
-use super::{Communicator, Error, Tag, Work};
+use super::{Communicator, Completion, Error, Tag, Work};
+
+/// Environment of a process that joins a group, said and not left to defaults: c10d reads it when the
+/// group is made. Names and meanings are those of PyTorch 2.11, `ProcessGroupNCCL.hpp`.
+pub const SETTINGS: [(&str, &str); 9] = [
+    // NoHandling: c10d's watchdog notes errors and time-outs, and neither aborts communicators nor ends
+    // the process: it cannot know which rank is to blame. An abort comes from the session's thread.
+    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"),
+    // Waiting orders streams. A host that blocked in it could not be unblocked by an abort at once.
+    ("TORCH_NCCL_BLOCKING_WAIT", "0"),
+    // The monitor ends a process whose c10d watchdog is stuck, with no report: the daemon's SIGKILL does.
+    ("TORCH_NCCL_ENABLE_MONITORING", "0"),
+    // Read all the same; as long as no monitor runs it ends nothing.
+    ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "600"),
+    // These three speak to other ranks through the bootstrap's store, which serves one value only.
+    ("TORCH_NCCL_DUMP_ON_TIMEOUT", "0"),
+    ("TORCH_NCCL_PROPAGATE_ERROR", "0"),
+    ("TORCH_NCCL_DESYNC_DEBUG", "0"),
+    // c10d's own recorder: the record of collectives says more, and is kept for every communicator.
+    ("TORCH_FR_BUFFER_SIZE", "0"),
+    // One root for any number of ranks: more would need more bootstrap values.
+    ("TORCH_NCCL_RANKS_PER_ROOT", "1024"),
+];
 
 /// A rank's membership in a group of GPUs.
 pub struct NcclCommunicator {
@@ -19,8 +50,8 @@ pub struct NcclCommunicator {
 }
 
 impl NcclCommunicator {
-    /// Joins the group whose bootstrap values travel through `store`. `timeout` bounds every
-    /// collective.
+    /// Joins the group whose bootstrap values travel through `store`. After `timeout` c10d counts a
+    /// collective as failed; with [`SETTINGS`] it does no more about it.
     ///
     /// # Errors
     /// [`Error::Join`] without a GPU, or when the group does not form.
@@ -67,6 +98,16 @@ impl Work for NcclWork {
             None => outcome.map_err(|e| Error::Backend(e.to_string())),
         }
     }
+
+    fn completion(&self) -> Option<Arc<dyn Completion>> {
+        Some(self.work.progress())
+    }
+}
+
+impl Completion for nccl::Progress {
+    fn is_complete(&self) -> bool {
+        nccl::Progress::is_complete(self)
+    }
 }
 
 impl Communicator for NcclCommunicator {
@@ -101,7 +142,10 @@ impl Communicator for NcclCommunicator {
     }
 
     fn abort(&self, reason: &str) {
-        let _ = self.aborted.set(reason.to_owned());
+        if self.aborted.set(reason.to_owned()).is_err() {
+            // Once is enough, and whoever comes second must not wait for the first.
+            return;
+        }
         if let Err(error) = self.group.abort() {
             tracing::warn!(%error, "aborting the NCCL group");
         }

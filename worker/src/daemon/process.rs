@@ -13,24 +13,12 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
 use tunefleet_proto::rpc::{Assignment, RankExited, Stage, TOKEN_VARIABLE};
 
+use crate::comm::nccl;
+
 /// How much of the end of a log is read for the failure report.
 const TAIL_BYTES: u64 = 16 * 1024;
 /// Lines of it that are reported.
 const TAIL_LINES: usize = 20;
-
-/// How libtorch's NCCL group behaves, said and not left to its defaults.
-const NCCL_SETTINGS: [(&str, &str); 5] = [
-    // A collective that fails or times out ends the rank's process, which is what is watched.
-    ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3"),
-    // So does a watchdog that is stuck for so long.
-    ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", "120"),
-    // Dumps are asked of other ranks through the bootstrap's store, which serves one value only.
-    ("TORCH_NCCL_DUMP_ON_TIMEOUT", "0"),
-    // Collectives that the flight recorder remembers.
-    ("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
-    // One root for any number of ranks: more would need more bootstrap values.
-    ("TORCH_NCCL_RANKS_PER_ROOT", "1024"),
-];
 
 /// Makes MKL add up in one order, whatever else the machine does: now and then its threads share out
 /// their work differently, and a run does not repeat bit for bit. On CPUs of other makers MKL would
@@ -57,7 +45,7 @@ pub(super) async fn start(
             .arg(socket)
             .env_remove(TOKEN_VARIABLE)
             .env("OMP_NUM_THREADS", assignment.threads.to_string())
-            .envs(NCCL_SETTINGS)
+            .envs(nccl::SETTINGS)
             .envs(mkl_settings())
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)

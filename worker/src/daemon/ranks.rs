@@ -86,6 +86,10 @@ impl Ranks {
                 let task = stop.task.clone();
                 self.tell(task.as_ref(), &daemon_message::Body::StopAtCheckpoint(stop));
             }
+            coordinator_message::Body::ReportCollectives(ask) => {
+                let task = ask.task.clone();
+                self.tell(task.as_ref(), &daemon_message::Body::ReportCollectives(ask));
+            }
             coordinator_message::Body::Abort(abort) => self.abort(abort),
             coordinator_message::Body::Registered(_) => {}
         }

@@ -17,14 +17,13 @@ use tunefleet_proto::rpc::{Assignment, StartRanks};
 
 use super::Error;
 use crate::comm::nccl::NcclCommunicator;
+use crate::comm::recorder::{Record, Recorded};
 use crate::comm::tcp::subgroup::{self, Credentials};
 use crate::comm::tcp::{TcpCommunicator, TcpListener};
 use crate::comm::{self, Communicator, Groups, Tag, mesh};
 
 /// How long the ranks of an attempt wait for each other.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long an NCCL collective may take before its rank gives up; PyTorch's own default.
-const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(600);
 /// Largest bootstrap value: NCCL's unique id has 128 bytes.
 const MAX_BOOTSTRAP_BYTES: usize = 1024;
 
@@ -54,12 +53,15 @@ impl Listener {
         }
     }
 
-    /// Meets all peers; of these, `shard_ranks` share a copy of the weights.
+    /// Meets all peers; of these, `shard_ranks` share a copy of the weights. What they do together is
+    /// remembered in `record`; one collective may take `timeout`.
     pub fn join(
         self,
         assignment: &Assignment,
         start: &StartRanks,
         shard_ranks: u32,
+        record: &Arc<Record>,
+        timeout: Duration,
     ) -> Result<Groups, Error> {
         let listener = match self {
             Listener::Solo => return Ok(Groups::sole()),
@@ -106,10 +108,10 @@ impl Listener {
         });
         let some = some.transpose()?;
         let communicator = |(rank, tcp): (Rank, TcpCommunicator)| -> Result<Arc<dyn Communicator>, Error> {
-            let Some(gpu) = nccl_on else { return Ok(Arc::new(tcp)) };
+            let Some(gpu) = nccl_on else { return Ok(Arc::new(Recorded::new(tcp, Arc::clone(record)))) };
             let store = Box::new(Bootstrap { group: tcp, used: AtomicBool::new(false) });
-            let nccl = NcclCommunicator::join(rank, gpu, store, COLLECTIVE_TIMEOUT);
-            Ok(Arc::new(nccl.map_err(Error::Join)?))
+            let nccl = NcclCommunicator::join(rank, gpu, store, timeout).map_err(Error::Join)?;
+            Ok(Arc::new(Recorded::new(nccl, Arc::clone(record))))
         };
         let world = communicator((rank, tcp))?;
         Ok(match some {

@@ -48,6 +48,12 @@ pub enum Error {
     /// The daemon told this rank to stop, or is gone.
     #[error("aborted: {0}")]
     Aborted(String),
+    /// Another rank is to blame.
+    #[error("aborted by peer: {0}")]
+    AbortedByPeer(String),
+    /// Nobody would notice a hang.
+    #[error("starting the thread that watches over collectives: {0}")]
+    Watchdog(#[source] std::io::Error),
     /// The assignment makes no sense.
     #[error("assignment: {0}")]
     Assignment(String),
@@ -76,7 +82,7 @@ impl Error {
     fn is_consequence(&self) -> bool {
         use crate::comm::Error::{Aborted, PeerGone};
         match self {
-            Error::Aborted(_) => true,
+            Error::Aborted(_) | Error::AbortedByPeer(_) => true,
             Error::Join(cause)
             | Error::Train(
                 train::Error::Comm(cause) | train::Error::Checkpoint(checkpoint::Error::Comm(cause)),
@@ -98,7 +104,8 @@ pub fn run(args: Args) -> Result<(), Error> {
     std::io::stdin().take(MAX_TOKEN_BYTES).read_to_string(&mut text).map_err(Error::Stdin)?;
     let session = Session::open(args.socket, Token::new(text.trim_end())?)?;
     let result = catch_unwind(AssertUnwindSafe(|| task::run(&session)))
-        .unwrap_or_else(|panic| Err(Error::Panicked(message_of(panic.as_ref()))));
+        .unwrap_or_else(|panic| Err(Error::Panicked(message_of(panic.as_ref()))))
+        .map_err(|error| session.blame(error));
     session.close(&result);
     result.map(|_| ())
 }
@@ -113,7 +120,7 @@ fn message_of(panic: &(dyn Any + Send)) -> String {
     let text = text.split('\n').next().unwrap_or(text);
     if text.contains("out of memory") || text.contains("can't allocate memory") {
         return format!(
-            "{text}; lower train.micro_batch_sequences or data.sequence_tokens, set train.recompute, or use \
+            "out of memory: {text}; lower train.micro_batch_sequences or data.sequence_tokens, set train.recompute, or use \
              more ranks: coordinator plan shows what a rank needs"
         );
     }
@@ -130,6 +137,7 @@ mod tests {
         let allocate = || tch::Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu));
         let panic = catch_unwind(AssertUnwindSafe(allocate)).err().unwrap();
         let message = message_of(panic.as_ref());
+        assert!(message.starts_with("out of memory: "), "{message}");
         assert!(message.contains("can't allocate memory"), "{message}");
         assert!(message.contains("train.micro_batch_sequences"), "{message}");
         assert!(!message.contains("frame #"), "{message}");

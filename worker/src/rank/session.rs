@@ -8,21 +8,28 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::{Signal, raise};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::WeakUnboundedSender;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
 use tunefleet_proto::rpc::rank_done::Outcome as Told;
 use tunefleet_proto::rpc::{
-    Assignment, DaemonMessage, Evaluated, Finished, RankDone, RankEvent, RankFailed, Ready, Saved,
-    StartRanks, StepDone, Token, daemon_message, rank_event, ranks_client,
+    Assignment, Collectives, DaemonMessage, Evaluated, Finished, RankDone, RankEvent, RankFailed, Ready,
+    Saved, StartRanks, StepDone, Token, daemon_message, rank_event, ranks_client,
 };
 
 use super::Error;
 use crate::comm::Groups;
+use crate::comm::dump::Reporter;
+use crate::comm::recorder::Collective;
+use crate::comm::watchdog::{Alarm, Watchdog};
 use crate::train::{Event, Host, Outcome};
 
 /// How long the main thread has to end by itself once the rank was aborted.
 const ABORT_GRACE: Duration = Duration::from_secs(1);
+/// How long a rank whose collective has stalled waits to be aborted before it ends by itself: its
+/// daemon or the coordinator may be out of reach for a while.
+const ANSWER_GRACE: Duration = Duration::from_secs(120);
 /// How long the last events may take to reach the daemon.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
@@ -48,8 +55,26 @@ struct Shared {
     stop_requested: AtomicBool,
     closing: AtomicBool,
     /// Set once: why the rank has to end.
-    abort: Mutex<Option<String>>,
+    abort: Mutex<Option<Ending>>,
     groups: Mutex<Option<Groups>>,
+    reporter: Mutex<Option<Arc<Reporter>>>,
+    /// Section of the training loop; empty before the first.
+    section: Mutex<&'static str>,
+}
+
+/// Why a rank has to end.
+#[derive(Debug, Clone)]
+struct Ending {
+    reason: String,
+    /// Another rank is to blame.
+    by_peer: bool,
+}
+
+/// Tells the daemon of a collective that has stalled. It keeps neither session nor groups alive.
+struct Stalled {
+    outbox: WeakUnboundedSender<RankEvent>,
+    shared: Arc<Shared>,
+    reporter: Arc<Reporter>,
 }
 
 impl Session {
@@ -61,6 +86,8 @@ impl Session {
         let (ended_sender, ended) = mpsc::channel();
         let shared = Arc::new(Shared::default());
         let for_thread = Arc::clone(&shared);
+        // Weak: the session ends when the rank has said its last word.
+        let answers = outbox.downgrade();
         let error_at = {
             let socket = socket.clone();
             move |cause: String| Error::Session { socket, cause }
@@ -74,8 +101,8 @@ impl Session {
                 match dial(&socket, token, events).await {
                     Ok((first, inbound)) => {
                         let _ = assignment_sender.send(Ok(first));
-                        let cause = listen(inbound, &for_thread, &start_sender).await;
-                        for_thread.end(&cause, start_sender).await;
+                        let ending = listen(inbound, &for_thread, &start_sender, &answers).await;
+                        for_thread.end(ending, start_sender).await;
                     }
                     Err(cause) => {
                         let _ = assignment_sender.send(Err(cause));
@@ -97,12 +124,33 @@ impl Session {
     /// Tells that this rank listens at `address`, and waits until all its peers do.
     pub fn wait_for_start(&self, address: String) -> Result<StartRanks, Error> {
         self.host.send(rank_event::Body::Ready(Ready { address }));
-        self.start.recv().map_err(|_| Error::Aborted(self.host.shared.abort_reason()))
+        self.start.recv().map_err(|_| self.host.shared.aborted())
     }
 
-    /// From now on an abort of this rank aborts its groups.
-    pub fn watch_over(&self, groups: Groups) {
-        *lock(&self.host.shared.groups) = Some(groups);
+    /// From now on an abort of this rank aborts its groups, and where it is among its collectives is
+    /// told when the daemon asks, or when one takes longer than `timeout`.
+    pub fn watch_over(
+        &self,
+        groups: Groups,
+        reporter: Reporter,
+        timeout: Duration,
+    ) -> Result<Watchdog, Error> {
+        let Daemon { outbox, shared } = &self.host;
+        let reporter = Arc::new(reporter);
+        *lock(&shared.groups) = Some(groups);
+        *lock(&shared.reporter) = Some(Arc::clone(&reporter));
+        let record = Arc::clone(reporter.record());
+        let alarm = Stalled { outbox: outbox.downgrade(), shared: Arc::clone(shared), reporter };
+        Watchdog::start(record, timeout, ANSWER_GRACE, alarm).map_err(Error::Watchdog)
+    }
+
+    /// `error` with who is to blame for it, as far as this rank can know.
+    pub fn blame(&self, error: Error) -> Error {
+        if !error.is_consequence() {
+            return error;
+        }
+        let told = lock(&self.host.shared.abort).is_some();
+        if told { self.host.shared.aborted() } else { Error::AbortedByPeer(error.to_string()) }
     }
 
     /// Tells how the task went, and waits until the daemon has heard it.
@@ -115,10 +163,30 @@ impl Session {
             }
         };
         let Session { host, ended, .. } = self;
-        // Here and not as the process exits: peers get this rank's farewell, and NCCL its shutdown.
-        drop(lock(&host.shared.groups).take());
-        host.shared.closing.store(true, Ordering::Release);
-        host.send(rank_event::Body::Done(RankDone { outcome: Some(outcome) }));
+        let done = rank_event::Body::Done(RankDone { outcome: Some(outcome) });
+        let reporter = lock(&host.shared.reporter).take();
+        let groups = lock(&host.shared.groups).take();
+        if let Some(reporter) = reporter {
+            reporter.record().forget_work();
+        }
+        // The groups go here and not as the process exits: peers get this rank's farewell, and
+        // NCCL its shutdown.
+        match result {
+            Ok(_) => {
+                drop(groups);
+                host.shared.closing.store(true, Ordering::Release);
+                host.send(done);
+            }
+            Err(error) => {
+                // The cause is told before peers feel the consequence, and whatever becomes of groups
+                // that are left in the middle of an operation.
+                host.shared.closing.store(true, Ordering::Release);
+                host.send(done);
+                if let Some(groups) = groups {
+                    groups.abort(&error.to_string());
+                }
+            }
+        }
         drop(host);
         let _ = ended.recv_timeout(FLUSH_LIMIT);
     }
@@ -134,7 +202,10 @@ impl Daemon {
 impl Host for Daemon {
     fn report(&self, event: Event) {
         self.send(match event {
-            Event::Section(name) => rank_event::Body::Section(name.to_owned()),
+            Event::Section(name) => {
+                *lock(&self.shared.section) = name;
+                rank_event::Body::Section(name.to_owned())
+            }
             Event::Note(text) => rank_event::Body::Note(text),
             Event::Step(report) => rank_event::Body::Step(StepDone {
                 step: report.step,
@@ -157,27 +228,61 @@ impl Host for Daemon {
     }
 }
 
+impl Alarm for Stalled {
+    fn stalled(&mut self, collective: &Collective) {
+        let report = self.reporter.report(*lock(&self.shared.section));
+        let about = self.reporter.record().about(collective.tag);
+        tracing::error!("{about} (#{}) has not ended in time: see {}", collective.sequence, report.dump_path);
+        if let Some(outbox) = self.outbox.upgrade() {
+            let _ = outbox.send(RankEvent { body: Some(rank_event::Body::Stalled(report)) });
+        }
+    }
+
+    fn unanswered(&mut self, collective: &Collective) {
+        let (about, sequence) = (self.reporter.record().about(collective.tag), collective.sequence);
+        let seconds = collective.started.elapsed().as_secs();
+        if let Some(groups) = lock(&self.shared.groups).clone() {
+            groups.abort(&format!("{about} (#{sequence}) has taken {seconds} s, and nobody asked why"));
+        }
+    }
+}
+
 impl Shared {
-    fn abort_reason(&self) -> String {
-        lock(&self.abort).clone().unwrap_or_else(|| "the daemon is gone".to_owned())
+    /// Why this rank has to end, as an error.
+    fn aborted(&self) -> Error {
+        match lock(&self.abort).clone() {
+            Some(Ending { reason, by_peer: true }) => Error::AbortedByPeer(reason),
+            Some(Ending { reason, by_peer: false }) => Error::Aborted(reason),
+            None => Error::Aborted("the daemon is gone".to_owned()),
+        }
     }
 
     /// The session is over. Unless the task is done, this process has no business any more.
-    async fn end(&self, cause: &str, start: mpsc::Sender<StartRanks>) {
+    async fn end(&self, ending: Ending, start: mpsc::Sender<StartRanks>) {
         if self.closing.load(Ordering::Acquire) {
             return;
         }
-        *lock(&self.abort) = Some(cause.to_owned());
+        let cause = ending.reason.clone();
+        *lock(&self.abort) = Some(ending);
         drop(start);
         if let Some(groups) = lock(&self.groups).clone() {
             // On a thread of its own: an abort that hangs must not keep this process alive.
-            let cause = cause.to_owned();
             std::thread::spawn(move || groups.abort(&cause));
         }
         tokio::time::sleep(ABORT_GRACE).await;
         // Exit handlers of libraries may wait for threads that are stuck: they are not asked.
-        eprintln!("error: aborted: {cause}");
+        eprintln!("error: {}", self.aborted());
         let _ = raise(Signal::SIGKILL);
+    }
+
+    /// Where this rank is among its collectives. Before it has met its peers there are none.
+    fn collectives(&self) -> Collectives {
+        let reporter = lock(&self.reporter).clone();
+        let section = *lock(&self.section);
+        match reporter {
+            Some(reporter) => reporter.report(section),
+            None => Collectives { section: section.to_owned(), ..Collectives::default() },
+        }
     }
 }
 
@@ -209,11 +314,18 @@ async fn dial(
 }
 
 /// Handles commands until there are no more; tells why.
-async fn listen(mut inbound: Inbound, shared: &Shared, start: &mpsc::Sender<StartRanks>) -> String {
+async fn listen(
+    mut inbound: Inbound,
+    shared: &Shared,
+    start: &mpsc::Sender<StartRanks>,
+    outbox: &WeakUnboundedSender<RankEvent>,
+) -> Ending {
     loop {
         let body = match inbound.message().await {
             Ok(Some(message)) => message.body,
-            Ok(None) | Err(_) => return "the daemon is gone".to_owned(),
+            Ok(None) | Err(_) => {
+                return Ending { reason: "the daemon is gone".to_owned(), by_peer: false };
+            }
         };
         match body {
             Some(daemon_message::Body::Start(peers)) => {
@@ -222,7 +334,16 @@ async fn listen(mut inbound: Inbound, shared: &Shared, start: &mpsc::Sender<Star
             Some(daemon_message::Body::StopAtCheckpoint(_)) => {
                 shared.stop_requested.store(true, Ordering::Release);
             }
-            Some(daemon_message::Body::Abort(abort)) => return abort.reason,
+            Some(daemon_message::Body::ReportCollectives(_)) => {
+                // On this thread, so that it is told while the main thread is stuck.
+                let body = Some(rank_event::Body::Collectives(shared.collectives()));
+                if let Some(outbox) = outbox.upgrade() {
+                    let _ = outbox.send(RankEvent { body });
+                }
+            }
+            Some(daemon_message::Body::Abort(abort)) => {
+                return Ending { reason: abort.reason, by_peer: abort.by_peer };
+            }
             // Sent once, before; or by a newer daemon.
             Some(daemon_message::Body::Assignment(_)) | None => {}
         }

@@ -1,6 +1,10 @@
 //! What a rank does: one arm for each kind of task.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use tch::Device;
+use tunefleet_proto::ids::{Attempt, Rank};
 use tunefleet_proto::job::{JobSpec, ModelSpec, Precision, TokenizerSpec};
 use tunefleet_proto::rpc::Stage;
 use tunefleet_proto::shard_plan::ShardPlan;
@@ -8,8 +12,11 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use super::Error;
 use super::group::Listener;
 use super::session::Session;
+use crate::comm::dump::Reporter;
+use crate::comm::recorder::Record;
 use crate::data::documents::Dataset;
 use crate::data::{tokenizer, train_tokenizer};
+use crate::fault::{self, Phase};
 use crate::train::{self, Outcome};
 use crate::{export, init_model};
 
@@ -29,8 +36,15 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
     match stage {
         Stage::Train => {
             let plan: ShardPlan = parse("shard plan", &assignment.shard_plan_json)?;
-            let groups = listener.join(assignment, &start, spec.train.shard_ranks)?;
-            session.watch_over(groups.clone());
+            fault::at(assignment.rank, 0);
+            fault::point(Phase::Start);
+            let record = Arc::new(Record::new(plan.units.iter().map(|unit| unit.name.clone()).collect()));
+            let timeout = Duration::from_secs(spec.train.collective_timeout_seconds);
+            let groups = listener.join(assignment, &start, spec.train.shard_ranks, &record, timeout)?;
+            let rank = Rank { rank: assignment.rank, world: assignment.world };
+            let attempt = Attempt(assignment.task.as_ref().map_or(0, |task| task.attempt));
+            let reporter = Reporter::new(record, rank, &spec.output, attempt);
+            let _watchdog = session.watch_over(groups.clone(), reporter, timeout)?;
             Ok(train::run(&spec, &plan, groups.mesh(), device, assignment.resume, &session.host)?)
         }
         Stage::Tokenizer => train_tokenizer_stage(&spec),

@@ -278,6 +278,7 @@ impl<'a> Run<'a> {
     /// One optimizer update. Besides what it found, a scalar on the device that is above 0 when any
     /// rank was asked to stop: the same on all ranks.
     fn one_step(&mut self, learning_rate: f64, asked_to_stop: bool) -> Result<(StepStatus, Tensor), Error> {
+        crate::fault::at(self.rank.rank, self.step + 1);
         let train = &self.spec.train;
         let batches = Batches::new(&self.training, train, self.rank, self.device);
         let (micro_batches, own_targets) = batches.step(self.consumed)?;

@@ -58,6 +58,7 @@ pub fn update(
     loss_sum: &Tensor,
     targets: &Tensor,
 ) -> Result<StepStatus, Error> {
+    crate::fault::point(crate::fault::Phase::Update);
     tch::no_grad(|| {
         let device = walk.numerics().device;
         // Padding has no gradient, and every element has one owner: the sum needs no exclusions.

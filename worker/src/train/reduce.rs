@@ -88,6 +88,7 @@ impl Reducer {
         part: Part,
         mesh: Mesh<'_>,
     ) -> Result<(), Error> {
+        crate::fault::point(crate::fault::Phase::Reduce);
         if grads.is_empty() {
             return Ok(());
         }

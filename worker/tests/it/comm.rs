@@ -3,13 +3,14 @@
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::ops::Range;
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::{Attempt, JobId, Rank};
+use tunefleet_worker::comm::recorder::{Record, Recorded};
 use tunefleet_worker::comm::tcp::{TcpCommunicator, TcpListener};
 use tunefleet_worker::comm::{Communicator, Error, Tag};
 
@@ -297,6 +298,33 @@ fn a_rank_that_leaves_early_is_named_by_the_others() {
     for error in results.iter().flatten() {
         assert!(matches!(error, Error::PeerGone { peer: 2, .. }), "{error}");
     }
+}
+
+#[test]
+fn an_operation_ends_in_the_record_when_all_ranks_have_begun_it_though_nobody_waits() {
+    let seen = Barrier::new(2);
+    as_ranks(2, |comm| {
+        let rank = comm.rank().rank;
+        let record = Arc::new(Record::new(vec!["embed".to_owned()]));
+        let comm = Recorded::new(comm, record.clone());
+        let buffer = Tensor::full([4], f64::from(rank), (Kind::Float, Device::Cpu));
+        if rank == 1 {
+            seen.wait();
+        }
+        let work = comm.all_gather(&buffer, tag("gather")).unwrap();
+        if rank == 0 {
+            let oldest = record.oldest_unfinished().unwrap();
+            assert_eq!((oldest.sequence, record.about(oldest.tag).as_str()), (1, "gather of unit 3"));
+            seen.wait();
+        }
+        let began = Instant::now();
+        while record.oldest_unfinished().is_some() {
+            assert!(began.elapsed() < Duration::from_secs(20), "it never ends");
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(record.snapshot().last_finished.map(|last| last.sequence), Some(1));
+        work.wait().unwrap();
+    });
 }
 
 #[test]

@@ -10,7 +10,7 @@ use tunefleet_proto::ids::Rank;
 
 use super::link::Transfer;
 use super::sum::Sum;
-use crate::comm::{Error, Tag};
+use crate::comm::{Completion, Error, Tag};
 
 /// Shared by the communicator and its threads.
 pub struct Group {
@@ -77,6 +77,12 @@ impl Operation {
             sum: Mutex::new(sum),
             done: AtomicBool::new(false),
         }
+    }
+}
+
+impl Completion for Operation {
+    fn is_complete(&self) -> bool {
+        self.done.load(Ordering::Acquire)
     }
 }
 
@@ -166,7 +172,7 @@ impl Group {
 
     /// Blocks until `operation` is done or the membership has ended.
     pub fn wait(&self, operation: &Operation) -> Result<(), Error> {
-        let done = || operation.done.load(Ordering::Acquire);
+        let done = || operation.is_complete();
         let state = lock(&self.state);
         let waiting = |state: &mut State| !done() && state.ended.is_none();
         let state = self.changed.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner);
@@ -179,7 +185,7 @@ impl Group {
 
     /// As [`Group::wait`], but not for ever: false when it took longer.
     pub fn wait_timeout(&self, operation: &Operation, timeout: Duration) -> Result<bool, Error> {
-        let waiting = |state: &mut State| !operation.done.load(Ordering::Acquire) && state.ended.is_none();
+        let waiting = |state: &mut State| !operation.is_complete() && state.ended.is_none();
         let waited = self.changed.wait_timeout_while(lock(&self.state), timeout, waiting);
         let (state, result) = waited.unwrap_or_else(PoisonError::into_inner);
         drop(state);

@@ -9,7 +9,7 @@ use super::frame::{self, Header, Op};
 use super::group::{Group, Operation, PeerQueues};
 use super::link::Transfer;
 use super::sum::{Pool, Sum};
-use crate::comm::{Done, Error, Tag, Work};
+use crate::comm::{Completion, Done, Error, Tag, Work};
 
 /// Sums of at least so many elements are made in parts, one a rank, which are gathered then: each
 /// element travels twice, and not to every rank.
@@ -229,6 +229,10 @@ impl Work for TcpWork {
             self.pool.put(from);
         }
         Ok(())
+    }
+
+    fn completion(&self) -> Option<Arc<dyn Completion>> {
+        Some(self.operation.clone())
     }
 }
 

@@ -33,6 +33,7 @@ pub(super) enum Direction {
 impl Walk<'_> {
     /// Block `i`'s weights; the gathers of the blocks ahead start behind it.
     pub(super) fn gathered_block(&mut self, i: usize, direction: Direction) -> Result<BlockWeights, Error> {
+        crate::fault::point(crate::fault::Phase::Gather);
         let trained = self.gather_now(i + 1)?;
         let trained = match &self.frozen {
             None => self.numerics.for_products(trained),

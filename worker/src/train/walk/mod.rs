@@ -259,6 +259,7 @@ impl<'a> Walk<'a> {
             leaves.extend(run.trained.iter().map(Tensor::shallow_clone));
             // Nobody asks for the gradient of the lowest block's input, unless the embeddings do.
             let asked = usize::from(i == lowest && !self.trains_embeddings());
+            crate::fault::point(crate::fault::Phase::Backward);
             let mut grads = tunefleet_kernels::autograd::grad(&run.y, &dx, &leaves[asked..])?;
             if asked == 0 {
                 dx = grads.remove(0);

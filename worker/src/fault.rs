@@ -1,0 +1,190 @@
+//! Faults on demand, to test what becomes of the other ranks: `TUNEFLEET_FAULT` in the environment of
+//! a debug build, e.g. `rank=1,step=3,phase=reduce,do=kill`. Other builds do not know it.
+
+/// Where in a rank's work a fault may strike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Before the rank meets its peers; the step is 0.
+    Start,
+    /// Before a block is gathered.
+    Gather,
+    /// Before a block's gradients are computed.
+    Backward,
+    /// Before a block's gradients are reduced.
+    Reduce,
+    /// Before the optimizer's update.
+    Update,
+    /// Before the rank writes its part of a checkpoint.
+    Save,
+}
+
+/// This thread is about to do `step` of `rank`.
+pub fn at(rank: u32, step: u64) {
+    #[cfg(debug_assertions)]
+    armed::at(rank, step);
+    #[cfg(not(debug_assertions))]
+    let _ = (rank, step);
+}
+
+/// Strikes if the fault is meant for this rank, step and phase; once.
+pub fn point(phase: Phase) {
+    #[cfg(debug_assertions)]
+    armed::point(phase);
+    #[cfg(not(debug_assertions))]
+    let _ = phase;
+}
+
+#[cfg(debug_assertions)]
+mod armed {
+    use std::cell::Cell;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use nix::sys::signal::{Signal, raise};
+
+    use super::Phase;
+
+    const VARIABLE: &str = "TUNEFLEET_FAULT";
+    const PHASES: [(&str, Phase); 6] = [
+        ("start", Phase::Start),
+        ("gather", Phase::Gather),
+        ("backward", Phase::Backward),
+        ("reduce", Phase::Reduce),
+        ("update", Phase::Update),
+        ("save", Phase::Save),
+    ];
+    const ACTIONS: [(&str, Action); 5] = [
+        ("kill", Action::Kill),
+        ("exit", Action::Exit),
+        ("stop", Action::Stop),
+        ("oom", Action::Oom),
+        ("stall", Action::Stall),
+    ];
+    /// Exit code of [`Action::Exit`].
+    const EXIT_CODE: i32 = 3;
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(super) enum Action {
+        /// SIGKILL.
+        Kill,
+        /// Ends the process with a code of its own.
+        Exit,
+        /// SIGSTOP: no thread of the process runs any more.
+        Stop,
+        /// Asks libtorch for more memory than there is.
+        Oom,
+        /// This thread sleeps for ever; the others go on.
+        Stall,
+    }
+
+    #[derive(Debug, PartialEq, Eq)]
+    pub(super) struct Fault {
+        rank: u32,
+        step: u64,
+        phase: Phase,
+        action: Action,
+    }
+
+    impl Fault {
+        pub(super) fn parse(text: &str) -> Result<Self, String> {
+            let [mut rank, mut step, mut phase, mut action] = [None; 4];
+            for part in text.split(',') {
+                let (key, value) =
+                    part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
+                match key {
+                    "rank" => rank = Some(value),
+                    "step" => step = Some(value),
+                    "phase" => phase = Some(value),
+                    "do" => action = Some(value),
+                    _ => return Err(format!("unknown key {key:?}; there are rank, step, phase and do")),
+                }
+            }
+            let number = |key: &str, value: Option<&str>| -> Result<u64, String> {
+                let value = value.ok_or_else(|| format!("{key} is missing"))?;
+                value.parse().map_err(|error| format!("{key}={value}: {error}"))
+            };
+            Ok(Fault {
+                rank: u32::try_from(number("rank", rank)?).map_err(|error| format!("rank: {error}"))?,
+                step: number("step", step)?,
+                phase: named("phase", phase, &PHASES)?,
+                action: named("do", action, &ACTIONS)?,
+            })
+        }
+    }
+
+    fn named<T: Copy>(key: &str, value: Option<&str>, known: &[(&str, T)]) -> Result<T, String> {
+        let found = known.iter().find(|(name, _)| Some(*name) == value);
+        found.map(|(_, named)| *named).ok_or_else(|| {
+            let names: Vec<&str> = known.iter().map(|(name, _)| *name).collect();
+            format!("{key} must be one of {}, got {:?}", names.join(", "), value.unwrap_or_default())
+        })
+    }
+
+    thread_local! {
+        static HERE: Cell<(u32, u64)> = const { Cell::new((0, 0)) };
+    }
+
+    pub(super) fn at(rank: u32, step: u64) {
+        HERE.set((rank, step));
+    }
+
+    pub(super) fn point(phase: Phase) {
+        static FAULT: OnceLock<Option<Fault>> = OnceLock::new();
+        static STRUCK: AtomicBool = AtomicBool::new(false);
+        let asked = FAULT.get_or_init(|| {
+            let text = std::env::var(VARIABLE).ok()?;
+            // A slip of the pen must not make a test of faults pass.
+            Some(Fault::parse(&text).unwrap_or_else(|error| panic!("{VARIABLE}={text}: {error}")))
+        });
+        let Some(fault) = asked else { return };
+        let here = (fault.rank, fault.step) == HERE.get() && fault.phase == phase;
+        if here && !STRUCK.swap(true, Ordering::AcqRel) {
+            tracing::warn!("{VARIABLE} strikes: {fault:?}");
+            strike(fault.action);
+        }
+    }
+
+    fn strike(action: Action) {
+        match action {
+            Action::Kill => {
+                let _ = raise(Signal::SIGKILL);
+            }
+            Action::Exit => std::process::exit(EXIT_CODE),
+            Action::Stop => {
+                let _ = raise(Signal::SIGSTOP);
+            }
+            Action::Oom => drop(tch::Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu))),
+            Action::Stall => loop {
+                std::thread::park();
+            },
+        }
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn a_fault_is_read_in_any_order_of_its_keys() {
+            let fault = Fault { rank: 1, step: 3, phase: Phase::Reduce, action: Action::Kill };
+            assert_eq!(Fault::parse("rank=1,step=3,phase=reduce,do=kill"), Ok(fault));
+            let fault = Fault { rank: 0, step: 0, phase: Phase::Start, action: Action::Stall };
+            assert_eq!(Fault::parse("do=stall,phase=start,step=0,rank=0"), Ok(fault));
+        }
+
+        #[test]
+        fn what_is_not_a_fault_is_refused_by_name() {
+            for (text, said) in [
+                ("", "not KEY=VALUE"),
+                ("rank=1,step=3,phase=reduce", "do must be one of kill, exit, stop, oom, stall"),
+                ("rank=1,step=3,phase=forward,do=kill", "phase must be one of start, gather"),
+                ("rank=-1,step=3,phase=reduce,do=kill", "rank=-1"),
+                ("rank=1,phase=reduce,do=kill", "step is missing"),
+                ("rank=1,step=3,phase=reduce,do=kill,when=now", "unknown key \"when\""),
+            ] {
+                let error = Fault::parse(text).unwrap_err();
+                assert!(error.contains(said), "{text:?}: {error}");
+            }
+        }
+    }
+}
