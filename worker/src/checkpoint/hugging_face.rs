@@ -7,10 +7,12 @@ use std::ops::Range;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
+use tunefleet_proto::ids::Rank;
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::{ShardPlan, Unit};
 
 use super::{Error, safetensors, torch_zip};
+use crate::comm::{Communicator, Mesh, Tag};
 use crate::model::numerics::Numerics;
 use crate::train::units::Shard;
 
@@ -185,17 +187,40 @@ fn indexed(index: &Path) -> Result<BTreeSet<String>, Error> {
 
 const NOT_FINITE: &str = "holds a value that is not finite";
 
-/// Fills this rank's `shards` with the weights in `dir`; moments stay as they are.
+/// Fills this rank's `shards` with the weights in `dir`; moments stay as they are. Collective: where there are
+/// several copies of the weights, ranks that hold the same shard read a part of it each and share these, so
+/// that every byte is read once.
 ///
 /// # Errors
 /// A missing, extra or misshapen tensor, by name; a value that is not finite.
-pub fn load(dir: &Path, plan: &ShardPlan, rank: u32, shards: &[Shard]) -> Result<(), Error> {
+pub fn load(dir: &Path, plan: &ShardPlan, mesh: Mesh<'_>, shards: &[Shard]) -> Result<(), Error> {
     let files = ModelFiles::open(dir)?;
     check_names(dir, &files, plan)?;
-    for (unit, shard) in plan.units.iter().zip(shards) {
-        fill(dir, &files, unit, rank, plan.world, &shard.master)?;
+    let own = mesh.shards.rank();
+    for (index, (unit, shard)) in plan.units.iter().zip(shards).enumerate() {
+        let whole = |into: &Tensor| fill(dir, &files, unit, own.rank, own.world, into);
+        let Some(replicas) = mesh.replicas.filter(|replicas| parts(unit, own, *replicas).is_some()) else {
+            whole(&shard.master)?;
+            continue;
+        };
+        let (part, of) = (replicas.rank().rank, replicas.rank().world);
+        let len = shard.master.size()[0] / i64::from(of);
+        let into = shard.master.narrow(0, i64::from(part) * len, len);
+        fill(dir, &files, unit, own.rank * of + part, own.world * of, &into)?;
+        let tag = Tag { unit: Some(index as u32), what: "load" };
+        // Where the communicator works: offloaded weights are elsewhere.
+        let there = shard.grad.zeros_like();
+        there.shallow_clone().copy_(&shard.master);
+        replicas.all_gather(&there, tag)?.wait()?;
+        shard.master.shallow_clone().copy_(&there);
     }
     Ok(())
+}
+
+/// Into how many equal parts the copies can cut their shards of `unit`; `None` where they cannot.
+fn parts(unit: &Unit, shards: Rank, replicas: &dyn Communicator) -> Option<u64> {
+    let parts = u64::from(shards.world) * u64::from(replicas.rank().world);
+    (parts > 0 && unit.elements.is_multiple_of(parts)).then_some(parts)
 }
 
 /// All weights in `dir` for computing with: one flat buffer per unit of a plan for one rank, in

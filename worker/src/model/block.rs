@@ -5,7 +5,7 @@ use tch::Tensor;
 use tunefleet_proto::model::{Activation, ModelConfig};
 
 use super::linear::{Adapted, Linear};
-use super::numerics::{Numerics, attention, gelu};
+use super::numerics::{Numerics, attention, gelu, layer_norm, residual_dropout};
 
 /// What a block does, apart from its weights.
 #[derive(Debug, Clone, Copy)]
@@ -20,6 +20,8 @@ pub struct BlockShape {
     attention_dropout: f64,
     /// On both outputs of the block; 0 in evaluation.
     residual_dropout: f64,
+    /// Which of their elements are dropped follows from it.
+    dropout_seed: i64,
 }
 
 /// Parameters of a block, and which of them are the weights of linears.
@@ -56,7 +58,13 @@ impl BlockShape {
             activation: config.activation,
             attention_dropout: dropout(config.dropout.attention),
             residual_dropout: dropout(config.dropout.residual),
+            dropout_seed: 0,
         }
+    }
+
+    /// The same, with dropout of `seed`.
+    pub fn seeded(self, seed: i64) -> Self {
+        BlockShape { dropout_seed: seed, ..self }
     }
 }
 
@@ -122,22 +130,19 @@ pub fn forward(
     cache: Option<(&mut KvCache, i64)>,
 ) -> Tensor {
     let p = params;
-    let norm = |x: &Tensor, weight: &Tensor, bias: &Tensor| {
-        x.layer_norm([shape.hidden], Some(weight), Some(bias), shape.norm_epsilon, true)
-    };
-    let dropout = |x: Tensor| match shape.residual_dropout {
-        0.0 => x,
-        probability => x.dropout(probability, true),
+    let into = |residual: &Tensor, x: &Tensor, stream: i64| {
+        residual_dropout(residual, x, shape.residual_dropout, shape.dropout_seed, stream)
     };
 
-    let normed_btd = norm(x_btd, p.ln_1_weight, p.ln_1_bias);
+    let normed_btd = layer_norm(x_btd, p.ln_1_weight, p.ln_1_bias, shape.norm_epsilon);
     let qkv = p.c_attn.forward(&normed_btd);
     let attended_btd = attend(shape, &qkv, cache);
-    let x_btd = x_btd + dropout(p.c_proj.forward(&attended_btd));
+    let x_btd = into(x_btd, &p.c_proj.forward(&attended_btd), 0);
 
-    let normed_btd = norm(&x_btd, p.ln_2_weight, p.ln_2_bias);
-    let inner_bti = gelu(&p.c_fc.forward(&normed_btd), shape.activation);
-    x_btd + dropout(p.mlp_proj.forward(&inner_bti))
+    let normed_btd = layer_norm(&x_btd, p.ln_2_weight, p.ln_2_bias, shape.norm_epsilon);
+    let (inner_bti, bias_i) = p.c_fc.forward_unbiased(&normed_btd);
+    let inner_bti = gelu(&inner_bti, bias_i, shape.activation);
+    into(&x_btd, &p.mlp_proj.forward(&inner_bti), 1)
 }
 
 /// Splits the fused projection (all query heads, then keys, then values) and attends.

@@ -4,7 +4,7 @@
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::{Error, fused};
 
-use super::numerics::Numerics;
+use super::numerics::{Numerics, layer_norm};
 
 /// Targets with this value do not count, as in transformers.
 pub const IGNORED: i64 = -100;
@@ -29,8 +29,7 @@ pub struct HeadParams<'a> {
 
 /// The final norm; differentiable.
 pub fn norm(params: &HeadParams<'_>, x_btd: &Tensor, epsilon: f64) -> Tensor {
-    let width = params.norm_weight.size()[0];
-    x_btd.layer_norm([width], Some(params.norm_weight), Some(params.norm_bias), epsilon, true)
+    layer_norm(x_btd, params.norm_weight, params.norm_bias, epsilon)
 }
 
 /// Logits in fp32, `[.., V]`, of normed states.

@@ -38,7 +38,19 @@ pub struct Pair<'a> {
     pub magnitude: Option<&'a Tensor>,
 }
 
-impl Linear<'_> {
+impl<'a> Linear<'a> {
+    /// [`Linear::forward`] for whoever adds the bias in a pass of its own: without it, and the bias; or with
+    /// it, and nothing, where the product adds it at no cost (on CPUs) or it belongs inside (DoRA).
+    pub fn forward_unbiased(&self, x: &Tensor) -> (Tensor, Option<&'a Tensor>) {
+        match &self.adapted {
+            Adapted::Trained if x.device().is_cuda() => {
+                (x.linear(self.weight, None::<&Tensor>), Some(self.bias))
+            }
+            Adapted::Frozen if x.device().is_cuda() => (frozen(x, self.weight, None), Some(self.bias)),
+            _ => (self.forward(x), None),
+        }
+    }
+
     /// `[.., I]` to `[.., O]`; differentiable in the input and in what is trained.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let pair = match &self.adapted {

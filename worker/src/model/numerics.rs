@@ -54,14 +54,35 @@ pub fn attention(q_bhtc: &Tensor, k_bksc: &Tensor, v_bksc: &Tensor, causal: bool
     Tensor::scaled_dot_product_attention(q_bhtc, k_bksc, v_bksc, None::<&Tensor>, dropout, causal, None, true)
 }
 
-/// GELU, differentiable.
+/// GELU of `x`, with `bias` added first where there is one; differentiable.
 ///
 /// # Panics
 /// As [`attention`].
-pub fn gelu(x: &Tensor, activation: Activation) -> Tensor {
+pub fn gelu(x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Tensor {
     let tanh_form = match activation {
         Activation::Gelu => false,
         Activation::GeluPytorchTanh => true,
     };
-    fused::gelu(x, tanh_form).unwrap_or_else(|error| panic!("{error}"))
+    let y = match bias {
+        None => fused::gelu(x, tanh_form),
+        Some(bias) => fused::bias_gelu(x, bias, tanh_form),
+    };
+    y.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Layer norm over the last dimension, differentiable.
+///
+/// # Panics
+/// As [`attention`].
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Tensor {
+    fused::layer_norm(x, weight, bias, epsilon).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// `residual + dropout(x)`, differentiable; what is dropped follows from `seed` and `stream`.
+///
+/// # Panics
+/// As [`attention`].
+pub fn residual_dropout(residual: &Tensor, x: &Tensor, probability: f64, seed: i64, stream: i64) -> Tensor {
+    fused::residual_dropout(residual, x, None, probability, seed, stream)
+        .unwrap_or_else(|error| panic!("{error}"))
 }

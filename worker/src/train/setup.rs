@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::device::assert_fused_attention;
 use tunefleet_proto::adapter::AdapterPlan;
 use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Manifest};
-use tunefleet_proto::job::{JobSpec, Offload};
+use tunefleet_proto::job::{JobSpec, Offload, Precision};
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 
@@ -59,6 +60,7 @@ impl<'a> Run<'a> {
         check_fit(spec, &config, &training)?;
 
         let numerics = Numerics::new(device, spec.train.precision);
+        check_attention(spec, &config, numerics, host)?;
         let own = mesh.shards.rank().rank;
         // On a CPU everything is in main memory as it is.
         let offload = if device == Device::Cpu { Offload::None } else { spec.train.offload };
@@ -81,7 +83,7 @@ impl<'a> Run<'a> {
                         adapter::init(&shards, plan, &config, base, mesh.shards, spec.train.seed)
                     })?;
                 }
-                None => hugging_face::load(&spec.model_dir(), plan, own, &shards)?,
+                None => hugging_face::load(&spec.model_dir(), plan, mesh, &shards)?,
             }
             (0, 0, None, false)
         };
@@ -117,6 +119,35 @@ impl<'a> Run<'a> {
             checks: Checks::new(moved),
         })
     }
+}
+
+/// Attention that keeps every score takes many times the memory and time: on a GPU that is an error, in fp32 and
+/// on a CPU it is told.
+fn check_attention(
+    spec: &JobSpec,
+    config: &ModelConfig,
+    numerics: Numerics,
+    host: &dyn Host,
+) -> Result<(), Error> {
+    let path = assert_fused_attention(
+        numerics.device,
+        numerics.product_kind,
+        config.heads as i64,
+        config.kv_heads as i64,
+        config.head_dim() as i64,
+        i64::from(spec.data.sequence_tokens),
+        config.dropout.attention,
+    );
+    match path {
+        Ok("math") => host.report(Event::Note(
+            "attention dropout takes a slow path on CPUs, which keeps every score: train.dropout: 0 turns it off"
+                .to_owned(),
+        )),
+        Ok(_) => {}
+        Err(error) if spec.train.precision == Precision::Fp32 => host.report(Event::Note(error.to_string())),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
 }
 
 /// The frozen base of `spec`'s adapter, and the record of what is trained on it.

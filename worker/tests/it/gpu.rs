@@ -95,7 +95,7 @@ fn step(
         tunefleet_proto::job::Offload::None,
     )
     .unwrap();
-    hugging_face::load(dir, &plan, 0, &shards).unwrap();
+    hugging_face::load(dir, &plan, Mesh::sharded(comm), &shards).unwrap();
     let mut walk =
         Walk::new(config.clone(), plan, shards, numerics, Mesh::sharded(comm), Seeds::new(0), RECOMPUTE);
     tch::manual_seed(11);

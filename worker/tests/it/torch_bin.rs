@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tch::Device;
+use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::{Offload, Optimizer, Precision};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::hugging_face::{self, ModelFiles};
 use tunefleet_worker::checkpoint::torch_zip::{ReadAt, Reader};
+use tunefleet_worker::comm::Mesh;
+use tunefleet_worker::comm::simulated::Simulated;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::units;
 use tunefleet_worker::train::walk::Batch;
@@ -66,9 +69,11 @@ fn shards_and_the_first_loss_are_those_of_the_safetensors_file() {
         let config = hugging_face::read_config(&dirs[0]).unwrap();
         let plan = ShardPlan::new(&config, 3);
         for rank in 0..3 {
+            let third = Simulated::new(Rank { rank, world: 3 }, None);
+            let mesh = Mesh::sharded(&third);
             let [a, b] = [0, 1].map(|i: usize| {
                 let shards = units::shards(&plan, rank, numerics, Optimizer::AdamW, Offload::None).unwrap();
-                hugging_face::load(&dirs[i], &plan, rank, &shards).unwrap();
+                hugging_face::load(&dirs[i], &plan, mesh, &shards).unwrap();
                 shards
             });
             for (unit, (a, b)) in a.iter().zip(&b).enumerate() {

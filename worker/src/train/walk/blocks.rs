@@ -135,11 +135,14 @@ impl Walk<'_> {
 
     /// Dropout masks are a function of the seed and the position alone: recomputing a block, or
     /// resuming a run, draws the same ones.
-    pub(super) fn seed(&self, position: MicroPosition, unit: usize) {
+    pub(super) fn seed(&self, position: MicroPosition, unit: usize) -> i64 {
         let dropout = self.config.dropout;
         let of_pairs = self.frozen.as_ref().map_or(0.0, |frozen| frozen.wiring.dropout());
-        if dropout.attention + dropout.embedding + dropout.residual + of_pairs > 0.0 {
-            tch::manual_seed(self.seeds.at(position, self.mesh.world.rank().rank, unit));
+        if dropout.attention + dropout.embedding + dropout.residual + of_pairs == 0.0 {
+            return 0;
         }
+        let seed = self.seeds.at(position, self.mesh.world.rank().rank, unit);
+        tch::manual_seed(seed);
+        seed
     }
 }

@@ -40,7 +40,7 @@ impl Walk<'_> {
         if dropout == 0.0 {
             return (x, None);
         }
-        self.seed(position, EMBED);
+        let _ = self.seed(position, EMBED);
         let (x, mask) = x.native_dropout(dropout, true);
         (x, Some(mask))
     }

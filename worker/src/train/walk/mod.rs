@@ -224,7 +224,7 @@ impl<'a> Walk<'a> {
         let mut kept: Vec<Option<Kept>> = Vec::with_capacity(blocks);
         for i in 0..blocks {
             let weights = self.gathered_block(i, Direction::Forward)?;
-            self.seed(position, i + 1);
+            let shape = shape.seeded(self.seed(position, i + 1));
             if i < lowest || self.residency.recomputed[i] {
                 inputs.push(x.shallow_clone());
                 kept.push(None);
@@ -251,7 +251,7 @@ impl<'a> Walk<'a> {
                 }
                 None => {
                     let weights = self.gathered_block(i, Direction::Backward)?;
-                    self.seed(position, i + 1);
+                    let shape = shape.seeded(self.seed(position, i + 1));
                     self.forward_with_grad(&shape, i, &weights, &inputs[i])
                 }
             };
