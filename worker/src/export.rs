@@ -16,18 +16,20 @@ use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANT
 use crate::checkpoint::model_dir::Sink;
 use crate::checkpoint::safetensors::{Reader, WriteDtype};
 use crate::checkpoint::{Error, hugging_face, load, model_dir, retain};
+use crate::hub;
 
 /// Command line of `worker export`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A checkpoint (`step-NNNNNNNN`), or a directory of them: then the newest sound one.
-    #[arg(long)]
-    checkpoint: PathBuf,
+    /// A checkpoint (`step-NNNNNNNN`), or a directory of them: then the newest sound one. Without it,
+    /// `--push` sends what an earlier export or merge wrote to `--out`.
+    #[arg(long, required_unless_present = "push", requires = "model")]
+    checkpoint: Option<PathBuf>,
     /// The model that training began from: its config.json is kept.
-    #[arg(long)]
-    model: PathBuf,
+    #[arg(long, requires = "checkpoint")]
+    model: Option<PathBuf>,
     /// Tokenizer to put beside the weights; the model's own when absent.
-    #[arg(long)]
+    #[arg(long, requires = "checkpoint")]
     tokenizer: Option<PathBuf>,
     /// Directory to write.
     #[arg(long)]
@@ -35,6 +37,19 @@ pub struct Args {
     /// Dtype of the model's weights: fp32 or bf16.
     #[arg(long, default_value = "bf16", value_parser = parse_dtype)]
     dtype: Precision,
+    #[command(flatten)]
+    hub: hub::cli::PushArgs,
+}
+
+/// What the verb can meet.
+#[derive(Debug, thiserror::Error)]
+pub enum VerbError {
+    /// Reading the checkpoint, or writing the model.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// Pushing what was written.
+    #[error(transparent)]
+    Push(#[from] hub::Error),
 }
 
 /// `fp32` or `bf16`.
@@ -52,12 +67,19 @@ pub fn parse_dtype(text: &str) -> Result<Precision, String> {
 /// Runs the verb.
 ///
 /// # Errors
-/// Whatever reading the checkpoint or writing the model meets.
-pub fn run(args: Args) -> Result<(), ExportError> {
-    let tokenizer = args.tokenizer.unwrap_or_else(|| args.model.clone());
-    let step = export(&args.checkpoint, &args.model, &tokenizer, &args.out, args.dtype)?;
-    // A reader that has gone away wants no more.
-    let _ = writeln!(std::io::stdout(), "{}: weights after {step} steps", args.out.display());
+/// Whatever reading the checkpoint, writing the model or pushing it meets.
+pub fn run(args: Args) -> Result<(), VerbError> {
+    // What cannot be pushed is said before anything is written.
+    let target = args.hub.target()?;
+    if let (Some(checkpoint), Some(model)) = (&args.checkpoint, &args.model) {
+        let tokenizer = args.tokenizer.as_ref().unwrap_or(model);
+        let step = export(checkpoint, model, tokenizer, &args.out, args.dtype)?;
+        // A reader that has gone away wants no more.
+        let _ = writeln!(std::io::stdout(), "{}: weights after {step} steps", args.out.display());
+    }
+    if let Some(target) = &target {
+        hub::cli::push_and_tell(&args.out, target)?;
+    }
     Ok(())
 }
 

@@ -466,3 +466,30 @@ fn io(what: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
     let path = path.to_owned();
     move |cause| Error::Io { what, path, cause }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_weights_of_either_format_are_another_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        let digest = || model_digest(dir.path()).unwrap();
+        write("config.json", "{}");
+        write("pytorch_model-00001-of-00001.bin", "weights");
+        let torch = digest();
+        write("training_args.bin", "no weights");
+        assert_eq!(digest(), torch);
+        write("pytorch_model-00001-of-00001.bin", "others");
+        assert_ne!(digest(), torch);
+
+        // A worker reads safetensors where both are there.
+        write("model.safetensors", "weights");
+        let safetensors = digest();
+        write("pytorch_model-00001-of-00001.bin", "weights");
+        assert_eq!(digest(), safetensors);
+        write("model.safetensors", "others");
+        assert_ne!(digest(), safetensors);
+    }
+}

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tch::{Device, Kind, Tensor};
+use tunefleet_proto::checkpoint::DataPosition;
 use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
-use tunefleet_worker::checkpoint::hugging_face;
+use tunefleet_worker::checkpoint::{hugging_face, save};
 use tunefleet_worker::comm::{Mesh, Solo};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::rng::Seeds;
@@ -115,6 +116,26 @@ pub fn walk_with<'a>(
     let mut walk = Walk::new(config, plan, shards, numerics, mesh, Seeds::new(3), options);
     walk.invalidate();
     walk
+}
+
+/// A checkpoint in `checkpoints` of the model in `model`, as if it had been trained for a step.
+pub fn checkpoint_of(model: &Path, checkpoints: &Path) {
+    let walk = walk(model, Precision::Fp32, SOLO, KEEP, |_| ());
+    let mut saver = saver(checkpoints, 1);
+    saver.start(walk.plan(), walk.shards(), state(1), SOLO, Device::Cpu).unwrap();
+    saver.finish(SOLO, Device::Cpu, 1).unwrap().unwrap();
+}
+
+/// Writes the checkpoints in `dir`, and keeps so many.
+pub fn saver(dir: &Path, keep: usize) -> save::Saver {
+    let dir = dir.to_owned();
+    save::Saver::new(save::Settings { dir, keep, keep_best: false, asynchronous: true })
+}
+
+/// What a checkpoint says after so many updates, all of them.
+pub fn state(step: u64) -> save::State {
+    let data = DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
+    save::State { step, seed: 0, data, loss: 0.0, validation: None, finished: true, adapter: None }
 }
 
 /// One step's loss and gradients (by Hugging Face name) of one batch in a world of one.

@@ -6,6 +6,8 @@
 mod common;
 /// Datasets, tokenizers and Python references for the tests of the data.
 mod data_support;
+/// A Hugging Face hub, faults on demand.
+mod hub_server;
 
 mod data;
 mod data_bad_input;
@@ -20,5 +22,7 @@ mod parity;
 mod qlora;
 mod adapter_parity;
 mod torch_bin;
+mod hub;
+mod hub_tls;
 mod gpu;
 mod gpu_adapter;

@@ -112,18 +112,8 @@ fn an_export_loads_in_transformers_with_the_same_logits() {
 
 /// Through a checkpoint and back: the way every exported model goes.
 fn export_of(model: &std::path::Path, out: &std::path::Path) {
-    use tunefleet_proto::checkpoint::DataPosition;
-    use tunefleet_worker::checkpoint::save;
     let checkpoints = out.with_extension("checkpoints");
-    let walk = walk(model, Precision::Fp32, SOLO, KEEP, |_| ());
-    let data = DataPosition { dataset_digest: String::new(), tokenizer_digest: String::new(), sequences: 0 };
-    let state =
-        save::State { step: 1, seed: 0, data, loss: 0.0, validation: None, finished: true, adapter: None };
-    let device = tch::Device::Cpu;
-    let dir = checkpoints.clone();
-    let mut saver = save::Saver::new(save::Settings { dir, keep: 1, keep_best: false, asynchronous: true });
-    saver.start(walk.plan(), walk.shards(), state, SOLO, device).unwrap();
-    saver.finish(SOLO, device, 1).unwrap().unwrap();
+    checkpoint_of(model, &checkpoints);
     tunefleet_worker::export::export(&checkpoints, model, model, out, Precision::Fp32).unwrap();
 }
 

@@ -1,5 +1,8 @@
+//! Pickles as torch.save writes them, and others.
+
 use proptest::prelude::*;
 
+use super::objects::StorageClass;
 use super::*;
 
 /// A pickle of protocol 2.

@@ -5,8 +5,13 @@
 //! callables the handful that such a dict is made of, by name. Values live in flat arenas and refer to one
 //! another by index: nothing recurses, and memory is at most proportional to the pickle's length.
 
+/// What the values of a state dict mean.
+mod objects;
+
 use std::collections::{BTreeMap, HashMap};
-use std::ops::Range;
+
+pub(super) use objects::Tensor;
+use objects::{Global, Rebuilt, Storage};
 
 /// Most of what a pickle may make of one kind (memo entries, dict entries, items of tuples, tensors).
 const MAX_OBJECTS: usize = 1 << 20;
@@ -14,8 +19,6 @@ const MAX_OBJECTS: usize = 1 << 20;
 const MAX_STACK: usize = 1 << 16;
 /// Open marks, that is tuples and batches of items within one another; a state dict has three.
 const MAX_MARKS: usize = 64;
-/// Dimensions of a tensor; weights have two.
-const MAX_DIMENSIONS: usize = 8;
 /// Of a name that an error repeats.
 const MAX_SHOWN_CHARS: usize = 80;
 
@@ -39,63 +42,9 @@ pub(super) enum Error {
 
 const SAVE_AGAIN: &str = "save the tensors alone, as torch.save(model.state_dict(), path) does";
 
-/// What a storage's elements are, by the name of its class in `torch`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct StorageClass {
-    /// As in `FloatStorage`.
-    pub(super) name: &'static str,
-    /// Bytes of one element.
-    pub(super) element_bytes: u64,
-}
-
-const STORAGE_CLASSES: [StorageClass; 12] = {
-    const fn of(name: &'static str, element_bytes: u64) -> StorageClass {
-        StorageClass { name, element_bytes }
-    }
-    [
-        of("FloatStorage", 4),
-        of("BFloat16Storage", 2),
-        of("HalfStorage", 2),
-        of("DoubleStorage", 8),
-        of("BoolStorage", 1),
-        of("ByteStorage", 1),
-        of("CharStorage", 1),
-        of("ShortStorage", 2),
-        of("IntStorage", 4),
-        of("LongStorage", 8),
-        of("ComplexFloatStorage", 8),
-        of("ComplexDoubleStorage", 16),
-    ]
-};
-
-/// A tensor of a state dict.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Tensor<'p> {
-    /// Name of the storage's file in the archive.
-    pub(super) key: &'p str,
-    /// What it holds.
-    pub(super) class: StorageClass,
-    /// How much of it.
-    pub(super) storage_elements: u64,
-    /// The tensor's first element in it.
-    pub(super) offset: u64,
-    /// Its shape.
-    pub(super) shape: Vec<u64>,
-    /// Elements from one index to the next, of each dimension.
-    pub(super) strides: Vec<u64>,
-}
-
 /// The tensors of a pickled state dict, by name.
 pub(super) fn state_dict(pickle: &[u8]) -> Result<BTreeMap<&str, Tensor<'_>>, Error> {
     Machine::new(pickle).run()
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Global {
-    RebuildTensor,
-    RebuildParameter,
-    OrderedDict,
-    Storage(StorageClass),
 }
 
 /// Indices are into the machine's arenas.
@@ -132,20 +81,6 @@ impl Value<'_> {
             Value::Tensor(_) => "a tensor",
         }
     }
-}
-
-struct Storage<'p> {
-    key: &'p str,
-    class: StorageClass,
-    elements: u64,
-}
-
-struct Rebuilt {
-    storage: usize,
-    offset: i64,
-    /// Items of tuples.
-    shape: Range<usize>,
-    strides: Range<usize>,
 }
 
 struct Machine<'p> {
@@ -407,21 +342,6 @@ impl<'p> Machine<'p> {
         self.push(Value::Dict(dict))
     }
 
-    fn global(&mut self, module: &str, name: &str) -> Result<(), Error> {
-        let global = match (module, name) {
-            ("torch._utils", "_rebuild_tensor_v2") => Some(Global::RebuildTensor),
-            ("torch._utils", "_rebuild_parameter") => Some(Global::RebuildParameter),
-            ("collections", "OrderedDict") => Some(Global::OrderedDict),
-            ("torch", _) => STORAGE_CLASSES.into_iter().find(|c| c.name == name).map(Global::Storage),
-            _ => None,
-        };
-        let refuse = || {
-            let full = format!("{module}.{name}");
-            Error::Global { global: full.chars().take(MAX_SHOWN_CHARS).collect(), at: self.opcode_at }
-        };
-        self.push(Value::Global(global.ok_or_else(refuse)?))
-    }
-
     fn remember(&mut self, index: u32) -> Result<(), Error> {
         let value = self.pop()?;
         if self.memo.len() == MAX_OBJECTS {
@@ -435,120 +355,7 @@ impl<'p> Machine<'p> {
         let value = self.memo.get(&index).copied();
         self.push(value.ok_or_else(|| self.refuse(format!("memo entry {index} was never set")))?)
     }
-
-    /// `("storage", class, key, location, elements)` becomes a storage.
-    fn storage(&mut self) -> Result<(), Error> {
-        let id = self.pop()?;
-        let found = match self.tuple_items(id) {
-            &[
-                Value::Text("storage"),
-                Value::Global(Global::Storage(class)),
-                Value::Text(key),
-                Value::Text(_),
-                Value::Int(elements),
-            ] => u64::try_from(elements).ok().map(|elements| Storage { key, class, elements }),
-            _ => None,
-        };
-        let storage = found.ok_or_else(|| self.refuse("a persistent id that is no storage of tensors"))?;
-        self.room(&self.storages, 1, "storages")?;
-        self.storages.push(storage);
-        self.push(Value::Storage(self.storages.len() - 1))
-    }
-
-    fn tuple_items(&self, value: Value<'p>) -> &[Value<'p>] {
-        match value {
-            Value::Tuple(first, len) => &self.items[first..first + len],
-            _ => &[],
-        }
-    }
-
-    /// Calls one of the known callables.
-    fn reduce(&mut self) -> Result<(), Error> {
-        let (arguments, callable) = (self.pop()?, self.pop()?);
-        let made = match (callable, self.tuple_items(arguments)) {
-            (Value::Global(Global::OrderedDict), []) => return self.new_dict(),
-            (Value::Global(Global::RebuildParameter), [tensor @ Value::Tensor(_), _, _]) => Some(*tensor),
-            (
-                Value::Global(Global::RebuildTensor),
-                &[
-                    Value::Storage(storage),
-                    Value::Int(offset),
-                    Value::Tuple(shape, dimensions),
-                    Value::Tuple(strides, stride_count),
-                    Value::Bool,
-                    Value::Dict(_),
-                    ..,
-                ],
-            ) if stride_count == dimensions => {
-                if dimensions > MAX_DIMENSIONS {
-                    let rule =
-                        format!("a tensor of {dimensions} dimensions; at most {MAX_DIMENSIONS} can be");
-                    return Err(self.refuse(rule));
-                }
-                self.room(&self.tensors, 1, "tensors")?;
-                let (shape, strides) = (shape..shape + dimensions, strides..strides + dimensions);
-                self.tensors.push(Rebuilt { storage, offset, shape, strides });
-                Some(Value::Tensor(self.tensors.len() - 1))
-            }
-            _ => None,
-        };
-        self.push(made.ok_or_else(|| self.refuse("a call with other arguments than torch.save writes"))?)
-    }
-
-    /// Attributes of a dict, as `_metadata` of modules' versions: no tensor depends on them.
-    fn build(&mut self) -> Result<(), Error> {
-        self.pop()?;
-        match self.pop()? {
-            dict @ Value::Dict(_) => self.push(dict),
-            other => Err(self.refuse(format!("attributes of {}", other.kind()))),
-        }
-    }
-
-    /// The dict on top of the stack, all of whose entries are named tensors.
-    fn finish(mut self) -> Result<BTreeMap<&'p str, Tensor<'p>>, Error> {
-        let top = match self.pop()? {
-            Value::Dict(dict) => dict,
-            other => return Err(self.refuse(format!("{} where a state dict belongs", other.kind()))),
-        };
-        let mut tensors = BTreeMap::new();
-        for &(_, key, value) in self.entries.iter().filter(|(dict, ..)| *dict == top) {
-            let Value::Text(name) = key else {
-                return Err(self.refuse(format!("{} names an entry of the state dict", key.kind())));
-            };
-            let Value::Tensor(index) = value else {
-                let name = name.chars().take(MAX_SHOWN_CHARS).collect();
-                return Err(Error::Entry { name, found: value.kind() });
-            };
-            tensors.insert(name, self.resolve(&self.tensors[index])?);
-        }
-        Ok(tensors)
-    }
-
-    fn resolve(&self, tensor: &Rebuilt) -> Result<Tensor<'p>, Error> {
-        let natural = |value: &Value<'_>| match value {
-            Value::Int(value) => u64::try_from(*value).ok(),
-            _ => None,
-        };
-        let naturals =
-            |range: &Range<usize>| self.items[range.clone()].iter().map(natural).collect::<Option<Vec<_>>>();
-        let offset = u64::try_from(tensor.offset).ok();
-        let (Some(offset), Some(shape), Some(strides)) =
-            (offset, naturals(&tensor.shape), naturals(&tensor.strides))
-        else {
-            return Err(self.refuse("a tensor whose offset, shape or strides are no natural numbers"));
-        };
-        let storage = &self.storages[tensor.storage];
-        Ok(Tensor {
-            key: storage.key,
-            class: storage.class,
-            storage_elements: storage.elements,
-            offset,
-            shape,
-            strides,
-        })
-    }
 }
 
 #[cfg(test)]
-#[path = "pickle_tests.rs"]
 mod tests;
