@@ -2,6 +2,7 @@
 //! that is used again. Ranks are threads here, joined by the TCP communicator on loopback.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -66,14 +67,19 @@ fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
     (Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets) }, counted)
 }
 
-/// Losses of all steps, and this rank's shards at the end.
+/// Losses of all steps.
 pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
+    train_range(walk, spec, 1..=spec.steps)
+}
+
+/// Losses of these steps.
+pub fn train_range(walk: &mut Walk<'_>, spec: &TrainSpec, steps: RangeInclusive<u64>) -> Vec<f64> {
     let rank = walk.mesh().world.rank();
     let device = walk.numerics().device;
     let micro_batch = u64::from(spec.micro_batch_sequences);
     let per_step = micro_batch * u64::from(spec.accumulate_micro_batches) * u64::from(rank.world);
     let mut losses = Vec::new();
-    for step in 1..=spec.steps {
+    for step in steps {
         let mut micro_batches = Vec::new();
         let mut counted = 0.0;
         for micro in 0..u64::from(spec.accumulate_micro_batches) {

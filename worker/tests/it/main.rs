@@ -18,6 +18,7 @@ mod comm_processes;
 mod quant;
 mod engine;
 mod strategies;
+mod checkpoints;
 mod parity;
 mod qlora;
 mod adapter_parity;
