@@ -1,4 +1,4 @@
-//! One rank of three is struck in each phase of its work: the job fails soon, names that rank, and
+//! One rank of several is struck in each phase of its work: the job fails soon, names that rank, and
 //! tells the others apart as aborted by their peer. Debug builds of the programs know `TUNEFLEET_FAULT`.
 
 use std::path::PathBuf;
@@ -48,9 +48,9 @@ fn fail_by_death(job: &Job, fault: &str) -> (Duration, Ended) {
     (took, launch.wait().expect(1))
 }
 
-/// The others ended because of rank 1, and all that tells of them says so.
-fn assert_aborted_by_peer(job: &Job, ended: &Ended, attempt: usize) {
-    for rank in [0, 2] {
+/// The `others` ended because of rank 1, and all that tells of them says so.
+fn assert_aborted_by_peer(job: &Job, ended: &Ended, attempt: usize, others: &[u32]) {
+    for rank in others {
         let told = format!("rank {rank} on worker local: aborted by peer: ");
         assert!(ended.output.contains(&told), "{told:?} is not in:\n{}", ended.output);
         let path = job.output().join(format!("logs/attempt-{attempt}/rank-{rank}.log"));
@@ -59,7 +59,8 @@ fn assert_aborted_by_peer(job: &Job, ended: &Ended, attempt: usize) {
         assert!(log.contains("error: aborted by peer: "), "{}:\n{log}", path.display());
     }
     assert!(!ended.output.contains("rank 1 on worker local: aborted by peer"), "{}", ended.output);
-    assert!(ended.output.contains("\nranks 0 and 2: aborted by peer\n"), "{}", ended.output);
+    let listed = if others.len() == 2 { "ranks 0 and 2" } else { "ranks 0, 2 and 3" };
+    assert!(ended.output.contains(&format!("\n{listed}: aborted by peer\n")), "{}", ended.output);
 }
 
 #[test]
@@ -71,7 +72,7 @@ fn a_rank_that_is_killed_in_any_phase_fails_the_job_within_5_seconds_and_is_name
         let (took, ended) = fail_by_death(&job, &format!("rank=1,step={step},phase={phase},do=kill"));
         assert!(took < DEATH_TO_FAILURE, "{phase}: {took:?}");
         let ended = ended.says(&["failed in train: rank 1 on worker local: ended by signal 9 (SIGKILL)"]);
-        assert_aborted_by_peer(&job, &ended, attempt);
+        assert_aborted_by_peer(&job, &ended, attempt, &[0, 2]);
     }
 }
 
@@ -87,7 +88,7 @@ fn a_rank_that_runs_out_of_memory_or_exits_fails_the_job_within_5_seconds_and_is
         let (took, ended) = fail_by_death(&job, &format!("rank=1,step=2,{fault}"));
         assert!(took < DEATH_TO_FAILURE, "{fault}: {took:?}");
         let ended = ended.says(&["failed in train: rank 1 on worker local: ", said]);
-        assert_aborted_by_peer(&job, &ended, attempt);
+        assert_aborted_by_peer(&job, &ended, attempt, &[0, 2]);
     }
 }
 
@@ -103,44 +104,53 @@ fn fail_by_hang(job: &Job, attempt: usize, fault: &str) -> (String, Ended) {
     (verdict, launch.wait().expect(1))
 }
 
-fn dump_path(job: &Job, attempt: usize, rank: usize) -> PathBuf {
+fn dump_path(job: &Job, attempt: usize, rank: u32) -> PathBuf {
     job.output().join(format!("hangs/attempt-{attempt}/rank-{rank}.json"))
 }
 
 /// The record of a rank that hung.
-fn dump(job: &Job, attempt: usize, rank: usize) -> Value {
+fn dump(job: &Job, attempt: usize, rank: u32) -> Value {
     let path = dump_path(job, attempt, rank);
     let text = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Lets rank 1 stall in one phase, and checks what is told and what is left. The `others` wait in
+/// `waited_for`, the first thing that it does not do.
+fn stall(job: &Job, attempt: usize, others: &[u32], phase: &str, waited_for: &str) {
+    let (verdict, ended) = fail_by_hang(job, attempt, &format!("rank=1,step=2,phase={phase},do=stall"));
+    assert!(verdict.contains("rank 1 is behind: it is at "), "{verdict}");
+    let (_, waited) = verdict.split_once("the others wait in ").unwrap_or_else(|| panic!("{verdict}"));
+    assert!(waited.starts_with(waited_for), "{phase}: {verdict}");
+    assert!(verdict.contains("in section \"step\""), "{verdict}");
+    let dir = job.output().join(format!("hangs/attempt-{attempt}"));
+    assert!(verdict.contains(&format!("dumps in {}", dir.display())), "{verdict}");
+    let ended = ended.says(&["failed in train: rank 1 on worker local: rank 1 is behind"]);
+    assert_aborted_by_peer(job, &ended, attempt, others);
+
+    let waits = dump(job, attempt, 0);
+    let about = waits["oldest_unfinished"]["about"].as_str().unwrap_or_default();
+    assert!(about.starts_with(waited_for), "{waits:#}");
+    assert!(waits["collectives"].as_array().is_some_and(|all| all.len() > 10), "{waits:#}");
+    let started = |rank| dump(job, attempt, rank)["last_started"]["sequence"].as_u64();
+    assert!(others.iter().all(|rank| started(1) < started(*rank)), "{verdict}");
 }
 
 #[test]
 fn a_rank_that_stalls_is_named_with_the_block_that_the_others_wait_for() {
     let seconds = COLLECTIVE_TIMEOUT.as_secs();
     let job = job().train(&format!("collective_timeout_seconds: {seconds}")).build();
-    for (attempt, (phase, waited_for)) in (1..).zip([
-        ("reduce", "reduce of block.1"),
-        ("gather", "gather of block."),
-        ("save", "checkpoint digests"),
-    ]) {
-        let (verdict, ended) = fail_by_hang(&job, attempt, &format!("rank=1,step=2,phase={phase},do=stall"));
-        assert!(verdict.contains("rank 1 is behind: it is at "), "{verdict}");
-        assert!(verdict.contains("the others wait in "), "{verdict}");
-        let waited = verdict.split_once("the others wait in ").unwrap().1;
-        assert!(waited.starts_with(waited_for), "{phase}: {verdict}");
-        let section = if phase == "save" { "save" } else { "step" };
-        assert!(verdict.contains(&format!("in section {section:?}")), "{verdict}");
-        let dir = job.output().join(format!("hangs/attempt-{attempt}"));
-        assert!(verdict.contains(&format!("dumps in {}", dir.display())), "{verdict}");
-        let ended = ended.says(&["failed in train: rank 1 on worker local: rank 1 is behind"]);
-        assert_aborted_by_peer(&job, &ended, attempt);
+    stall(&job, 1, &[0, 2], "reduce", "reduce of block.1");
+    stall(&job, 2, &[0, 2], "gather", "gather of block.");
+    stall(&job, 3, &[0, 2], "update", "loss and norm");
+}
 
-        let last_started = |rank| dump(&job, attempt, rank)["last_started"]["sequence"].as_u64().unwrap();
-        assert!(last_started(1) < last_started(0) && last_started(1) < last_started(2), "{verdict}");
-        let waits = dump(&job, attempt, 0);
-        assert!(waits["oldest_unfinished"]["about"].as_str().unwrap().starts_with(waited_for), "{waits:#}");
-        assert!(waits["collectives"].as_array().unwrap().len() > 10, "{waits:#}");
-    }
+#[test]
+fn a_rank_that_stalls_is_named_over_the_bounds_of_groups() {
+    let seconds = COLLECTIVE_TIMEOUT.as_secs();
+    let job = job().ranks(4).train("strategy: hybrid_shard").train("shard_ranks: 2");
+    let job = job.train(&format!("collective_timeout_seconds: {seconds}")).build();
+    stall(&job, 1, &[0, 2, 3], "reduce", "reduce of block.1");
 }
 
 #[test]
@@ -150,7 +160,7 @@ fn a_rank_that_is_frozen_is_named_as_the_one_that_did_not_answer() {
     let (verdict, ended) = fail_by_hang(&job, 1, "rank=1,step=2,phase=backward,do=stop");
     assert!(verdict.contains("rank 1 is behind: it did not answer when it was asked"), "{verdict}");
     assert!(verdict.contains("last heard of in section \"step\"; the others wait in "), "{verdict}");
-    assert_aborted_by_peer(&job, &ended, 1);
+    assert_aborted_by_peer(&job, &ended, 1, &[0, 2]);
     assert_eq!([0, 1, 2].map(|rank| dump_path(&job, 1, rank).is_file()), [true, false, true]);
     assert!(dump(&job, 1, 2)["oldest_unfinished"]["sequence"].as_u64().unwrap() > 0);
 }
