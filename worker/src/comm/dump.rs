@@ -1,10 +1,11 @@
 //! A rank's record of collectives as a JSON file, and the few lines of it that are told at once.
 
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use tunefleet_proto::ids::{Attempt, Rank};
@@ -14,6 +15,9 @@ use super::recorder::{Collective, Record, Snapshot, State};
 
 /// Directory of the dumps inside a job's output.
 const HANGS_DIR: &str = "hangs";
+/// How long a rank waits for its dump to be written before it tells where it is: a disk that hangs may be
+/// the very reason.
+const WRITE_LIMIT: Duration = Duration::from_secs(1);
 
 /// Writes and tells one rank's record.
 pub struct Reporter {
@@ -21,7 +25,7 @@ pub struct Reporter {
     rank: Rank,
     path: PathBuf,
     /// Two threads may be asked at once, for one file.
-    writing: Mutex<()>,
+    writing: Arc<Mutex<()>>,
 }
 
 /// What is in the file.
@@ -57,7 +61,7 @@ impl Reporter {
     pub fn new(record: Arc<Record>, rank: Rank, output: &Path, attempt: Attempt) -> Self {
         let dir = output.join(HANGS_DIR).join(format!("attempt-{}", attempt.0));
         let path = dir.join(format!("rank-{}.json", rank.rank));
-        Reporter { record, rank, path, writing: Mutex::new(()) }
+        Reporter { record, rank, path, writing: Arc::default() }
     }
 
     /// The record.
@@ -93,7 +97,7 @@ impl Reporter {
         }
     }
 
-    fn write(&self, section: &'static str, snapshot: &Snapshot) -> std::io::Result<()> {
+    fn write(&self, section: &'static str, snapshot: &Snapshot) -> io::Result<()> {
         let line = |collective: &Collective| self.line(collective);
         let dump = Dump {
             rank: self.rank.rank,
@@ -106,15 +110,16 @@ impl Reporter {
             collectives: snapshot.collectives.iter().map(line).collect(),
         };
         let text = serde_json::to_vec_pretty(&dump)?;
-        let _one_writer = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let incomplete = self.path.with_extension("json.incomplete");
-        let mut file = File::create(&incomplete)?;
-        file.write_all(&text)?;
-        file.sync_all()?;
-        fs::rename(&incomplete, &self.path)
+        let (path, writing) = (self.path.clone(), Arc::clone(&self.writing));
+        let (tell, told) = mpsc::channel();
+        let body = move || {
+            let _one_writer = writing.lock().unwrap_or_else(PoisonError::into_inner);
+            // Nobody listens any more when it took too long.
+            let _ = tell.send(place(&path, &text));
+        };
+        thread::Builder::new().name("dump".to_owned()).spawn(body)?;
+        let late = || io::Error::new(ErrorKind::TimedOut, format!("not written within {WRITE_LIMIT:?}"));
+        told.recv_timeout(WRITE_LIMIT).unwrap_or_else(|_| Err(late()))
     }
 
     fn line(&self, collective: &Collective) -> Line {
@@ -134,6 +139,16 @@ impl Reporter {
             seconds: took.as_secs_f64(),
         }
     }
+}
+
+/// Writes beside `path` and renames: a file of that name is whole.
+fn place(path: &Path, text: &[u8]) -> io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let incomplete = path.with_extension("json.incomplete");
+    fs::write(&incomplete, text)?;
+    fs::rename(&incomplete, path)
 }
 
 #[cfg(test)]

@@ -230,7 +230,8 @@ impl Host for Daemon {
 
 impl Alarm for Stalled {
     fn stalled(&mut self, collective: &Collective) {
-        let report = self.reporter.report(*lock(&self.shared.section));
+        let section = *lock(&self.shared.section);
+        let report = self.reporter.report(section);
         let about = self.reporter.record().about(collective.tag);
         tracing::error!("{about} (#{}) has not ended in time: see {}", collective.sequence, report.dump_path);
         if let Some(outbox) = self.outbox.upgrade() {
