@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{adapter, daemon, export, generate, init_model, rank};
+use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, rank};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -24,6 +24,8 @@ enum Verb {
     Tokenizer(train_tokenizer::Args),
     /// Writes a model with random weights in Hugging Face layout.
     InitModel(init_model::Args),
+    /// Says whether checkpoints are sound.
+    Checkpoint(checkpoint::verb::Args),
     /// Writes a checkpoint as a Hugging Face model.
     Export(export::Args),
     /// Reads, scales, combines, merges and compares LoRA adapters.
@@ -65,6 +67,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::InitModel(args) => Ok(init_model::run(args)?),
+        Verb::Checkpoint(args) => Ok(checkpoint::verb::run(args)?),
         Verb::Export(args) => Ok(export::run(args)?),
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),

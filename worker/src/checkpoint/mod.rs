@@ -22,6 +22,8 @@ pub mod save;
 pub mod retain;
 /// The newest sound checkpoint, onto any number of ranks.
 pub mod load;
+/// `checkpoint verify`.
+pub mod verb;
 
 use std::path::{Path, PathBuf};
 

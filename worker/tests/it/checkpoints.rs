@@ -8,9 +8,9 @@ use std::time::Duration;
 use crate::common::*;
 use crate::engine::{model, on_mesh, train_range, train_spec};
 use tch::{Device, Tensor};
-use tunefleet_proto::checkpoint as proto;
+use tunefleet_proto::checkpoint::{self as proto, Validation};
 use tunefleet_proto::job::{Precision, TrainSpec};
-use tunefleet_worker::checkpoint::{load, save};
+use tunefleet_worker::checkpoint::{load, retain, save, verb};
 use tunefleet_worker::train::walk::{Walk, WalkOptions};
 
 /// Sequences of a step, on any number of ranks.
@@ -112,6 +112,26 @@ fn what_is_saved_is_the_state_of_its_step_although_training_goes_on() {
 }
 
 #[test]
+fn the_best_checkpoint_stays_beside_the_newest_and_is_the_result() {
+    let (dir, model) = model();
+    let dir = dir.path().join("checkpoints");
+    let walk = walk(&model, Precision::Fp32, SOLO, RECOMPUTE, |_| ());
+    let settings = save::Settings { dir: dir.clone(), keep: 1, keep_best: true, asynchronous: false };
+    let mut saver = save::Saver::new(settings);
+    let mut found = None;
+    for (step, loss) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)] {
+        found = Validation::after(found, loss, 0.0);
+        let state = save::State { validation: found, finished: step == 4, ..state(step) };
+        saver.start(walk.plan(), walk.shards(), state, SOLO, Device::Cpu).unwrap();
+        saver.finish(SOLO, Device::Cpu, step).unwrap();
+        let result = retain::result(&dir, true).map(|manifest| manifest.step);
+        assert_eq!(result.ok(), (step == 4).then_some(2), "an unfinished training has no result");
+    }
+    assert_eq!(load::steps(&dir), [2, 4]);
+    assert_eq!(retain::result(&dir, false).unwrap().step, 4);
+}
+
+#[test]
 fn the_file_of_another_checkpoint_is_named() {
     let (dir, model) = model();
     let checkpoints = dir.path().join("checkpoints");
@@ -122,6 +142,9 @@ fn the_file_of_another_checkpoint_is_named() {
     std::fs::copy(old.join(&file), new.join(&file)).unwrap();
     let message = load::verify(&new).unwrap_err().to_string();
     assert!(message.contains(&file) && message.contains("has changed since it was written"), "{message}");
+    let examined = [&old, &new].map(|dir| verb::examine(dir).map_err(|error| error.to_string()));
+    assert_eq!(examined[0].as_ref().map(|manifest| manifest.step), Ok(2));
+    assert_eq!(examined[1].as_ref().err(), Some(&message));
     // The older one is whole, and is what a resume would take.
     assert_eq!(load::newest_sound(&checkpoints).unwrap().manifest.step, 2);
 }
