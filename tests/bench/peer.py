@@ -18,6 +18,7 @@ PRESETS = {
     "bench": dict(layers=6, width=384, heads=6, inner=1536, vocab=49152, positions=512),
     "qlora": dict(layers=8, width=1024, heads=16, inner=4096, vocab=8192, positions=2048),
     "starcoderbase-1b": dict(layers=24, width=2048, heads=16, inner=8192, vocab=49152, positions=8192),
+    "starcoderbase-3b": dict(layers=36, width=2816, heads=22, inner=11264, vocab=49152, positions=8192),
     "starcoder": dict(layers=40, width=6144, heads=48, inner=24576, vocab=49152, positions=8192),
 }
 

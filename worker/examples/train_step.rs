@@ -19,6 +19,7 @@ use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute, Residency, 
 use tunefleet_proto::model::{Dropout, ModelConfig};
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::base::{Base, encode};
+use tunefleet_worker::comm::simulated::Simulated;
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag};
 use tunefleet_worker::model::numerics::Numerics;
@@ -62,6 +63,15 @@ struct Args {
     rank: u64,
     #[arg(long)]
     vocab: Option<u64>,
+    /// Run rank 0 of so many alone: what one rank of a large job computes and holds.
+    #[arg(long, conflicts_with = "ranks")]
+    of: Option<u32>,
+    /// Bytes per second between the ranks that `--of` plays; unlimited when absent.
+    #[arg(long, requires = "of")]
+    bus: Option<f64>,
+    /// Do not wait for requests: run some steps, and print a row with the share of the device's matrix rate.
+    #[arg(long)]
+    utilisation: bool,
     /// Set by the parent process of several ranks.
     #[arg(long, hide = true)]
     as_rank: Option<u32>,
@@ -78,7 +88,10 @@ fn main() -> Outcome<()> {
     let args = Args::parse();
     match args.as_rank {
         None if args.ranks > 1 => relay(&args),
-        None => steps(&args, &Solo),
+        None => match args.of {
+            None => steps(&args, &Solo),
+            Some(world) => steps(&args, &Simulated::new(Rank { rank: 0, world }, args.bus)),
+        },
         Some(rank) => {
             let listener = TcpListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST))?;
             reply(&json!({ "address": listener.addr().to_string() }))?;
@@ -125,6 +138,9 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
         Some((_, frozen)) => walk.over(frozen),
         None => walk,
     };
+    if args.utilisation {
+        return utilisation(args, &mut walk, &spec, &config, device);
+    }
     reply(&json!({ "ready": true, "parameters": parameters, "rss_bytes": memory("VmRSS") }))?;
 
     for (index, line) in std::io::stdin().lines().enumerate() {
@@ -132,12 +148,7 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
             return Err("unknown request, expected go".into());
         }
         let begin = Instant::now();
-        let size = [args.batch, args.sequence];
-        let tokens_bt = Tensor::randint(config.vocab_size as i64, size, (Kind::Int64, device));
-        let targets_bt = tokens_bt.roll([-1], [1]);
-        let _ = targets_bt.narrow(1, args.sequence - 1, 1).fill_(-100);
-        let step = index as u64 + 1;
-        let loss = one_step(&mut walk, &spec, step, &Batch { tokens_bt, targets_bt })?;
+        let loss = one_step(&mut walk, &spec, index as u64 + 1, &random_batch(args, &config, device))?;
         let tokens = args.batch * args.sequence * i64::from(args.ranks);
         reply(&json!({
             "seconds": begin.elapsed().as_secs_f64(), "tokens": tokens, "loss": loss,
@@ -146,6 +157,80 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
         }))?;
     }
     Ok(())
+}
+
+fn random_batch(args: &Args, config: &ModelConfig, device: Device) -> Batch {
+    let size = [args.batch, args.sequence];
+    let tokens_bt = Tensor::randint(config.vocab_size as i64, size, (Kind::Int64, device));
+    let targets_bt = tokens_bt.roll([-1], [1]);
+    let _ = targets_bt.narrow(1, args.sequence - 1, 1).fill_(-100);
+    Batch { tokens_bt, targets_bt }
+}
+
+/// Steps beside the rate of the device's matrix products at the model's own shapes: 6 floating-point operations
+/// a weight and token, and attention's (Chowdhery et al. 2022); what is computed again does not count.
+fn utilisation(
+    args: &Args,
+    walk: &mut Walk<'_>,
+    spec: &TrainSpec,
+    config: &ModelConfig,
+    device: Device,
+) -> Outcome<()> {
+    let median = |times: &mut Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let mut times = Vec::new();
+    for step in 1..=7 {
+        let batch = random_batch(args, config, device);
+        let begin = Instant::now();
+        // Reading the loss waits for the device.
+        one_step(walk, spec, step, &batch)?;
+        times.push(begin.elapsed().as_secs_f64());
+    }
+    times.drain(..2);
+    let seconds = median(&mut times);
+
+    let (tokens, width) = (args.batch * args.sequence, config.hidden_size as i64);
+    let kind = walk.numerics().product_kind;
+    let x = Tensor::randn([tokens, width], (Kind::Float, device)).to_kind(kind);
+    let w = Tensor::randn([width, config.intermediate_size as i64], (Kind::Float, device)).to_kind(kind);
+    let mut rates = Vec::new();
+    for _ in 0..7 {
+        let begin = Instant::now();
+        for _ in 0..8 {
+            let _ = x.mm(&w);
+        }
+        if device.is_cuda() {
+            tch::Cuda::synchronize(0);
+        }
+        rates.push(begin.elapsed().as_secs_f64() / 8.0);
+    }
+    let product = 2.0 * (tokens * width) as f64 * config.intermediate_size as f64;
+    let rate = product / median(&mut rates);
+
+    let linears = config.parameter_count() as f64 - (config.max_positions * config.hidden_size) as f64;
+    let attention = 12.0 * (config.layers * config.hidden_size) as f64 * args.sequence as f64;
+    let flops = (6.0 * linears + attention) * tokens as f64;
+    let peak = match device {
+        Device::Cpu => memory("VmHWM").unwrap_or_default(),
+        _ => cuda_memory(0)?.allocated_peak as u64,
+    };
+    let mut out = std::io::stdout().lock();
+    writeln!(
+        out,
+        "| {} x {} tokens{}{} | {:.0} | {:.2} | {:.2} | {:.1}% | {:.2} |",
+        args.batch,
+        args.sequence,
+        if args.recompute { ", recompute" } else { "" },
+        args.of.map_or_else(String::new, |world| format!(", rank 0 of {world}")),
+        tokens as f64 / seconds,
+        flops / seconds / 1e12,
+        rate / 1e12,
+        100.0 * flops / seconds / rate,
+        peak as f64 / 1e9,
+    )?;
+    Ok(out.flush()?)
 }
 
 /// What an adapter on all four linears trains, over random weights that are made and quantised where they
