@@ -9,8 +9,12 @@ use crate::common::*;
 use crate::engine::{model, on_mesh, train_range, train_spec};
 use tch::{Device, Tensor};
 use tunefleet_proto::checkpoint::{self as proto, Validation};
-use tunefleet_proto::job::{Precision, TrainSpec};
-use tunefleet_worker::checkpoint::{load, retain, save, verb};
+use tunefleet_proto::job::{Offload, Optimizer, Precision, TrainSpec};
+use tunefleet_proto::model::Dropout;
+use tunefleet_proto::shard_plan::ShardPlan;
+use tunefleet_worker::checkpoint::{hugging_face, load, retain, save, verb};
+use tunefleet_worker::model::numerics::Numerics;
+use tunefleet_worker::train::units;
 use tunefleet_worker::train::walk::{Walk, WalkOptions};
 
 /// Sequences of a step, on any number of ranks.
@@ -27,7 +31,10 @@ fn spec(ranks: u32, keys: &str) -> TrainSpec {
 /// Losses of the steps in `range`, from the checkpoint before them (or the model), with one behind them.
 fn go_on(model: &Path, dir: &Path, spec: &TrainSpec, range: std::ops::RangeInclusive<u64>) -> Vec<f64> {
     let losses = on_mesh(spec.ranks, spec.shard_ranks, |mesh| {
-        let mut walk = walk(model, Precision::Fp32, mesh, WalkOptions::of(spec), |_| ());
+        let mut walk = walk(model, Precision::Fp32, mesh, WalkOptions::of(spec), |config| {
+            let p = spec.dropout.unwrap_or(0.0);
+            config.dropout = Dropout { attention: 0.0, embedding: p, residual: p };
+        });
         if *range.start() > 1 {
             let from = dir.join(proto::dir_name(range.start() - 1));
             let manifest = load::verify(&from).unwrap();
@@ -82,6 +89,54 @@ fn two_resumes_in_a_row_change_no_loss() {
         parts.extend(go_on(&model, &checkpoints, &of, range));
     }
     assert_eq!(parts, undisturbed);
+}
+
+#[test]
+fn a_resume_draws_the_dropout_of_an_undisturbed_run() {
+    let (dir, model) = model();
+    // One rank: the embeddings' dropout draws from a generator that ranks in threads would share.
+    let of = spec(1, ", dropout: 0.1");
+    let undisturbed = go_on(&model, &dir.path().join("whole"), &of, 1..=6);
+    let checkpoints = dir.path().join("parts");
+    let mut parts = go_on(&model, &checkpoints, &of, 1..=4);
+    parts.extend(go_on(&model, &checkpoints, &of, 5..=6));
+    assert_eq!(parts, undisturbed);
+    assert_ne!(parts, go_on(&model, &dir.path().join("without"), &spec(1, ""), 1..=6));
+}
+
+/// Bytes that this process has read so far, from files and sockets.
+fn bytes_read() -> u64 {
+    let io = std::fs::read_to_string("/proc/self/io").unwrap();
+    io.lines().find_map(|line| line.strip_prefix("rchar: ")).unwrap().parse().unwrap()
+}
+
+#[test]
+fn ranks_of_a_node_read_each_byte_of_a_model_once_whatever_the_strategy() {
+    let (_dir, model) = model();
+    let file = std::fs::metadata(model.join("model.safetensors")).unwrap().len();
+    let config = hugging_face::read_config(&model).unwrap();
+    for (ranks, shard_ranks) in [(1, 1), (4, 4), (4, 1), (4, 2)] {
+        let before = std::sync::Mutex::new(0);
+        let read = on_mesh(ranks, shard_ranks, |mesh| {
+            let plan = ShardPlan::new(&config, shard_ranks);
+            let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
+            let own = mesh.shards.rank().rank;
+            let shards = units::shards(&plan, own, numerics, Optimizer::AdamW, Offload::None).unwrap();
+            mesh.world.barrier().unwrap();
+            if mesh.world.rank().rank == 0 {
+                *before.lock().unwrap() = bytes_read();
+            }
+            mesh.world.barrier().unwrap();
+            hugging_face::load(&model, &plan, mesh, &shards).unwrap();
+            mesh.world.barrier().unwrap();
+            bytes_read()
+        });
+        let read = read.into_iter().max().unwrap() - *before.lock().unwrap();
+        // Each copy but one gets its fp32 weights from its peers, a part from each.
+        let shared = 4 * ShardPlan::new(&config, 1).shard_elements() * u64::from(ranks / shard_ranks - 1);
+        let allowed = file + shared + 200_000;
+        assert!(read >= file && read <= allowed, "{ranks} ranks, {shard_ranks} a copy: {read} of {allowed}");
+    }
 }
 
 fn weights(walk: &Walk<'_>) -> Vec<Tensor> {
