@@ -1,7 +1,7 @@
 //! Training's work between the matrix products: each operation reads and writes its tensors as few times as can
 //! be, where libtorch's would make several passes, leave the CPU's matrix instructions idle, or compute a tanh
-//! where an exponential would do. On a CPU results are the same bits on any number of threads, and so they are
-//! from run to run on a GPU.
+//! where an exponential would do. What is computed here and not by libtorch is the same bits on any number of
+//! threads of a CPU, and from run to run on a GPU.
 
 mod accumulate;
 mod bias_gelu;

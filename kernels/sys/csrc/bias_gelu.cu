@@ -57,7 +57,8 @@ void run(const fused_bias_gelu &args, void *stream) {
   const bool aligned = at_multiple_of(16, args.x) && at_multiple_of(16, args.bias) && at_multiple_of(16, args.out) &&
                        at_multiple_of(16, args.dout);
   if (args.dout == nullptr) {
-    run_columns<T>("GELU with a bias", BiasGelu<T, TANH, false>{args}, args.rows, args.columns, nullptr, aligned, stream);
+    run_columns<T>("GELU with a bias", BiasGelu<T, TANH, false>{args}, args.rows, args.columns, nullptr, aligned,
+                   stream);
   } else {
     run_columns<T>("gradient of GELU with a bias", BiasGelu<T, TANH, true>{args}, args.rows, args.columns,
                    args.partials, aligned, stream);

@@ -50,7 +50,8 @@ template <typename T, typename Op>
 void run_columns(const char *name, const Op &op, int64_t rows, int64_t columns, float *partials, bool aligned,
                  void *stream) {
   constexpr int64_t kStrip = 32 * kWord<T>;
-  const int64_t parts = partials != nullptr ? fused_parts(rows) : std::min<int64_t>((rows + kWarps - 1) / kWarps, 65535);
+  const int64_t blocks = std::min<int64_t>((rows + kWarps - 1) / kWarps, 65535);
+  const int64_t parts = partials != nullptr ? fused_parts(rows) : blocks;
   const dim3 grid(static_cast<unsigned>((columns + kStrip - 1) / kStrip), static_cast<unsigned>(parts));
   launch(name, columns_kernel<T, Op>, grid, stream, op, rows, columns, partials,
          aligned && columns % kWord<T> == 0);

@@ -12,8 +12,10 @@ namespace {
 
 // A target outside the vocabulary would be read and written outside the row. A GPU is not waited for.
 void check_targets(const int64_t *targets, int64_t rows, int64_t vocab, int64_t ignored) {
-  const auto *bad = std::find_if(targets, targets + rows, [&](int64_t t) { return t != ignored && (t < 0 || t >= vocab); });
-  TORCH_CHECK(bad == targets + rows, "target ", *bad, " of row ", bad - targets, " is outside the vocabulary of ",
+  const auto is_bad = [&](int64_t target) { return target != ignored && (target < 0 || target >= vocab); };
+  const auto *bad = std::find_if(targets, targets + rows, is_bad);
+  if (bad == targets + rows) return;
+  TORCH_CHECK(false, "target ", *bad, " of row ", bad - targets, " is outside the vocabulary of ",
               vocab, " and not the ignored ", ignored);
 }
 

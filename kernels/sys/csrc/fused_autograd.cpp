@@ -116,7 +116,8 @@ struct BiasGelu : Function<BiasGelu> {
 
 fused_mask mask_of(double probability, int64_t seed, int64_t stream) {
   return {static_cast<uint64_t>(seed), static_cast<uint64_t>(stream),
-          static_cast<uint64_t>(std::floor(std::ldexp(probability, 32))), static_cast<float>(1.0 / (1.0 - probability))};
+          static_cast<uint64_t>(std::floor(std::ldexp(probability, 32))),
+          static_cast<float>(1.0 / (1.0 - probability))};
 }
 
 struct ResidualDropout : Function<ResidualDropout> {

@@ -19,7 +19,8 @@ inline bool is_known(const at::Tensor &x) {
 }
 
 inline fused_dtype dtype_of(const at::Tensor &x) {
-  TORCH_CHECK(is_known(x), "expected fp32 or bf16 on a CPU or a CUDA device, got ", x.scalar_type(), " on ", x.device());
+  TORCH_CHECK(is_known(x), "expected fp32 or bf16 on a CPU or a CUDA device, got ", x.scalar_type(), " on ",
+              x.device());
   return x.scalar_type() == at::kFloat ? FUSED_F32 : FUSED_BF16;
 }
 

@@ -49,6 +49,7 @@ struct Lanes<float> {
   static constexpr int64_t kLen = 16;
   SIMD_INLINE static void load(const float *p, int64_t len, __m512 *values) { values[0] = load16(p, len); }
   SIMD_INLINE static void store(float *p, int64_t len, const __m512 *values) { store16(p, len, values[0]); }
+  SIMD_INLINE static void put_in_order(__m512 *) {}
 };
 // Even elements in one vector and odd ones in the other: no lane changes its place.
 template <>
@@ -64,6 +65,13 @@ struct Lanes<c10::BFloat16> {
   SIMD_INLINE static void store(c10::BFloat16 *p, int64_t len, const __m512 *values) {
     const __m512i even = _mm512_srli_epi32(rounded(values[0]), 16);
     _mm512_mask_storeu_epi16(p, mask(len), _mm512_mask_blend_epi16(0xaaaaaaaau, even, rounded(values[1])));
+  }
+  // Even and odd elements to the first 16 and the last 16.
+  SIMD_INLINE static void put_in_order(__m512 *values) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512 low = _mm512_permutex2var_ps(values[0], first, values[1]);
+    values[1] = _mm512_permutex2var_ps(values[0], _mm512_add_epi32(first, _mm512_set1_epi32(8)), values[1]);
+    values[0] = low;
   }
 };
 #endif
