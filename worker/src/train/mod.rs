@@ -368,6 +368,7 @@ impl<'a> Run<'a> {
     fn save(&mut self, host: &dyn Host, finished: bool) -> Result<(), Error> {
         self.finish_save(host)?;
         let evaluated_now = self.found.filter(|_| self.found_at == Some(self.step));
+        let before = || self.found.map(|found| Validation { loss: None, ..found });
         let state = save::State {
             step: self.step,
             seed: self.spec.train.seed,
@@ -377,7 +378,7 @@ impl<'a> Run<'a> {
                 sequences: self.consumed,
             },
             loss: self.loss,
-            validation: evaluated_now.or(self.found.map(|found| Validation { loss: None, ..found })),
+            validation: evaluated_now.or_else(before),
             finished,
             adapter: self.adapter.clone(),
         };
