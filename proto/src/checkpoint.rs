@@ -79,17 +79,20 @@ impl Validation {
 }
 
 /// The one with the lowest validation loss; of equals the earliest.
-pub fn best(manifests: &[Manifest]) -> Option<&Manifest> {
+pub fn best<'m>(manifests: impl Iterator<Item = &'m Manifest>) -> Option<&'m Manifest> {
     let loss = |manifest: &Manifest| manifest.validation.and_then(|validation| validation.loss);
-    let evaluated = manifests.iter().filter_map(|manifest| Some((loss(manifest)?, manifest)));
+    let evaluated = manifests.filter_map(|manifest| Some((loss(manifest)?, manifest)));
     evaluated.min_by(|(a, m), (b, n)| a.total_cmp(b).then(m.step.cmp(&n.step))).map(|(_, manifest)| manifest)
 }
 
-/// What a finished training leaves, of all its checkpoints: the best where that is asked for, else the last.
-/// `None` where it has not finished: an older model must not pass for the trained one.
-pub fn result(manifests: &[Manifest], keep_best: bool) -> Option<&Manifest> {
-    let last = manifests.iter().max_by_key(|manifest| manifest.step).filter(|last| last.finished)?;
-    Some(if keep_best { best(manifests).unwrap_or(last) } else { last })
+/// What a training of `steps` updates leaves, of all its checkpoints: the best where that is asked for, else
+/// the last. `None` where it has not finished: an older model must not pass for the trained one.
+pub fn result(manifests: &[Manifest], keep_best: bool, steps: u64) -> Option<&Manifest> {
+    // Later ones may be there that a resume has passed over.
+    let ended = manifests.iter().filter(|manifest| manifest.finished || manifest.step == steps);
+    let last = ended.max_by_key(|manifest| manifest.step)?;
+    let until = |manifest: &&Manifest| manifest.step <= last.step;
+    Some(if keep_best { best(manifests.iter().filter(until)).unwrap_or(last) } else { last })
 }
 
 /// An adapter, and what it was trained against.

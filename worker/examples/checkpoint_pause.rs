@@ -48,7 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let device = if args.cuda { Device::Cuda(0) } else { Device::Cpu };
     let plan = ShardPlan::new(&config, 1);
     let numerics = Numerics::new(device, Precision::Bf16);
-    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW, Offload::None)?;
+    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW, Offload::None, numerics.kind)?;
     for shard in &shards {
         let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
     }

@@ -127,7 +127,14 @@ fn steps(args: &Args, comm: &dyn Communicator) -> Outcome<()> {
     };
     let trained: u64 = plan.units.iter().flat_map(|unit| &unit.parameters).map(|slot| slot.elements()).sum();
     let parameters = config.parameter_count() + if adapter.is_some() { trained } else { 0 };
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None)?;
+    let shards = units::shards(
+        &plan,
+        rank.rank,
+        numerics,
+        Optimizer::AdamW,
+        Offload::None,
+        if adapter.is_some() { Kind::Float } else { numerics.kind },
+    )?;
     for shard in &shards {
         let _ = shard.master.shallow_clone().normal_(0.0, 0.02);
     }

@@ -101,7 +101,8 @@ pub type ExportError = crate::adapter::Error;
 /// Whatever reading the checkpoint or writing the model meets.
 pub fn export_job(spec: &JobSpec) -> Result<u64, ExportError> {
     let checkpoints = spec.checkpoints_dir();
-    let result = retain::result(&checkpoints, spec.train.keep_best).map_err(ExportError::from)?;
+    let result =
+        retain::result(&checkpoints, spec.train.keep_best, spec.train.steps).map_err(ExportError::from)?;
     let last = checkpoints.join(checkpoint::dir_name(result.step));
     let Some(adapter) = &spec.adapter else {
         return export(

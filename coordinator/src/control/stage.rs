@@ -384,7 +384,7 @@ fn model_digest(dir: &Path) -> Result<String, Error> {
     Ok(tunefleet_proto::hex(&hasher.finalize()))
 }
 
-/// The files that a worker reads weights from: safetensors, or where there are none, PyTorch's.
+/// The files that a worker may read weights from, of either format.
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files = entries(dir)?;
     files.sort();
@@ -393,11 +393,7 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("pytorch_model") && ends_in(path, "bin")
     };
-    if files.iter().any(|path| ends_in(path, "safetensors")) {
-        files.retain(|path| ends_in(path, "safetensors"));
-    } else {
-        files.retain(|path| is_torch(path));
-    }
+    files.retain(|path| ends_in(path, "safetensors") || is_torch(path));
     Ok(files)
 }
 
@@ -410,7 +406,7 @@ fn trained(spec: &JobSpec) -> Option<u64> {
         serde_json::from_slice(&std::fs::read(path.join(checkpoint::MANIFEST_FILE)).ok()?).ok()
     };
     let manifests: Vec<_> = entries.filter_map(manifest).collect();
-    checkpoint::result(&manifests, spec.train.keep_best).map(|result| result.step)
+    checkpoint::result(&manifests, spec.train.keep_best, spec.train.steps).map(|result| result.step)
 }
 
 /// Updates in the newest complete checkpoint.

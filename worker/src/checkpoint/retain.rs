@@ -24,14 +24,14 @@ pub fn prune(dir: &Path, keep: usize, keep_best: bool, saved: u64) {
     }
 }
 
-/// The checkpoint that a finished training leaves: the best one where `keep_best` is set, else the last.
+/// The checkpoint that a training of `steps` updates leaves: the best one where `keep_best` is set, else the last.
 ///
 /// # Errors
 /// [`Error::NoCheckpoint`] where training has not finished.
-pub fn result(dir: &Path, keep_best: bool) -> Result<Manifest, Error> {
-    let steps = load::steps(dir);
-    let manifests: Vec<Manifest> = steps.iter().filter_map(|step| manifest(dir, *step)).collect();
-    proto::result(&manifests, keep_best).cloned().ok_or_else(|| Error::NoCheckpoint {
+pub fn result(dir: &Path, keep_best: bool, steps: u64) -> Result<Manifest, Error> {
+    let manifests: Vec<Manifest> =
+        load::steps(dir).into_iter().filter_map(|step| manifest(dir, step)).collect();
+    proto::result(&manifests, keep_best, steps).cloned().ok_or_else(|| Error::NoCheckpoint {
         path: dir.to_owned(),
         detail: "; training has not come to its end: launch --resume".to_owned(),
     })
@@ -39,7 +39,7 @@ pub fn result(dir: &Path, keep_best: bool) -> Result<Manifest, Error> {
 
 fn best(dir: &Path, steps: &[u64]) -> Option<Manifest> {
     let manifests: Vec<Manifest> = steps.iter().filter_map(|step| manifest(dir, *step)).collect();
-    proto::best(&manifests).cloned()
+    proto::best(manifests.iter()).cloned()
 }
 
 fn manifest(dir: &Path, step: u64) -> Option<Manifest> {

@@ -239,8 +239,11 @@ impl Saver {
 }
 
 impl Drop for Saver {
+    /// Waits for nothing: a rank that fails must say so at once, however slow its disk is.
     fn drop(&mut self) {
-        let _ = self.cancel();
+        if let Some(under_way) = &self.under_way {
+            under_way.cancelled.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -262,7 +265,10 @@ impl Job {
     ) -> (Option<Staged>, Result<(), Error>) {
         let units = staged.iter().flatten();
         let own = own_file.unwrap_or_else(|| {
-            let copies = |unit: &[Tensor; 3]| Ok(unit.each_ref().map(Tensor::shallow_clone));
+            let copies = |unit: &[Tensor; 3]| match cancelled.load(Ordering::Acquire) {
+                true => Err(Error::Elsewhere("training has ended meanwhile".to_owned())),
+                false => Ok(unit.each_ref().map(Tensor::shallow_clone)),
+            };
             self.write(&mut units.map(copies))
         });
         let wrote = own.is_ok();

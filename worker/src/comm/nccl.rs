@@ -104,6 +104,25 @@ impl Work for NcclWork {
     }
 }
 
+/// A sum that is copied to a tensor of another dtype.
+struct Widened {
+    work: Box<dyn Work>,
+    sum: Tensor,
+    output: Tensor,
+}
+
+impl Work for Widened {
+    fn wait(self: Box<Self>) -> Result<(), Error> {
+        let Widened { work, sum, mut output } = *self;
+        work.wait()?;
+        output.f_copy_(&sum).map_err(|e| Error::Backend(e.to_string()))
+    }
+
+    fn completion(&self) -> Option<Arc<dyn Completion>> {
+        self.work.completion()
+    }
+}
+
 impl Completion for nccl::Progress {
     fn is_complete(&self) -> bool {
         nccl::Progress::is_complete(self)
@@ -125,7 +144,13 @@ impl Communicator for NcclCommunicator {
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
         self.check("reduce-scatter", input, self.rank.world.into())?;
         self.check("reduce-scatter", output, 1)?;
-        self.work(self.group.reduce_scatter(input, output))
+        if input.kind() == output.kind() {
+            return self.work(self.group.reduce_scatter(input, output));
+        }
+        // c10d wants one dtype: the sum arrives in the input's.
+        let sum = Tensor::empty(output.size(), (input.kind(), self.device));
+        let work = self.work(self.group.reduce_scatter(input, &sum))?;
+        Ok(Box::new(Widened { work, sum, output: output.shallow_clone() }))
     }
 
     fn all_reduce(&self, tensor: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {

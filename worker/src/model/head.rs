@@ -48,7 +48,8 @@ pub fn loss_sum(
     h_nd: &Tensor,
     targets_n: &Tensor,
 ) -> Result<Tensor, Error> {
-    let weight_vd = weight_vd.to_kind(numerics.product_kind);
+    let kind = numerics.product_kind;
+    let (weight_vd, h_nd) = (weight_vd.to_kind(kind), h_nd.to_kind(kind));
     let mut sum = Tensor::zeros([], (Kind::Double, numerics.device));
     for (first, len) in pieces(h_nd.size()[0], chunk_rows(numerics)) {
         let logits_cv = h_nd.narrow(0, first, len).mm(&weight_vd.tr());

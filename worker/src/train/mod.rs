@@ -174,8 +174,12 @@ pub fn run(
 ) -> Result<Outcome, Error> {
     host.report(Event::Section("setup"));
     let mut run = Run::set_up(spec, plan, mesh, device, resume, host)?;
-    let outcome = run.train(host)?;
-    Ok(outcome)
+    let outcome = run.train(host);
+    if let Err(Error::NonFinite { .. }) = outcome {
+        // All ranks know it: what is being written is worth waiting for.
+        run.finish_save(host)?;
+    }
+    outcome
 }
 
 /// One rank's run between set-up and outcome.
@@ -219,6 +223,13 @@ impl<'a> Run<'a> {
         let train = &self.spec.train;
         if self.ended {
             return Ok(Outcome::Finished);
+        }
+        let due_before = train.eval_every_steps > 0 && self.step.is_multiple_of(train.eval_every_steps);
+        if self.step > 0 && due_before && self.found_at != Some(self.step) {
+            // Stopped between a step and its evaluation: what follows must not depend on that.
+            if self.evaluate(host)? == Found::Enough {
+                return self.end(host);
+            }
         }
         let mut meter = Meter::start(self.step, self.consumed);
         // On a GPU the host runs one step ahead: what a step found, and whether some rank was asked
@@ -269,7 +280,11 @@ impl<'a> Run<'a> {
                 return Ok(if ends { Outcome::Finished } else { Outcome::Stopped(self.step) });
             }
         }
-        // A resume after the last step: what is there may lack the mark of the end.
+        // A resume after the last step, of a checkpoint that was not the end.
+        self.end(host)
+    }
+
+    fn end(&mut self, host: &dyn Host) -> Result<Outcome, Error> {
         self.save(host, true)?;
         self.finish_save(host)?;
         Ok(Outcome::Finished)

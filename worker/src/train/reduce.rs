@@ -28,9 +28,8 @@ pub struct Reducer {
     /// Empty where a shard is the whole unit: gradients go straight into it.
     lanes: Vec<Lane>,
     next: usize,
-    kind: Kind,
     /// Sums over the copies, of the step's last micro-batch.
-    copies: Vec<Copies>,
+    copies: Vec<Box<dyn Work>>,
 }
 
 struct Lane {
@@ -50,13 +49,6 @@ struct Pending {
     part: Part,
 }
 
-/// A sum over the copies under way.
-struct Copies {
-    work: Box<dyn Work>,
-    /// In which the sum travels where that is not the gradient itself, and where it goes then.
-    narrow: Option<(Tensor, Tensor)>,
-}
-
 impl Reducer {
     /// Buffers for the largest block of `plan`.
     pub fn new(plan: &ShardPlan, numerics: Numerics, precision: Precision) -> Self {
@@ -72,7 +64,7 @@ impl Reducer {
             pending: None,
         };
         let lanes = if plan.world == 1 { Vec::new() } else { vec![lane(), lane()] };
-        Reducer { lanes, next: 0, kind, copies: Vec::new() }
+        Reducer { lanes, next: 0, copies: Vec::new() }
     }
 
     /// Takes the gradients of one block of a micro-batch, in plan order.
@@ -146,11 +138,8 @@ impl Reducer {
         for offset in 0..self.lanes.len() {
             self.join((self.next + offset) % self.lanes.len(), mesh)?;
         }
-        for Copies { work, narrow } in self.copies.drain(..) {
+        for work in self.copies.drain(..) {
             work.wait()?;
-            if let Some((from, mut into)) = narrow {
-                into.copy_(&from);
-            }
         }
         Ok(())
     }
@@ -167,13 +156,11 @@ impl Reducer {
         self.sum_copies(unit, &grad, part, mesh)
     }
 
-    /// Starts the sum of a shard's gradient over the copies, when it is complete.
+    /// Starts the sum of a shard's gradient over the copies, when it is complete: in fp32, once a step.
     fn sum_copies(&mut self, unit: usize, grad: &Tensor, part: Part, mesh: Mesh<'_>) -> Result<(), Error> {
         let Some(replicas) = mesh.replicas.filter(|_| part.last) else { return Ok(()) };
         let tag = Tag { unit: Some(unit as u32), what: "reduce over copies" };
-        let narrow = (self.kind != grad.kind()).then(|| (grad.to_kind(self.kind), grad.shallow_clone()));
-        let work = replicas.all_reduce(narrow.as_ref().map_or(grad, |(narrow, _)| narrow), tag)?;
-        self.copies.push(Copies { work, narrow });
+        self.copies.push(replicas.all_reduce(grad, tag)?);
         Ok(())
     }
 }

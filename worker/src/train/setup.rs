@@ -64,17 +64,18 @@ impl<'a> Run<'a> {
         let own = mesh.shards.rank().rank;
         // On a CPU everything is in main memory as it is.
         let offload = if device == Device::Cpu { Offload::None } else { spec.train.offload };
-        let shards = units::shards(plan, own, numerics, spec.train.optimizer, offload)?;
+        let kind = if adapter_plan.is_some() { Kind::Float } else { numerics.kind };
+        let shards = units::shards(plan, own, numerics, spec.train.optimizer, offload, kind)?;
         let opened =
             adapter_plan.map(|adapter| open_base(spec, &config, adapter, plan, mesh, numerics, host));
         let mut opened = opened.transpose()?;
         let record = opened.as_ref().map(|(_, record)| record.clone());
-        let (step, consumed, found, ended) = if resume {
+        let (step, consumed, loss, found, ended) = if resume {
             let (dir, manifest) = agree_on_checkpoint(spec, mesh.world, device, host)?;
             check_data(&dir, &manifest.data, &training)?;
             check_adapter(&dir, manifest.adapter.as_ref(), record.as_ref())?;
             load::load(&dir, &manifest, plan, own, &shards)?;
-            (manifest.step, manifest.data.sequences, manifest.validation, manifest.finished)
+            (manifest.step, manifest.data.sequences, manifest.loss, manifest.validation, manifest.finished)
         } else {
             match &mut opened {
                 Some((frozen, _)) => {
@@ -85,7 +86,7 @@ impl<'a> Run<'a> {
                 }
                 None => hugging_face::load(&spec.model_dir(), plan, mesh, &shards)?,
             }
-            (0, 0, None, false)
+            (0, 0, f64::NAN, None, false)
         };
         let seeds = Seeds::new(spec.train.seed);
         let options = WalkOptions::of(&spec.train);
@@ -105,7 +106,7 @@ impl<'a> Run<'a> {
             device,
             step,
             consumed,
-            loss: f64::NAN,
+            loss,
             saver: Saver::new(save::Settings {
                 dir: spec.checkpoints_dir(),
                 keep: spec.train.keep_checkpoints as usize,
@@ -113,7 +114,7 @@ impl<'a> Run<'a> {
                 asynchronous: spec.train.checkpoints_async,
             }),
             found,
-            found_at: None,
+            found_at: found.and_then(|found| found.loss).map(|_| step),
             ended,
             adapter: record,
             checks: Checks::new(moved),

@@ -55,7 +55,7 @@ pub struct Run {
     pub decays: bool,
 }
 
-/// This rank's shards of `plan`, all zero.
+/// This rank's shards of `plan`, all zero; blocks are gathered in `gathered_kind`.
 ///
 /// # Errors
 /// Where memory of the optimizer's kind is not to be had.
@@ -65,6 +65,7 @@ pub fn shards(
     numerics: Numerics,
     optimizer: Optimizer,
     offload: Offload,
+    gathered_kind: Kind,
 ) -> Result<Vec<Shard>, tunefleet_kernels::Error> {
     let rank = Rank { rank, world: plan.world };
     let held = if offload == Offload::None { numerics.device } else { Device::Cpu };
@@ -76,7 +77,7 @@ pub fn shards(
         // From pinned memory a gather's copy is only queued.
         let pinned = held != numerics.device && len > 0;
         let master = if pinned { master.pin_memory(numerics.device) } else { master };
-        let computed = (offload == Offload::Optimizer).then(|| zeros(numerics.kind, numerics.device));
+        let computed = (offload == Offload::Optimizer).then(|| zeros(gathered_kind, numerics.device));
         Ok(Shard { master, computed, moments, grad: zeros(Kind::Float, numerics.device) })
     };
     plan.units.iter().map(shard).collect()

@@ -121,7 +121,8 @@ fn ranks_of_a_node_read_each_byte_of_a_model_once_whatever_the_strategy() {
             let plan = ShardPlan::new(&config, shard_ranks);
             let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
             let own = mesh.shards.rank().rank;
-            let shards = units::shards(&plan, own, numerics, Optimizer::AdamW, Offload::None).unwrap();
+            let shards =
+                units::shards(&plan, own, numerics, Optimizer::AdamW, Offload::None, numerics.kind).unwrap();
             mesh.world.barrier().unwrap();
             if mesh.world.rank().rank == 0 {
                 *before.lock().unwrap() = bytes_read();
@@ -179,11 +180,11 @@ fn the_best_checkpoint_stays_beside_the_newest_and_is_the_result() {
         let state = save::State { validation: found, finished: step == 4, ..state(step) };
         saver.start(walk.plan(), walk.shards(), state, SOLO, Device::Cpu).unwrap();
         saver.finish(SOLO, Device::Cpu, step).unwrap();
-        let result = retain::result(&dir, true).map(|manifest| manifest.step);
+        let result = retain::result(&dir, true, 9).map(|manifest| manifest.step);
         assert_eq!(result.ok(), (step == 4).then_some(2), "an unfinished training has no result");
     }
     assert_eq!(load::steps(&dir), [2, 4]);
-    assert_eq!(retain::result(&dir, false).unwrap().step, 4);
+    assert_eq!(retain::result(&dir, false, 9).unwrap().step, 4);
 }
 
 #[test]

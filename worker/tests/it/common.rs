@@ -111,7 +111,7 @@ pub fn walk_with<'a>(
     let rank = mesh.shards.rank();
     let plan = ShardPlan::new(&config, rank.world);
     let numerics = Numerics::new(Device::Cpu, precision);
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, offload).unwrap();
+    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, offload, numerics.kind).unwrap();
     hugging_face::load(dir, &plan, mesh, &shards).unwrap();
     let mut walk = Walk::new(config, plan, shards, numerics, mesh, Seeds::new(3), options);
     walk.invalidate();

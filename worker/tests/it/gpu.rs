@@ -93,6 +93,7 @@ fn step(
         numerics,
         tunefleet_proto::job::Optimizer::AdamW,
         tunefleet_proto::job::Offload::None,
+        numerics.kind,
     )
     .unwrap();
     hugging_face::load(dir, &plan, Mesh::sharded(comm), &shards).unwrap();

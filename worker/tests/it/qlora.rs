@@ -86,7 +86,8 @@ pub fn adapter_walk<'a>(
     let residency = options.residency(rank.world, config.layers as usize);
     let base = Base::new(base_plan, opened.shards, rank.world, numerics, &residency, options.poison);
     let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
-    let shards = units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None).unwrap();
+    let shards =
+        units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None, Kind::Float).unwrap();
     let weights = tensors(&adapter.join("adapter_model.safetensors"));
     for (unit, shard) in plan.units.iter().zip(&shards) {
         for piece in unit.pieces(rank.rank, rank.world) {
@@ -247,7 +248,8 @@ impl Trained<'_> {
             let mut base =
                 Base::new(base_plan, opened.shards, rank.world, numerics, &residency, poison).unwrap();
             let shards =
-                units::shards(&plan, rank.rank, numerics, self.spec.optimizer, Offload::None).unwrap();
+                units::shards(&plan, rank.rank, numerics, self.spec.optimizer, Offload::None, Kind::Float)
+                    .unwrap();
             tch::no_grad(|| adapter::init(&shards, &plan, &config, &mut base, comm, 3)).unwrap();
             let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
             let walk = Walk::new(config.clone(), plan, shards, numerics, mesh, Seeds::new(3), self.options);
@@ -400,7 +402,7 @@ fn a_trained_tensor_that_no_gradient_reaches_is_named() {
         1,
     );
     let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
-    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW, Offload::None).unwrap();
+    let shards = units::shards(&plan, 0, numerics, Optimizer::AdamW, Offload::None, Kind::Float).unwrap();
     let check = |expected| gradients::check(&plan, &shards, &Solo, 1, expected).map_err(|e| e.to_string());
     for shard in &shards {
         let _ = shard.grad.shallow_clone().fill_(1.0);

@@ -72,7 +72,9 @@ fn shards_and_the_first_loss_are_those_of_the_safetensors_file() {
             let third = Simulated::new(Rank { rank, world: 3 }, None);
             let mesh = Mesh::sharded(&third);
             let [a, b] = [0, 1].map(|i: usize| {
-                let shards = units::shards(&plan, rank, numerics, Optimizer::AdamW, Offload::None).unwrap();
+                let shards =
+                    units::shards(&plan, rank, numerics, Optimizer::AdamW, Offload::None, numerics.kind)
+                        .unwrap();
                 hugging_face::load(&dirs[i], &plan, mesh, &shards).unwrap();
                 shards
             });

@@ -71,8 +71,8 @@ section! {
         /// Blocks that are gathered ahead of the one that is computed, 1 to 8. More hides a slow network's
         /// hiccups, at the cost of a gathered block each. Default: 1.
         gather_ahead: u32,
-        /// Dtype in which gradients travel between ranks, `fp32` or `bf16` (half the traffic, rounded once
-        /// before the sum). Default: `fp32`.
+        /// Dtype in which gradients travel within a copy of the weights, `fp32` or `bf16` (half the traffic,
+        /// rounded before the sum). Sums over copies, once a step, are fp32. Default: `fp32`.
         reduce_precision: Precision,
         /// What of a GPU rank lies in main memory: `none`, `optimizer` (fp32 weights and moments, 12 bytes a
         /// parameter; the update runs on the CPU), or `all` (also the shards that blocks are gathered from).

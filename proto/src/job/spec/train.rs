@@ -49,7 +49,7 @@ pub struct TrainSpec {
     pub resident_blocks: u32,
     /// Blocks that are gathered ahead of the one that is computed.
     pub gather_ahead: u32,
-    /// Dtype in which gradients travel between ranks; sums are fp32.
+    /// Dtype in which gradients travel within a copy of the weights.
     pub reduce_precision: Precision,
     /// What of a GPU rank lies in main memory.
     pub offload: Offload,

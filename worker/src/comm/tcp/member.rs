@@ -152,7 +152,15 @@ impl Member {
         let output = tensor.detach().view(-1);
         let elements = output.numel();
         let is_number = matches!(output.kind(), Kind::Float | Kind::BFloat16);
-        if is_number && elements >= SUM_IN_PARTS && elements.is_multiple_of(world as usize) {
+        if is_number && elements >= SUM_IN_PARTS && !elements.is_multiple_of(world as usize) {
+            // What divides goes in parts, and the few that are left by themselves.
+            let rest = (elements % world as usize) as i64;
+            let most = elements as i64 - rest;
+            let parts = self.all_reduce(&output.narrow(0, 0, most), tag)?;
+            let rest = self.all_reduce(&output.narrow(0, most, rest), tag)?;
+            return Ok(Box::new(Both(parts, rest)));
+        }
+        if is_number && elements >= SUM_IN_PARTS {
             let sum = self.pool.take(output.kind(), (elements / world as usize) as i64, Device::Cpu)?;
             return self.sum_in_parts(output, sum, tag);
         }
@@ -191,6 +199,16 @@ impl Member {
         }
         let operation = self.start(Op::Barrier, Tag { unit: None, what: "barrier" }, None, None, None)?;
         self.group.wait(&operation)
+    }
+}
+
+/// Two operations as one.
+struct Both(Box<dyn Work>, Box<dyn Work>);
+
+impl Work for Both {
+    fn wait(self: Box<Self>) -> Result<(), Error> {
+        self.0.wait()?;
+        self.1.wait()
     }
 }
 
