@@ -22,6 +22,7 @@ use tunefleet_worker::base::{Base, encode};
 use tunefleet_worker::comm::simulated::Simulated;
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag};
+use tunefleet_worker::model::head;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::adapter::{Frozen, Wiring};
 use tunefleet_worker::train::optimizer;
@@ -72,6 +73,9 @@ struct Args {
     /// Do not wait for requests: run some steps, and print a row with the share of the device's matrix rate.
     #[arg(long)]
     utilisation: bool,
+    /// Show where the time of a step goes as well.
+    #[arg(long, requires = "utilisation")]
+    profile: bool,
     /// Set by the parent process of several ranks.
     #[arg(long, hide = true)]
     as_rank: Option<u32>,
@@ -237,7 +241,89 @@ fn utilisation(
         100.0 * flops / seconds / rate,
         peak as f64 / 1e9,
     )?;
+    if args.profile {
+        profile(args, walk, spec, config, device, seconds, &mut out)?;
+    }
     Ok(out.flush()?)
+}
+
+/// Where the time of a step goes: parts that can be run by themselves are timed, and what is left is the
+/// backward pass of the blocks, with what it computes again and what it waits for.
+fn profile(
+    args: &Args,
+    walk: &mut Walk<'_>,
+    spec: &TrainSpec,
+    config: &ModelConfig,
+    device: Device,
+    step_seconds: f64,
+    out: &mut impl Write,
+) -> Outcome<()> {
+    let median = |run: &mut dyn FnMut() -> Outcome<()>| -> Outcome<f64> {
+        let mut times = Vec::new();
+        for _ in 0..6 {
+            let begin = Instant::now();
+            run()?;
+            if device.is_cuda() {
+                tch::Cuda::synchronize(0);
+            }
+            times.push(begin.elapsed().as_secs_f64());
+        }
+        times.remove(0);
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    };
+    let batch = random_batch(args, config, device);
+    let numerics = walk.numerics();
+    let (width, vocab) = (config.hidden_size as i64, config.vocab_size as i64);
+    let random =
+        |size: [i64; 2]| Tensor::randn(size, (Kind::Float, device)).to_kind(numerics.product_kind) * 0.02;
+    let (h_nd, weight_vd) = (random([args.batch * args.sequence, width]), random([vocab, width]));
+    let targets_n = batch.targets_bt.reshape([-1]);
+    let dweight_vd = Tensor::zeros([vocab, width], (Kind::Float, device));
+    let scale = Tensor::full([], 1e-3, (Kind::Float, device));
+    let mut scratch = head::Scratch::default();
+    let evaluate = median(&mut || {
+        let _ = walk.evaluate(&batch)?;
+        Ok(())
+    })?;
+    let loss = median(&mut || {
+        let _ = tch::no_grad(|| head::loss_sum(numerics, &weight_vd, &h_nd, &targets_n))?;
+        Ok(())
+    })?;
+    let with_grads = median(&mut || {
+        let dweight_vd = args.base.is_none().then_some(&dweight_vd);
+        let _ = tch::no_grad(|| {
+            head::loss_sum_and_grads(
+                numerics,
+                &weight_vd,
+                &h_nd,
+                &targets_n,
+                &scale,
+                dweight_vd,
+                &mut scratch,
+            )
+        })?;
+        Ok(())
+    })?;
+    let one = Tensor::full([], 1.0, (Kind::Double, device));
+    let mut step = 100;
+    let update = median(&mut || {
+        step += 1;
+        optimizer::update(walk, spec, step, spec.learning_rate, &one, &one)?.read();
+        Ok(())
+    })?;
+    let forward = (evaluate - loss).max(0.0);
+    let rest = (step_seconds - forward - with_grads - update).max(0.0);
+    writeln!(out, "\n| part of a step | ms | share |\n| --- | --- | --- |")?;
+    for (what, seconds) in [
+        ("forward pass of the blocks", forward),
+        ("output embedding, loss and their gradients", with_grads),
+        ("backward pass of the blocks, reduction", rest),
+        ("norm, clipping, AdamW", update),
+    ] {
+        writeln!(out, "| {what} | {:.1} | {:.0}% |", 1e3 * seconds, 100.0 * seconds / step_seconds)?;
+    }
+    Ok(())
 }
 
 /// What an adapter on all four linears trains, over random weights that are made and quantised where they
