@@ -221,8 +221,9 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
     if !file.is_file() {
         return Some(file);
     }
+    let is_weights = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors");
     let weights_missing = matches!(stage, Stage::InitModel | Stage::Export)
-        && weight_files(&dir).map_or(true, |w| w.is_empty());
+        && !entries(&dir).is_ok_and(|files| files.iter().any(is_weights));
     let segments_missing = || {
         let manifest = dataset_manifest(&dir).ok()?;
         let segments = manifest.train.iter().chain(&manifest.validation);
@@ -384,7 +385,7 @@ fn model_digest(dir: &Path) -> Result<String, Error> {
     Ok(tunefleet_proto::hex(&hasher.finalize()))
 }
 
-/// The files that a worker may read weights from, of either format.
+/// The files that a worker reads weights from: safetensors, or where there are none, PyTorch's.
 fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files = entries(dir)?;
     files.sort();
@@ -393,7 +394,13 @@ fn weight_files(dir: &Path) -> Result<Vec<PathBuf>, Error> {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         name.starts_with("pytorch_model") && ends_in(path, "bin")
     };
-    files.retain(|path| ends_in(path, "safetensors") || is_torch(path));
+    // As the worker decides; what else ends so, an adapter's file say, decides nothing.
+    let safetensors = ["model.safetensors", "model.safetensors.index.json"];
+    if safetensors.iter().any(|name| dir.join(name).exists()) {
+        files.retain(|path| ends_in(path, "safetensors"));
+    } else {
+        files.retain(|path| is_torch(path));
+    }
     Ok(files)
 }
 
@@ -473,6 +480,7 @@ mod tests {
         let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
         let digest = || model_digest(dir.path()).unwrap();
         write("config.json", "{}");
+        write("adapter_model.safetensors", "no weights of a model");
         write("pytorch_model-00001-of-00001.bin", "weights");
         let torch = digest();
         write("training_args.bin", "no weights");
