@@ -10,26 +10,37 @@ use tunefleet_proto::ids::{Attempt, JobId, Rank};
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Tag};
 
-/// Set in the processes that this test starts from its own program.
+/// Set in the processes that a test starts from its own program.
 const RANK_VARIABLE: &str = "TUNEFLEET_TEST_RANK";
-const WORLD: u32 = 3;
 /// Marks our lines among those of the test harness.
 const MARK: &str = "@ ";
 
-struct RankProcess {
+/// The rank that this process is to be, where a test has started it.
+pub fn own_rank() -> Option<u32> {
+    std::env::var(RANK_VARIABLE).ok().map(|rank| rank.parse().unwrap())
+}
+
+/// A process that runs a test of this program as a rank.
+pub struct RankProcess {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
 }
 
 impl RankProcess {
-    fn start(rank: u32) -> Self {
+    /// `world` processes that run `test` (its whole name), each told the addresses of all.
+    pub fn start_all(test: &str, world: u32) -> Vec<Self> {
+        let mut ranks: Vec<_> = (0..world).map(|rank| RankProcess::start(test, rank)).collect();
+        let addrs: Vec<_> = ranks.iter_mut().map(RankProcess::line).collect();
+        for rank in &mut ranks {
+            writeln!(rank.input, "{}", addrs.join("\n")).unwrap();
+        }
+        ranks
+    }
+
+    fn start(test: &str, rank: u32) -> Self {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "comm_processes::a_killed_rank_is_named_by_the_others_within_a_second",
-                "--nocapture",
-            ])
+            .args(["--exact", test, "--nocapture"])
             .env(RANK_VARIABLE, rank.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -39,7 +50,8 @@ impl RankProcess {
         RankProcess { child, input, output }
     }
 
-    fn line(&mut self) -> String {
+    /// The next line that the rank [`say`]s.
+    pub fn line(&mut self) -> String {
         loop {
             let mut line = String::new();
             assert_ne!(self.output.read_line(&mut line).unwrap(), 0, "the rank ended without a word");
@@ -58,17 +70,26 @@ impl Drop for RankProcess {
     }
 }
 
-/// One rank: tells its address, reads all, gathers until something fails, tells what.
-fn be_rank(rank: u32) {
+/// Tells the test that started this process.
+pub fn say(line: impl std::fmt::Display) {
+    println!("{MARK}{line}");
+}
+
+/// Joins the others of [`RankProcess::start_all`].
+pub fn join(rank: u32, world: u32) -> impl Communicator {
     let listener = TcpListener::bind(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
-    println!("{MARK}{}", listener.addr());
+    say(listener.addr());
     let addrs: Vec<SocketAddr> =
-        std::io::stdin().lines().take(WORLD as usize).map(|line| line.unwrap().parse().unwrap()).collect();
+        std::io::stdin().lines().take(world as usize).map(|line| line.unwrap().parse().unwrap()).collect();
     let (deadline, job) = (Instant::now() + Duration::from_secs(20), JobId("test".into()));
-    let comm =
-        listener.join(Rank { rank, world: WORLD }, &addrs, &[1; 32], &job, Attempt(1), deadline).unwrap();
-    println!("{MARK}joined");
-    let buffer = Tensor::zeros([i64::from(WORLD) << 20], (Kind::Float, Device::Cpu));
+    listener.join(Rank { rank, world }, &addrs, &[1; 32], &job, Attempt(1), deadline).unwrap()
+}
+
+/// One rank: gathers until something fails, tells what.
+fn gather_until_something_fails(rank: u32, world: u32) {
+    let comm = join(rank, world);
+    say("joined");
+    let buffer = Tensor::zeros([i64::from(world) << 20], (Kind::Float, Device::Cpu));
     let error = loop {
         let gathered =
             comm.all_gather(&buffer, Tag { unit: None, what: "gather" }).and_then(|work| work.wait());
@@ -76,19 +97,17 @@ fn be_rank(rank: u32) {
             break error;
         }
     };
-    println!("{MARK}{error}");
+    say(error);
 }
 
 #[test]
 fn a_killed_rank_is_named_by_the_others_within_a_second() {
-    if let Ok(rank) = std::env::var(RANK_VARIABLE) {
-        return be_rank(rank.parse().unwrap());
+    const WORLD: u32 = 3;
+    if let Some(rank) = own_rank() {
+        return gather_until_something_fails(rank, WORLD);
     }
-    let mut ranks: Vec<_> = (0..WORLD).map(RankProcess::start).collect();
-    let addrs: Vec<_> = ranks.iter_mut().map(RankProcess::line).collect();
-    for rank in &mut ranks {
-        writeln!(rank.input, "{}", addrs.join("\n")).unwrap();
-    }
+    let test = "comm_processes::a_killed_rank_is_named_by_the_others_within_a_second";
+    let mut ranks = RankProcess::start_all(test, WORLD);
     for rank in &mut ranks {
         assert_eq!(rank.line(), "joined");
     }

@@ -2,7 +2,7 @@
 //! that is used again. Ranks are threads here, joined by the TCP communicator on loopback.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -55,16 +55,21 @@ fn sequence(index: u64) -> (Vec<i64>, Vec<i64>) {
     (tokens, targets)
 }
 
-fn rows(range: std::ops::Range<u64>) -> (Batch, f64) {
+fn rows(range: Range<u64>) -> (Batch, f64) {
     let (mut tokens, mut targets) = (Vec::new(), Vec::new());
     for index in range {
         let (more_tokens, more_targets) = sequence(index);
         tokens.extend(more_tokens);
         targets.extend(more_targets);
     }
+    batch_of(&tokens, &targets, SEQUENCE_TOKENS)
+}
+
+/// A batch of sequences that lie end to end, and how many of its targets count.
+pub fn batch_of(tokens: &[i64], targets: &[i64], sequence_tokens: i64) -> (Batch, f64) {
     let counted = targets.iter().filter(|&&t| t != -100).count() as f64;
-    let tensor = |values: &[i64]| Tensor::from_slice(values).view([-1, SEQUENCE_TOKENS]);
-    (Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets) }, counted)
+    let tensor = |values: &[i64]| Tensor::from_slice(values).view([-1, sequence_tokens]);
+    (Batch { tokens_bt: tensor(tokens), targets_bt: tensor(targets) }, counted)
 }
 
 /// Losses of all steps.
@@ -74,6 +79,17 @@ pub fn train(walk: &mut Walk<'_>, spec: &TrainSpec) -> Vec<f64> {
 
 /// Losses of these steps.
 pub fn train_range(walk: &mut Walk<'_>, spec: &TrainSpec, steps: RangeInclusive<u64>) -> Vec<f64> {
+    train_over(walk, spec, steps, rows)
+}
+
+/// [`train_range`] on other sequences: `rows` makes a batch of those with these indices, and counts its
+/// targets.
+pub fn train_over(
+    walk: &mut Walk<'_>,
+    spec: &TrainSpec,
+    steps: RangeInclusive<u64>,
+    rows: impl Fn(Range<u64>) -> (Batch, f64),
+) -> Vec<f64> {
     let rank = walk.mesh().world.rank();
     let device = walk.numerics().device;
     let micro_batch = u64::from(spec.micro_batch_sequences);
@@ -101,7 +117,7 @@ pub fn train_range(walk: &mut Walk<'_>, spec: &TrainSpec, steps: RangeInclusive<
             loss += walk.train_micro_batch(batch, position, &scale).unwrap();
         }
         walk.finish_step().unwrap();
-        let status = optimizer::update(walk, spec, step, LEARNING_RATE, &loss, &targets).unwrap();
+        let status = optimizer::update(walk, spec, step, spec.learning_rate, &loss, &targets).unwrap();
         losses.push(status.read().loss);
     }
     losses
@@ -115,10 +131,21 @@ pub fn run(
     options: WalkOptions,
     precision: Precision,
 ) -> (Vec<f64>, Vec<Tensor>) {
+    run_over(model, spec, options, precision, rows)
+}
+
+/// [`run`] on other sequences, as [`train_over`] has them.
+pub fn run_over(
+    model: &Path,
+    spec: &TrainSpec,
+    options: WalkOptions,
+    precision: Precision,
+    rows: impl Fn(Range<u64>) -> (Batch, f64) + Sync,
+) -> (Vec<f64>, Vec<Tensor>) {
     let shard_ranks = spec.shard_ranks;
     let results = on_mesh(spec.ranks, shard_ranks, |mesh| {
         let mut walk = walk_with(model, precision, mesh, options, spec.offload, |_| ());
-        let losses = train(&mut walk, spec);
+        let losses = train_over(&mut walk, spec, 1..=spec.steps, &rows);
         let masters: Vec<Tensor> = walk.shards().iter().map(|s| s.master.copy()).collect();
         (losses, masters)
     });

@@ -19,6 +19,8 @@ mod quant;
 mod engine;
 mod strategies;
 mod checkpoints;
+mod schedules;
+mod fsdp2;
 mod parity;
 mod qlora;
 mod adapter_parity;

@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use crate::comm_processes::{self, RankProcess};
 use crate::common::{KEEP, RECOMPUTE, SOLO, walk};
 use crate::engine::{assert_bit_equal, assert_close, on_mesh, run, train, train_range, train_spec};
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::Rank;
-use tunefleet_proto::job::{Offload, Optimizer, Precision, TrainSpec};
+use tunefleet_proto::job::{Offload, Optimizer, Precision, Recompute, TrainSpec};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::checkpoint::{hugging_face, model_dir};
@@ -126,6 +127,50 @@ fn gradients_that_travel_in_16_bits_train_nearly_the_same_model() {
     for (a, b) in wide.0.iter().zip(&narrow.0) {
         assert!((a - b).abs() < 2e-3 * a, "{a} and {b}");
     }
+}
+
+/// The two ranks are processes: masks are drawn from one generator of a process, which threads would share.
+#[test]
+fn recomputing_blocks_with_dropout_on_two_ranks_changes_nothing() {
+    const WORLD: u32 = 2;
+    if let Some(rank) = comm_processes::own_rank() {
+        return train_with_dropout(&comm_processes::join(rank, WORLD));
+    }
+    let test = "strategies::recomputing_blocks_with_dropout_on_two_ranks_changes_nothing";
+    let mut ranks = RankProcess::start_all(test, WORLD);
+    for rank in &mut ranks {
+        assert_eq!(rank.line(), "the same");
+    }
+}
+
+/// One of two ranks: says whether dropout masks are those of the rank and the position alone.
+fn train_with_dropout(world: &dyn Communicator) {
+    let (_dir, model) = deep_model();
+    let spec = TrainSpec { steps: 5, ..spec(2, "accumulate_micro_batches: 2") };
+    let trained = |mesh, options, precision, probability| {
+        let mut walk = walk(&model, precision, mesh, options, |config| {
+            let dropout = &mut config.dropout;
+            (dropout.attention, dropout.embedding, dropout.residual) =
+                (probability, probability, probability);
+        });
+        let losses = train(&mut walk, &spec);
+        (losses, walk.shards().iter().map(|s| s.master.copy()).collect::<Vec<_>>())
+    };
+    let every_other = WalkOptions { recompute: Recompute::Every(2), ..RECOMPUTE };
+    for mesh in [Mesh::sharded(world), Mesh::replicated(world)] {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            let kept = trained(mesh, KEEP, precision, 0.1);
+            assert_bit_equal(&kept, &trained(mesh, RECOMPUTE, precision, 0.1));
+            assert_bit_equal(&kept, &trained(mesh, every_other, precision, 0.1));
+        }
+    }
+    let of = |mesh, probability| trained(mesh, RECOMPUTE, Precision::Fp32, probability).0;
+    let [sharded, replicated] = [Mesh::sharded(world), Mesh::replicated(world)].map(|mesh| of(mesh, 0.1));
+    for (a, b) in sharded.iter().zip(&replicated) {
+        assert!((a - b).abs() <= 1e-6 * a, "a mask depends on the strategy: losses {a} and {b}");
+    }
+    assert_ne!(sharded, of(Mesh::sharded(world), 0.0), "dropout had no effect");
+    comm_processes::say("the same");
 }
 
 /// Unit and purpose of an operation.
