@@ -10,6 +10,8 @@ pub struct Hardware {
     pub cores: u32,
     /// Main memory in bytes; `None` where it cannot be read.
     pub memory_bytes: Option<u64>,
+    /// Whether bf16 matrix products run on the CPU's own instructions (AVX-512 and up, as libtorch asks).
+    pub bf16_products: bool,
     /// NVIDIA GPUs, in the driver's order.
     pub gpus: Vec<Gpu>,
 }
@@ -33,7 +35,9 @@ impl Hardware {
             gpus if gpus.is_empty() => gpus_of_driver(),
             gpus => gpus,
         };
-        Hardware { cores, memory_bytes: total_of_meminfo(&meminfo), gpus }
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let bf16_products = has_bf16_products(&cpuinfo);
+        Hardware { cores, memory_bytes: total_of_meminfo(&meminfo), bf16_products, gpus }
     }
 
     /// Memory of the smallest GPU, where all are known.
@@ -75,6 +79,11 @@ fn gpus_of_driver() -> Vec<Gpu> {
     paths.into_iter().map(|path| Gpu { name: name(path), memory_bytes: None }).collect()
 }
 
+fn has_bf16_products(cpuinfo: &str) -> bool {
+    let flags = cpuinfo.lines().find_map(|line| line.strip_prefix("flags")).unwrap_or_default();
+    ["avx512bw", "avx512vl", "avx512dq"].iter().all(|flag| flags.split_whitespace().any(|word| word == *flag))
+}
+
 fn total_of_meminfo(text: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
@@ -93,6 +102,8 @@ mod tests {
         assert_eq!(Hardware { gpus, ..Default::default() }.smallest_gpu_bytes(), None);
         assert_eq!(total_of_meminfo("MemTotal:       65536 kB\nMemFree: 1 kB\n"), Some(64 << 20));
         assert_eq!(total_of_meminfo("MemTotal: many kB"), None);
+        assert!(has_bf16_products("processor : 0\nflags\t\t: fpu avx512dq avx512bw avx512vl\n"));
+        assert!(!has_bf16_products("flags\t\t: fpu avx2 avx512bwx avx512vl avx512dq\n"));
         assert!(Hardware::find().cores >= 1);
     }
 }

@@ -10,6 +10,9 @@ use tunefleet_proto::rpc::{CancelRequest, JobStatus, ListRequest, ResumeRequest,
 use crate::cli::exit;
 use crate::connect::{self, Connect, Failure};
 
+/// Seconds that saving a checkpoint may take after `coordinator cancel`, where it says nothing else.
+pub const CANCEL_GRACE_SECONDS: u32 = 600;
+
 /// Command line of `coordinator list`.
 #[derive(Debug, clap::Args)]
 pub struct ListArgs {
@@ -40,7 +43,7 @@ pub struct CancelArgs {
     #[command(flatten)]
     connect: Connect,
     /// Seconds that saving a checkpoint may take; 0 stops at once, with none.
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    #[arg(long, value_name = "SECONDS", default_value_t = CANCEL_GRACE_SECONDS)]
     grace: u32,
 }
 

@@ -18,6 +18,8 @@ pub mod model;
 pub mod adapter;
 /// How the frozen base of an adapter lies in memory and on disk.
 pub mod base_plan;
+/// What `worker measure` is asked and answers.
+pub mod measure;
 /// gRPC messages, clients and servers.
 pub mod rpc;
 /// Who holds which elements of which parameter.

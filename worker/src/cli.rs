@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, rank};
+use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -32,6 +32,8 @@ enum Verb {
     Adapter(adapter::cli::Args),
     /// Completes a prompt, or fills in its `<FILL_ME>`.
     Generate(generate::Args),
+    /// Measures steps and checkpoints of a job's rank on this machine; asked by `coordinator plan --measure`.
+    Measure(measure::Args),
     /// One rank of one attempt; started by the daemon.
     #[command(hide = true)]
     Rank(rank::Args),
@@ -71,6 +73,7 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Export(args) => Ok(export::run(args)?),
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
+        Verb::Measure(args) => Ok(measure::run(args)?),
         Verb::Rank(args) => Ok(rank::run(args)?),
     }
 }

@@ -14,6 +14,10 @@ pub mod data;
 pub mod base;
 /// The training loop of one rank.
 pub mod train;
+/// What live tensors take.
+pub mod memory;
+/// `measure`: a step, an evaluation and a checkpoint of one rank, on this machine.
+pub mod measure;
 /// Weights on disk: safetensors, checkpoints, Hugging Face directories.
 pub mod checkpoint;
 /// `adapter`: LoRA adapters read, written, mixed and merged.

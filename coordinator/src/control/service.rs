@@ -19,6 +19,8 @@ use tunefleet_proto::rpc::{
 
 use super::placement::WorkerName;
 use super::plane::{Message, Plane};
+use crate::job_file;
+use crate::plan::{self, Place};
 
 /// How often a worker tells that it is alive.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
@@ -133,7 +135,7 @@ impl Control for Service {
         let continuation = request.continuation();
         let spec: JobSpec = serde_json::from_str(&request.spec_json)
             .map_err(|error| Status::invalid_argument(format!("job spec: {error}")))?;
-        let spec = Box::new(check(spec)?);
+        let spec = Box::new(within_budget(check(spec)?)?);
         let job = spec.name.clone();
         let submit = |reply| Message::Submit { spec, continuation, reply };
         let attempt = self.plane.ask(submit).await??;
@@ -176,6 +178,20 @@ impl Control for Service {
         let job = request.into_inner().job;
         Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await??))
     }
+}
+
+/// `spec` with what its memory budget leaves open chosen, unless that was done where it was read.
+fn within_budget(mut spec: JobSpec) -> Result<JobSpec, Status> {
+    if !spec.train.memory_budget.is_some_and(|budget| budget.is_open()) {
+        return Ok(spec);
+    }
+    let config = job_file::model_config(&spec).map_err(|error| {
+        Status::failed_precondition(format!("train.memory_budget_gib needs the shape of the model: {error}"))
+    })?;
+    let place = Place::unseen(&spec);
+    plan::choose(&mut spec, &config, &place)
+        .map_err(|failure| Status::resource_exhausted(failure.message))?;
+    Ok(spec)
 }
 
 /// What a job spec must hold for the control plane itself; the job file's own checks are stricter.

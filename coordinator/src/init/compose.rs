@@ -6,7 +6,7 @@ use tunefleet_proto::job::{self, JobSpec};
 use tunefleet_proto::model::{ModelConfig, PRESETS};
 
 use crate::hardware::Hardware;
-use crate::plan::{Report, count, size};
+use crate::plan::{Known, Report, count, size};
 
 /// Largest preset that random weights are worth: larger ones need more code than a team has.
 const LARGEST_FRESH: &str = "starcoderbase-1b";
@@ -189,7 +189,7 @@ fn fits(preset: &str, ranks: u32, hardware: &Hardware) -> Option<bool> {
 
 fn report(preset: &str, ranks: u32, on_gpu: bool, hardware: &Hardware) -> Option<Report> {
     let spec = sketch(preset, ranks, on_gpu)?;
-    Report::new(&spec, ModelConfig::preset(preset).ok()?, hardware, None).ok()
+    Report::new(&spec, ModelConfig::preset(preset).ok()?, hardware, &Known::default()).ok()
 }
 
 /// The chosen job without its sources: all that memory depends on.
@@ -243,7 +243,12 @@ mod tests {
             name: "NVIDIA Test\n- x".into(),
             memory_bytes: memory.map(|gib| gib << 30),
         };
-        Hardware { cores, memory_bytes: memory.map(|gib| gib << 30), gpus: gpus.iter().map(gpu).collect() }
+        Hardware {
+            cores,
+            memory_bytes: memory.map(|gib| gib << 30),
+            bf16_products: true,
+            gpus: gpus.iter().map(gpu).collect(),
+        }
     }
 
     #[test]
@@ -265,7 +270,9 @@ mod tests {
             let locations: Vec<_> = collect.sources.iter().map(|source| source.location.clone()).collect();
             assert_eq!(locations, sources);
             let job::ModelSpec::Init { preset, .. } = &spec.model else { panic!("no init") };
-            let report = Report::new(&spec, ModelConfig::preset(preset).unwrap(), &hardware, None).unwrap();
+            let report =
+                Report::new(&spec, ModelConfig::preset(preset).unwrap(), &hardware, &Known::default())
+                    .unwrap();
             assert_ne!(report.fits, Some(false), "{text}");
         }
     }

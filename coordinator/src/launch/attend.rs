@@ -14,7 +14,7 @@ use crate::connect::Failure;
 use crate::job_file::JobArgs;
 
 /// How long a checkpoint may take once the job was asked to stop.
-const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
+pub const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
 
 /// Whose the coordinator is.
 pub enum Owner {

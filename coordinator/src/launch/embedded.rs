@@ -111,7 +111,10 @@ impl Embedded {
 }
 
 /// The `worker` program: as told, beside this program, or on PATH.
-fn find_worker(told: Option<&Path>) -> Result<PathBuf, Failure> {
+///
+/// # Errors
+/// Where it is in none of these places.
+pub fn find_worker(told: Option<&Path>) -> Result<PathBuf, Failure> {
     if let Some(path) = told {
         return Ok(path.to_owned());
     }

@@ -17,9 +17,13 @@ use tunefleet_proto::rpc::{self, Continuation, SubmitRequest};
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
+use crate::hardware::Hardware;
 use crate::job_file::{self, JobArgs};
+use crate::plan::{self, Place};
+pub use attend::STOP_GRACE_MS;
 use attend::{Attendance, Owner};
 use embedded::Embedded;
+pub use embedded::find_worker;
 
 /// Command line of `coordinator launch`.
 #[derive(Debug, clap::Args)]
@@ -53,11 +57,15 @@ pub fn run(args: Args) -> ExitCode {
 
 async fn launch(args: Args) -> Result<u8, Failure> {
     let bad_config = |error: job_file::Error| Failure::new(exit::BAD_CONFIG, error.to_string());
-    let spec = args.job.load().map_err(bad_config)?;
+    let mut spec = args.job.load().map_err(bad_config)?;
     let remote = args.coordinator.clone().or_else(|| spec.workers.coordinator.clone());
     if remote.is_none() {
         // The model's files are on this machine: what is wrong with them is said before anything runs.
-        job_file::model_config(&spec).map_err(bad_config)?;
+        let config = job_file::model_config(&spec).map_err(bad_config)?;
+        let place = Place::of(&spec, &Hardware::find(), None);
+        if let Some(chosen) = plan::choose(&mut spec, &config, &place)? {
+            eprintln!("memory: {chosen}");
+        }
     }
     let continuation = match (args.resume, args.fresh) {
         (true, _) => Continuation::Resume,

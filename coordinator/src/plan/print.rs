@@ -9,7 +9,7 @@ const RANKS_SHOWN: usize = 16;
 
 /// Prints `report`.
 pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
-    let Report { config, parameters, tokens, memory, .. } = report;
+    let Report { config, parameters, tokens, .. } = report;
     let count = |n: u64| count(n);
     writeln!(out, "job         {} -> {}", report.job, report.output.display())?;
     writeln!(out, "model       {}", report.model)?;
@@ -72,11 +72,22 @@ pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
         writeln!(out, "  and {} more: --json shows all", rest + 1)?;
     }
 
-    writeln!(out, "\nmemory of one rank")?;
-    for item in &memory.items {
-        writeln!(out, "  {:<36} {:>11}", item.what, size(item.bytes))?;
+    memory_table(report, out)?;
+    times(report, out)?;
+    disk(report, out)
+}
+
+fn memory_table(report: &Report, out: &mut impl Write) -> io::Result<()> {
+    let Report { parameters, memory, .. } = report;
+    if let Some(chosen) = &report.chosen {
+        writeln!(out, "\nmemory budget: {chosen}")?;
     }
-    writeln!(out, "  {:<36} {:>11}", "total", size(memory.needed_bytes))?;
+    let what = if memory.on_gpu { "GPU memory of one rank" } else { "memory of one rank" };
+    writeln!(out, "\n{what}, at its peak: {}", memory.when)?;
+    for item in &memory.items {
+        line(out, item.what, item.bytes, "")?;
+    }
+    line(out, "total", memory.needed_bytes, "")?;
     if let Some(rule) = parameters.adapter.as_ref().map(|adapter| &adapter.rule_of_thumb)
         && !rule.is_empty()
     {
@@ -86,12 +97,75 @@ pub fn print(report: &Report, out: &mut impl Write) -> io::Result<()> {
         let sum = gb(rule.iter().map(|item| item.bytes).sum());
         writeln!(out, "  rule of thumb, GB, activations apart: {} = {sum}", terms.join(" + "))?;
     }
+    if let Some(measurement) = &report.measurement {
+        line(out, "tensors, worked out", memory.tensor_bytes, "")?;
+        line(out, "tensors, measured", measurement.peak_bytes, "")?;
+    }
     let place = if memory.on_gpu { "GPU" } else { "main memory, shared by its ranks" };
     match memory.available_bytes {
-        Some(bytes) => writeln!(out, "  {:<36} {:>11}  ({place})", "available", size(bytes))?,
+        Some(bytes) => line(out, "available", bytes, &format!("  ({place})"))?,
         None => writeln!(out, "  available memory is not known: give --memory-gib to compare")?,
     }
-    Ok(())
+    let Some(host) = &memory.host else { return Ok(()) };
+    writeln!(out, "\nhost memory of one rank")?;
+    for item in &host.items {
+        line(out, item.what, item.bytes, "")?;
+    }
+    line(out, "total", host.rank_bytes, "")?;
+    line(out, "of a machine", host.machine_bytes, &format!("  ({} ranks on it)", host.ranks))?;
+    match memory.host_available_bytes {
+        Some(bytes) => line(out, "available", bytes, "  (this machine)"),
+        None => Ok(()),
+    }
+}
+
+fn times(report: &Report, out: &mut impl Write) -> io::Result<()> {
+    let Some(times) = &report.times else {
+        return writeln!(out, "\ntime is not known: --measure takes it on this machine");
+    };
+    writeln!(out, "\ntime, {}", times.basis)?;
+    let entry = |out: &mut dyn Write, what: &str, value: String, more: String| {
+        writeln!(out, "  {what:<42} {value:>11}{more}")
+    };
+    let traffic = match times.gather_seconds + times.reduce_seconds {
+        0.0 => String::new(),
+        _ => format!(
+            "  ({} of gathers, {} of reductions, {} not hidden)",
+            seconds(times.gather_seconds),
+            seconds(times.reduce_seconds),
+            seconds(times.exposed_seconds)
+        ),
+    };
+    entry(out, "one step", seconds(times.step_seconds), traffic)?;
+    entry(out, "  of it the update", seconds(times.update_seconds), String::new())?;
+    let rate = format!("{}/s", count(times.tokens_per_second as u64));
+    let used = times.model_flops_utilization.map(|share| format!("  (MFU {:.0}%)", share * 100.0));
+    entry(out, "tokens", rate, used.unwrap_or_default())?;
+    if times.evaluations > 0 {
+        let how_often = format!("  (x {})", times.evaluations);
+        entry(out, "one evaluation", seconds(times.evaluation_seconds), how_often)?;
+    }
+    let how_often = format!("  (x {} at most)", times.checkpoints);
+    entry(out, "one checkpoint, training stands still", seconds(times.pause_seconds), how_often)?;
+    entry(out, "one checkpoint, until it is written", seconds(times.write_seconds), String::new())?;
+    let cost = report.cost.map(|cost| format!("  (cost {cost:.2})"));
+    entry(out, "training", seconds(times.training_seconds), cost.unwrap_or_default())
+}
+
+fn disk(report: &Report, out: &mut impl Write) -> io::Result<()> {
+    writeln!(out, "\ndisk of the output")?;
+    for item in &report.disk.items {
+        line(out, item.what, item.bytes, "")?;
+    }
+    line(out, "total", report.disk.needed_bytes, "")?;
+    match report.disk.free_bytes {
+        Some(bytes) => line(out, "free", bytes, ""),
+        None => Ok(()),
+    }
+}
+
+fn line(out: &mut impl Write, what: &str, bytes: u64, more: &str) -> io::Result<()> {
+    writeln!(out, "  {what:<42} {:>11}{more}", size(bytes))
 }
 
 /// Why the job does not fit and what would help; `None` where it fits or nobody knows.
@@ -104,11 +178,24 @@ pub fn misfit(report: &Report) -> Option<String> {
             ranks.saturating_sub(report.missing_slots)
         ));
     }
-    let available = report.memory.available_bytes.filter(|_| report.fits == Some(false))?;
+    if report.fits != Some(false) {
+        return None;
+    }
+    let needed = report.memory.most_bytes(report.measurement.as_ref());
+    if let Some(available) = report.memory.available_bytes.filter(|available| needed > *available) {
+        return Some(format!(
+            "a rank needs {}, but can have {}: use more ranks on more machines, a smaller model, or fewer tokens \
+             in a micro-batch",
+            size(needed),
+            size(available)
+        ));
+    }
+    let (host, available) = report.memory.host.as_ref().zip(report.memory.host_available_bytes)?;
     Some(format!(
-        "a rank needs {}, but can have {}: use more ranks on more machines, a smaller model, or fewer tokens \
-         in a micro-batch",
-        size(report.memory.needed_bytes),
+        "{} ranks need {} of this machine's main memory, which is {}: set train.checkpoints_async: false, offload \
+         less, or use more machines",
+        host.ranks,
+        size(host.machine_bytes),
         size(available)
     ))
 }
@@ -145,6 +232,17 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// A duration in the unit that suits it.
+pub fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if s < 0.001 => format!("{:.0} us", s * 1e6),
+        s if s < 1.0 => format!("{:.0} ms", s * 1e3),
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,5 +254,7 @@ mod tests {
             ["0", "999", "1,000", "15,517,456,384"]
         );
         assert_eq!([size(1023), size(1536), size(80 << 30)], ["1023 B", "1.5 KiB", "80.0 GiB"]);
+        let said = [0.0, 0.0123, 1.0, 119.96, 600.0, 36_000.0].map(seconds);
+        assert_eq!(said, ["0 us", "12 ms", "1.0 s", "120.0 s", "10 min", "10.0 h"]);
     }
 }

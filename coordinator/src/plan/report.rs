@@ -9,11 +9,28 @@ use tunefleet_proto::job::{DeviceKind, JobSpec, MergeBase, ModelSpec};
 use tunefleet_proto::model::{ModelConfig, Parameter};
 use tunefleet_proto::shard_plan::ShardPlan;
 
-use super::memory::{self, Item};
+use super::checks::{self, Warning};
+use super::disk::Disk;
+use super::gpus::GpuModel;
+use super::measure::Measurement;
+use super::memory::{self, CHECKPOINT_BYTES, Host, Item, Machine};
+use super::time::{self, Times};
 use crate::hardware::Hardware;
 
-/// fp32 weight and both Adam moments.
-const CHECKPOINT_BYTES_PER_ELEMENT: u64 = 12;
+/// What is known of where a job runs, besides its file and this machine.
+#[derive(Debug, Default)]
+pub struct Known {
+    /// Memory that each rank can have, instead of this machine's.
+    pub rank_memory_bytes: Option<u64>,
+    /// The kind of GPU, instead of the one found.
+    pub gpu: Option<GpuModel>,
+    /// What a rank gets from its peers in a second, instead of what is usual for the GPU.
+    pub link_bytes_per_second: Option<f64>,
+    /// What was measured here.
+    pub measurement: Option<Measurement>,
+    /// What was chosen to keep `train.memory_budget_gib`.
+    pub chosen: Option<String>,
+}
 
 /// A job in numbers.
 #[derive(Debug, Serialize)]
@@ -32,6 +49,18 @@ pub struct Report {
     pub tokens: Tokens,
     /// What one rank needs.
     pub memory: Memory,
+    /// What `train.memory_budget_gib` led to, in words.
+    pub chosen: Option<String>,
+    /// How long it takes; absent where nothing is known of it.
+    pub times: Option<Times>,
+    /// What the workers cost for that time.
+    pub cost: Option<f64>,
+    /// What was measured.
+    pub measurement: Option<Measurement>,
+    /// The disk of its output.
+    pub disk: Disk,
+    /// What is worth a word.
+    pub warnings: Vec<Warning>,
     /// Size of one checkpoint, all ranks together.
     pub checkpoint_bytes: u64,
     /// Size of the exported weights; 0 where none are.
@@ -102,12 +131,20 @@ pub struct Tokens {
 pub struct Memory {
     /// Whether it is a GPU's.
     pub on_gpu: bool,
-    /// By item.
+    /// When it needs most.
+    pub when: &'static str,
+    /// By item, at that moment.
     pub items: Vec<Item>,
     /// Sum of the items.
     pub needed_bytes: u64,
+    /// What of it are tensors: all but the allowance for program and libraries.
+    pub tensor_bytes: u64,
     /// What one rank can have; absent where it is not known.
     pub available_bytes: Option<u64>,
+    /// Main memory of GPU ranks.
+    pub host: Option<Host>,
+    /// Main memory of their machine; absent where it is not known.
+    pub host_available_bytes: Option<u64>,
 }
 
 /// What one rank holds.
@@ -136,9 +173,35 @@ pub struct RankPiece {
     pub shard_offset: u64,
 }
 
+/// Where a job runs, as far as its file and `hardware` tell.
+pub struct Place {
+    /// Elsewhere than on this machine.
+    pub elsewhere: bool,
+    /// On what.
+    pub machine: Machine,
+}
+
+impl Place {
+    /// Of `spec`. Where `rank_memory` is given, the job is thought to run elsewhere.
+    pub fn of(spec: &JobSpec, hardware: &Hardware, rank_memory: Option<u64>) -> Self {
+        let elsewhere = spec.workers.coordinator.is_some() || rank_memory.is_some();
+        let on_gpu = match spec.train.device {
+            DeviceKind::Cpu => false,
+            DeviceKind::Cuda => true,
+            DeviceKind::Auto => elsewhere || !hardware.gpus.is_empty(),
+        };
+        Place { elsewhere, machine: Machine { on_gpu, bf16_products: elsewhere || hardware.bf16_products } }
+    }
+
+    /// Of `spec` on machines that nobody has seen: on GPUs, unless it says CPUs.
+    pub fn unseen(spec: &JobSpec) -> Self {
+        let on_gpu = spec.train.device != DeviceKind::Cpu;
+        Place { elsewhere: true, machine: Machine { on_gpu, bf16_products: true } }
+    }
+}
+
 impl Report {
-    /// Works the job out. `rank_memory` is what a rank can have, where the user says so; else it is
-    /// this machine's, unless the job runs elsewhere.
+    /// Works the job out. Memory is this machine's, unless the job runs elsewhere or `known` says otherwise.
     ///
     /// # Errors
     /// An adapter's settings that do not fit the model.
@@ -146,41 +209,40 @@ impl Report {
         spec: &JobSpec,
         config: ModelConfig,
         hardware: &Hardware,
-        rank_memory: Option<u64>,
+        known: &Known,
     ) -> Result<Self, adapter::Error> {
         let train = &spec.train;
         let shard_plan = spec.shard_plan(&config)?;
-        let elsewhere = spec.workers.coordinator.is_some() || rank_memory.is_some();
-        let on_gpu = match train.device {
-            DeviceKind::Cpu => false,
-            DeviceKind::Cuda => true,
-            DeviceKind::Auto => elsewhere || !hardware.gpus.is_empty(),
-        };
-        let gpus = u32::try_from(hardware.gpus.len()).unwrap_or(u32::MAX);
-        let (available_bytes, slots) = match (elsewhere, on_gpu) {
-            (true, _) => (rank_memory, None),
-            (false, true) => {
-                (hardware.smallest_gpu_bytes(), Some(spec.workers.slots.unwrap_or(gpus).min(gpus)))
-            }
-            // Ranks of one machine share its memory.
-            (false, false) => (hardware.memory_bytes.map(|bytes| bytes / u64::from(train.ranks)), None),
-        };
-        let items = memory::of_rank(spec, &config, &shard_plan, on_gpu);
-        let needed_bytes = items.iter().map(|item| item.bytes).sum();
-        let missing_slots = slots.map_or(0, |slots| train.ranks.saturating_sub(slots));
-        let fits = available_bytes.map(|bytes| needed_bytes <= bytes);
-        let fits = if missing_slots > 0 { Some(false) } else { fits };
-        let per_step = spec.step_sequences() * u64::from(spec.data.sequence_tokens);
+        let Place { elsewhere, machine } = Place::of(spec, hardware, known.rank_memory_bytes);
+        let needs = memory::of_rank(spec, &config, &shard_plan, machine)?;
         let parameters = Parameters::new(spec, &config)?;
-        let whole = parameters.total * memory::bytes_of(spec.export.dtype);
-        let export_bytes = match (&parameters.adapter, spec.export.enabled) {
-            (_, false) => 0,
-            (None, true) => whole,
-            // The adapter's file is fp32.
-            (Some(adapter), true) => {
-                4 * adapter.trainable + if spec.export.merge == MergeBase::None { 0 } else { whole }
-            }
+        let export_bytes = export_bytes(spec, &parameters);
+        let elements = shard_plan.units.iter().map(|unit| unit.elements).sum::<u64>();
+        let checkpoint_bytes = CHECKPOINT_BYTES * elements;
+
+        let found = hardware.gpus.first().filter(|_| !elsewhere).map(|gpu| gpu.name.as_str());
+        let gpu = known.gpu.or_else(|| match found {
+            Some(name) => GpuModel::named(name),
+            None => Some(GpuModel::usual()),
+        });
+        let mut gpu = gpu.filter(|_| machine.on_gpu);
+        if let (Some(gpu), Some(link)) = (&mut gpu, known.link_bytes_per_second) {
+            gpu.link_bytes_per_second = link;
+        }
+        let parts = match (&known.measurement, &gpu) {
+            (Some(measured), gpu) => Some(measured.parts(spec, &config, &shard_plan, gpu.as_ref())),
+            (None, Some(gpu)) => Some(time::assumed(spec, &config, &shard_plan, gpu)),
+            (None, None) => None,
         };
+        let times = parts.map(|parts| Times::new(spec, &config, parts));
+        let price = spec.workers.price_per_hour;
+        let cost = times.as_ref().zip(price).map(|(times, price)| times.cost(price));
+        let disk = Disk::new(spec, &config, checkpoint_bytes, export_bytes);
+        let warnings = checks::warnings(spec, times.as_ref(), &disk, machine.on_gpu);
+
+        let (memory, missing_slots) = Memory::new(spec, needs, hardware, known, (elsewhere, machine));
+        let fits = if missing_slots > 0 { Some(false) } else { memory.fits(known.measurement.as_ref()) };
+        let per_step = spec.step_sequences() * u64::from(spec.data.sequence_tokens);
         Ok(Report {
             job: spec.name.clone(),
             output: spec.output.clone(),
@@ -198,16 +260,87 @@ impl Report {
                 steps: train.steps,
                 total: per_step.saturating_mul(train.steps),
             },
-            memory: Memory { on_gpu, items, needed_bytes, available_bytes },
-            checkpoint_bytes: CHECKPOINT_BYTES_PER_ELEMENT
-                * shard_plan.units.iter().map(|unit| unit.elements).sum::<u64>(),
+            memory,
+            chosen: known.chosen.clone(),
+            times,
+            cost,
+            measurement: known.measurement.clone(),
+            disk,
+            warnings,
+            checkpoint_bytes,
             export_bytes,
             missing_slots,
             fits,
-            ranks: (0..train.ranks).map(|rank| RankShards::new(&shard_plan, rank)).collect(),
+            ranks: (0..shard_plan.world).map(|rank| RankShards::new(&shard_plan, rank)).collect(),
             config,
             shard_plan,
         })
+    }
+}
+
+impl Memory {
+    /// What `needs` has on the machine, and how many GPUs are missing.
+    fn new(
+        spec: &JobSpec,
+        needs: memory::Needs,
+        hardware: &Hardware,
+        known: &Known,
+        (elsewhere, machine): (bool, Machine),
+    ) -> (Self, u32) {
+        let ranks = spec.train.ranks;
+        let gpus = u32::try_from(hardware.gpus.len()).unwrap_or(u32::MAX);
+        let (available_bytes, slots) = match (elsewhere, machine.on_gpu) {
+            (true, _) => (known.rank_memory_bytes, None),
+            (false, true) => {
+                (hardware.smallest_gpu_bytes(), Some(spec.workers.slots.unwrap_or(gpus).min(gpus)))
+            }
+            // Ranks of one machine share its memory.
+            (false, false) => (hardware.memory_bytes.map(|bytes| bytes / u64::from(ranks)), None),
+        };
+        let memory::Needs { when, items, needed_bytes, tensor_bytes, host } = needs;
+        let host_available_bytes = hardware.memory_bytes.filter(|_| !elsewhere && host.is_some());
+        let memory = Memory {
+            on_gpu: machine.on_gpu,
+            when,
+            items,
+            needed_bytes,
+            tensor_bytes,
+            available_bytes,
+            host,
+            host_available_bytes,
+        };
+        (memory, slots.map_or(0, |slots| ranks.saturating_sub(slots)))
+    }
+
+    /// What a rank needs: what was worked out, or measured where that is more.
+    pub fn most_bytes(&self, measurement: Option<&Measurement>) -> u64 {
+        let allowance = self.needed_bytes - self.tensor_bytes;
+        let measured = measurement.map_or(0, |measurement| measurement.peak_bytes.saturating_add(allowance));
+        self.needed_bytes.max(measured)
+    }
+
+    /// Whether it is there; `None` where nobody knows.
+    fn fits(&self, measurement: Option<&Measurement>) -> Option<bool> {
+        let device = self.available_bytes.map(|bytes| self.most_bytes(measurement) <= bytes);
+        let host = self.host.as_ref().zip(self.host_available_bytes);
+        let host = host.map(|(host, available)| host.machine_bytes <= available);
+        match (device, host) {
+            (Some(false), _) | (_, Some(false)) => Some(false),
+            (device, _) => device,
+        }
+    }
+}
+
+/// Size of what is exported.
+fn export_bytes(spec: &JobSpec, parameters: &Parameters) -> u64 {
+    let whole = parameters.total * memory::bytes_of(spec.export.dtype);
+    match (&parameters.adapter, spec.export.enabled) {
+        (_, false) => 0,
+        (None, true) => whole,
+        // The adapter's file is fp32.
+        (Some(adapter), true) => {
+            4 * adapter.trainable + if spec.export.merge == MergeBase::None { 0 } else { whole }
+        }
     }
 }
 

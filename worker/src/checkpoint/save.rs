@@ -84,7 +84,7 @@ pub struct Saver {
 }
 
 /// fp32 weight and moments of each unit.
-type Staged = Vec<[Tensor; 3]>;
+pub(crate) type Staged = Vec<[Tensor; 3]>;
 
 struct UnderWay {
     saved: Saved,
@@ -374,7 +374,7 @@ fn state_of(shard: &Shard) -> Result<[Tensor; 3], Error> {
 }
 
 /// A copy of the state in main memory, in that of the last one where there is one.
-fn stage(shards: &[Shard], kept: Option<Staged>) -> Result<Staged, Error> {
+pub(crate) fn stage(shards: &[Shard], kept: Option<Staged>) -> Result<Staged, Error> {
     let mut staged = kept.unwrap_or_default();
     for (index, shard) in shards.iter().enumerate() {
         let state = state_of(shard)?;

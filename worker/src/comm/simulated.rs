@@ -1,25 +1,59 @@
 //! Rank r of N with no peers: what one rank of a large job computes and holds, measured on one
 //! device. Values of other ranks are made up; memory and order of operations are real.
 
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::Rank;
 
+use super::tcp::{Pool, is_summed_in_parts};
 use super::{Communicator, Error, Tag, Work};
 
-/// A communicator that plays all peers.
-#[derive(Debug, Clone, Copy)]
+/// Sums over copies whose incoming parts are in memory at once: one travels while the next one begins.
+const SUMS_UNDER_WAY: usize = 2;
+
+/// A communicator that plays all peers. On a CPU it holds the buffers that the TCP communicator would.
 pub struct Simulated {
     rank: Rank,
     bus_bytes_per_second: Option<f64>,
+    gathered_bytes: AtomicU64,
+    reduced_bytes: AtomicU64,
+    pool: Arc<Pool>,
+    sums: Mutex<VecDeque<Tensor>>,
+}
+
+/// What has come and gone over the simulated bus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// Brought by gathers, bytes.
+    pub gathered_bytes: u64,
+    /// Sent for reductions, bytes.
+    pub reduced_bytes: u64,
 }
 
 impl Simulated {
     /// Rank `rank.rank` of `rank.world`. With a bandwidth, each operation takes the time that a
     /// ring over such a bus would; without one, none.
     pub fn new(rank: Rank, bus_bytes_per_second: Option<f64>) -> Self {
-        Simulated { rank, bus_bytes_per_second }
+        Simulated {
+            rank,
+            bus_bytes_per_second,
+            gathered_bytes: AtomicU64::new(0),
+            reduced_bytes: AtomicU64::new(0),
+            pool: Arc::default(),
+            sums: Mutex::default(),
+        }
+    }
+
+    /// Traffic since the last call.
+    pub fn take_traffic(&self) -> Traffic {
+        Traffic {
+            gathered_bytes: self.gathered_bytes.swap(0, Ordering::Relaxed),
+            reduced_bytes: self.reduced_bytes.swap(0, Ordering::Relaxed),
+        }
     }
 
     /// `tensor`, cut into one part per rank.
@@ -27,13 +61,28 @@ impl Simulated {
         tensor.detach().view(-1).chunk(i64::from(self.rank.world), 0)
     }
 
-    /// Done when a ring has passed `passes` x (N - 1) / N of `tensor` over the bus.
-    fn work(&self, tensor: &Tensor, passes: f64) -> Box<dyn Work> {
-        let world = f64::from(self.rank.world);
+    /// Done when a ring has passed `passes` x (N - 1) / N of `tensor` over the bus, which `counter` counts.
+    fn work(&self, tensor: &Tensor, passes: u64, counter: &AtomicU64, held: Vec<Tensor>) -> Box<dyn Work> {
+        let world = u64::from(self.rank.world);
         let bytes =
-            (tensor.numel() * tensor.kind().elt_size_in_bytes()) as f64 * passes * (world - 1.0) / world;
-        let delay = self.bus_bytes_per_second.map_or(0.0, |bandwidth| bytes / bandwidth);
-        Box::new(Delayed(Instant::now() + Duration::try_from_secs_f64(delay).unwrap_or_default()))
+            (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64 * passes * (world - 1) / world;
+        counter.fetch_add(bytes, Ordering::Relaxed);
+        let delay = self.bus_bytes_per_second.map_or(0.0, |bandwidth| bytes as f64 / bandwidth);
+        let ready = Instant::now() + Duration::try_from_secs_f64(delay).unwrap_or_default();
+        Box::new(Delayed { ready, pool: self.pool.clone(), held })
+    }
+
+    /// A buffer for what peers send of `whole`.
+    fn incoming(&self, whole: &Tensor) -> Result<Option<Tensor>, Error> {
+        if whole.device() != Device::Cpu || self.rank.world == 1 {
+            return Ok(None);
+        }
+        self.pool.take(whole.kind(), whole.numel() as i64, Device::Cpu).map(Some)
+    }
+
+    fn sums(&self) -> MutexGuard<'_, VecDeque<Tensor>> {
+        // No critical section leaves the list half-changed.
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -42,28 +91,46 @@ impl Communicator for Simulated {
         self.rank
     }
 
-    /// Every rank's part becomes this rank's.
+    /// Every rank's part becomes this rank's; bytes of a quantised base stay as they are: this rank's codes
+    /// are no scales.
     fn all_gather(&self, buffer: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
         self.check("all-gather", buffer, None)?;
         let mut parts = self.parts(buffer);
         let mine = parts.swap_remove(self.rank.rank as usize);
-        for mut part in parts {
-            part.f_copy_(&mine).map_err(backend)?;
+        if buffer.kind() != Kind::Uint8 {
+            for mut part in parts {
+                part.f_copy_(&mine).map_err(backend)?;
+            }
         }
-        Ok(self.work(buffer, 1.0))
+        Ok(self.work(buffer, 1, &self.gathered_bytes, Vec::new()))
     }
 
     /// This rank's part alone.
     fn reduce_scatter(&self, input: &Tensor, output: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
         self.check("reduce-scatter", input, Some(output))?;
+        let incoming = self.incoming(input)?;
         let mine = self.parts(input).swap_remove(self.rank.rank as usize);
         output.detach().view(-1).f_copy_(&mine).map_err(backend)?;
-        Ok(self.work(input, 1.0))
+        Ok(self.work(input, 1, &self.reduced_bytes, incoming.into_iter().collect()))
     }
 
     /// As it is.
     fn all_reduce(&self, tensor: &Tensor, _tag: Tag) -> Result<Box<dyn Work>, Error> {
-        Ok(self.work(tensor, 2.0))
+        let mut held = Vec::new();
+        if is_summed_in_parts(tensor)
+            && let Some(incoming) = self.incoming(tensor)?
+        {
+            let part = tensor.numel() as i64 / i64::from(self.rank.world);
+            held.push(self.pool.take(tensor.kind(), part, Device::Cpu)?);
+            let mut sums = self.sums();
+            sums.push_back(incoming);
+            if sums.len() >= SUMS_UNDER_WAY
+                && let Some(done) = sums.pop_front()
+            {
+                self.pool.put(done);
+            }
+        }
+        Ok(self.work(tensor, 2, &self.reduced_bytes, held))
     }
 
     fn barrier(&self) -> Result<(), Error> {
@@ -89,11 +156,19 @@ impl Simulated {
 }
 
 /// Ready at an instant.
-struct Delayed(Instant);
+struct Delayed {
+    ready: Instant,
+    pool: Arc<Pool>,
+    /// What the operation keeps until it is waited for.
+    held: Vec<Tensor>,
+}
 
 impl Work for Delayed {
     fn wait(self: Box<Self>) -> Result<(), Error> {
-        std::thread::sleep(self.0.saturating_duration_since(Instant::now()));
+        std::thread::sleep(self.ready.saturating_duration_since(Instant::now()));
+        for tensor in self.held {
+            self.pool.put(tensor);
+        }
         Ok(())
     }
 }
@@ -131,7 +206,7 @@ mod tests {
     #[test]
     fn an_operation_takes_as_long_as_the_bus_would() {
         // 2/3 of 300 kB at 10 MB/s.
-        let buffer = Tensor::zeros([75_000], (tch::Kind::Float, tch::Device::Cpu));
+        let buffer = Tensor::zeros([75_000], (Kind::Float, Device::Cpu));
         let began = Instant::now();
         let work = Simulated::new(RANK, Some(1e7)).all_gather(&buffer, TAG).unwrap();
         work.wait().unwrap();
@@ -140,7 +215,20 @@ mod tests {
 
     #[test]
     fn parts_that_are_not_equal_are_refused() {
-        let buffer = Tensor::zeros([7], (tch::Kind::Float, tch::Device::Cpu));
+        let buffer = Tensor::zeros([7], (Kind::Float, Device::Cpu));
         assert!(Simulated::new(RANK, None).all_gather(&buffer, TAG).is_err());
+    }
+
+    #[test]
+    fn traffic_is_counted_as_a_ring_would_send_it() {
+        let comm = Simulated::new(RANK, None);
+        let whole = Tensor::zeros([3 * 6000], (Kind::Float, Device::Cpu));
+        let part = Tensor::zeros([6000], (Kind::Float, Device::Cpu));
+        comm.all_gather(&whole, TAG).unwrap().wait().unwrap();
+        comm.reduce_scatter(&whole, &part, TAG).unwrap().wait().unwrap();
+        comm.all_reduce(&whole, TAG).unwrap().wait().unwrap();
+        // Two thirds of 72 kB once, and of as much again three times.
+        assert_eq!(comm.take_traffic(), Traffic { gathered_bytes: 48_000, reduced_bytes: 144_000 });
+        assert_eq!(comm.take_traffic(), Traffic { gathered_bytes: 0, reduced_bytes: 0 });
     }
 }

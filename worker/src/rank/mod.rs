@@ -111,7 +111,7 @@ pub fn run(args: Args) -> Result<(), Error> {
 }
 
 /// What a panic said; of one of libtorch's errors, the first line: its C++ stack follows.
-fn message_of(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn message_of(panic: &(dyn Any + Send)) -> String {
     let said = panic.downcast_ref::<String>().map(String::as_str);
     let said = said.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic without a message");
     // tch unwraps: the message stands in the debug form of its error.

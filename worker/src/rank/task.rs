@@ -18,7 +18,7 @@ use crate::data::documents::Dataset;
 use crate::data::{tokenizer, train_tokenizer};
 use crate::fault::{self, Phase};
 use crate::train::{self, Outcome};
-use crate::{export, init_model};
+use crate::{export, init_model, memory};
 
 /// Runs the session's assignment.
 pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
@@ -31,6 +31,8 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
         None => Device::Cpu,
     };
 
+    // For the log, beside what the plan said.
+    memory::count(device).map_err(train::Error::from)?;
     let listener = Listener::open(assignment)?;
     let start = session.wait_for_start(listener.address())?;
     match stage {
@@ -45,7 +47,10 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
             let attempt = Attempt(assignment.task.as_ref().map_or(0, |task| task.attempt));
             let reporter = Reporter::new(record, rank, &spec.output, attempt);
             let _watchdog = session.watch_over(groups.clone(), reporter, timeout)?;
-            Ok(train::run(&spec, &plan, groups.mesh(), device, assignment.resume, &session.host)?)
+            let outcome = train::run(&spec, &plan, groups.mesh(), device, assignment.resume, &session.host)?;
+            let peak_bytes = memory::tensors(device).map_err(train::Error::from)?.peak_bytes;
+            tracing::info!("tensors took {peak_bytes} bytes at most");
+            Ok(outcome)
         }
         Stage::Tokenizer => train_tokenizer_stage(&spec),
         Stage::InitModel => init_model_stage(&spec),

@@ -77,6 +77,14 @@ pub struct TrainSpec {
     pub collective_timeout_seconds: u64,
 }
 
+impl TrainSpec {
+    /// Whether checkpoints are written while training goes on, and not only when it ends.
+    pub fn saves_on_the_way(&self) -> bool {
+        let every = self.checkpoint_every_steps;
+        every > 0 && every < self.steps || self.keep_best && self.eval_every_steps > 0
+    }
+}
+
 /// Where ranks compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -187,6 +195,13 @@ pub struct MemoryBudget {
     pub resident_blocks: bool,
     /// Whether `offload` was left open.
     pub offload: bool,
+}
+
+impl MemoryBudget {
+    /// Whether something is still to be chosen.
+    pub fn is_open(self) -> bool {
+        self.recompute || self.resident_blocks || self.offload
+    }
 }
 
 /// When the validation loss falls no more (as transformers' `EarlyStoppingCallback`).

@@ -151,8 +151,7 @@ impl Member {
         }
         let output = tensor.detach().view(-1);
         let elements = output.numel();
-        let is_number = matches!(output.kind(), Kind::Float | Kind::BFloat16);
-        if is_number && elements >= SUM_IN_PARTS && !elements.is_multiple_of(world as usize) {
+        if is_summed_in_parts(&output) && !elements.is_multiple_of(world as usize) {
             // What divides goes in parts, and the few that are left by themselves.
             let rest = (elements % world as usize) as i64;
             let most = elements as i64 - rest;
@@ -160,7 +159,7 @@ impl Member {
             let rest = self.all_reduce(&output.narrow(0, most, rest), tag)?;
             return Ok(Box::new(Both(parts, rest)));
         }
-        if is_number && elements >= SUM_IN_PARTS {
+        if is_summed_in_parts(&output) {
             let sum = self.pool.take(output.kind(), (elements / world as usize) as i64, Device::Cpu)?;
             return self.sum_in_parts(output, sum, tag);
         }
@@ -210,6 +209,11 @@ impl Work for Both {
         self.0.wait()?;
         self.1.wait()
     }
+}
+
+/// Whether a sum of `tensor` is made in parts, one by each rank: of short ones every rank adds up all.
+pub fn is_summed_in_parts(tensor: &Tensor) -> bool {
+    matches!(tensor.kind(), Kind::Float | Kind::BFloat16) && tensor.numel() >= SUM_IN_PARTS
 }
 
 struct SumInParts {

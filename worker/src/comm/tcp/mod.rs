@@ -27,7 +27,9 @@ use self::frame::Op;
 use self::group::{End, Group, Operation, PeerQueues, Queues};
 use self::handshake::Identity;
 use self::member::Member;
-use self::sum::{Pool, Sum};
+pub(super) use self::member::is_summed_in_parts;
+pub(super) use self::sum::Pool;
+use self::sum::Sum;
 use super::{Communicator, Error, Tag, Work};
 
 /// A port on which this rank will be found, before the group exists.
