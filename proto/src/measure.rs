@@ -46,7 +46,7 @@ pub enum Answer {
     /// It waits for a line before it measures.
     Ready,
     /// What one [`Point`] took.
-    Point(Measured),
+    Point(Box<Measured>),
     /// What a checkpoint is written at; the last line.
     Disk(Disk),
 }

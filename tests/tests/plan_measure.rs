@@ -1,5 +1,6 @@
 //! The plan against what an allocator counted: the same engine that trains, on real shapes. Memory is the
 //! same on every machine; times are compared in the long test alone.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "helpers of tests fail and speak as tests do")]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -206,7 +207,7 @@ fn measure(case: &Case) -> Measured {
     let text = String::from_utf8(output.stdout).unwrap();
     let answers: Vec<Answer> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let [Answer::Point(measured), Answer::Disk(_)] = &answers[..] else { panic!("{answers:?}") };
-    measured.clone()
+    Measured::clone(measured)
 }
 
 /// Real ranks, real traffic, real checkpoints: each tells in its log what its tensors took. Not of strategies

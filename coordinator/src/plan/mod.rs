@@ -135,7 +135,7 @@ fn measure(
             spec.train.ranks.min(spec.workers.threads_per_rank.map_or(1, |t| hardware.cores / t).max(1))
         }
     };
-    let threads = spec.workers.threads_per_rank.unwrap_or((hardware.cores / together).max(1));
+    let threads = spec.workers.threads_per_rank.unwrap_or_else(|| (hardware.cores / together).max(1));
     let points = measure::points_of(spec, config, depth);
     let failed = |message: String| Failure::new(exit::FAILED, message);
     if let Some(misfit) =

@@ -19,7 +19,7 @@ const LEAST_ELEMENTS: usize = 4_000_000;
 
 /// Writes some of `staged` into a directory beside `output` that is removed again.
 pub(super) fn measure(output: &Path, staged: Staged) -> Result<Disk, Error> {
-    let existing = output.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/"));
+    let existing = output.ancestors().find(|dir| dir.is_dir()).unwrap_or_else(|| Path::new("/"));
     let dir = tempfile::Builder::new()
         .prefix(".measure-")
         .tempdir_in(existing)

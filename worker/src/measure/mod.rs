@@ -102,7 +102,7 @@ fn measure(request: &Request, lines: &mut impl BufRead) -> Result<(), Error> {
             false => Ok(()),
         };
         let (measured, staged) = steps::measure(request, *point, device, &mut wait)?;
-        answer(&Answer::Point(measured))?;
+        answer(&Answer::Point(Box::new(measured)))?;
         last = Some(staged);
     }
     if request.in_step {

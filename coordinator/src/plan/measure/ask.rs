@@ -88,14 +88,14 @@ pub fn ask(program: &Path, question: &Question<'_>) -> Result<Asked, Error> {
     let mut ranks = ranks?;
     let mut points = Vec::new();
     for _ in &question.points {
-        let mut slowest: Option<Measured> = None;
+        let mut slowest: Option<Box<Measured>> = None;
         for answer in together(&mut ranks)? {
             let Answer::Point(measured) = answer else { return Err(ranks[0].unexpected(&answer)) };
             if slowest.as_ref().is_none_or(|other| measured.step.median > other.step.median) {
                 slowest = Some(measured);
             }
         }
-        points.extend(slowest);
+        points.extend(slowest.map(|measured| *measured));
     }
     let mut slowest: Option<Disk> = None;
     for answer in together(&mut ranks)? {
