@@ -151,8 +151,6 @@ def rank_main(rank, ranks, meeting, out, curves, decays):
 
 
 def make(out, curves):
-    # What the ranks import is imported before they are forked: that takes seconds.
-    import torch.distributed.fsdp  # noqa: F401
     import transformers
     from transformers import Trainer
 
@@ -161,7 +159,10 @@ def make(out, curves):
     # Among them the tied head, which is a parameter already.
     decaying = Trainer.get_decay_parameter_names(None, models[0])
     decays = [name for name, _ in models[0].named_parameters() if name in decaying]
-    context = multiprocessing.get_context("fork")
+    # Ranks are forked from a process that has imported what they need, which takes seconds, and has computed
+    # nothing: PyTorch's thread pool does not always survive a fork ("Invalid thread pool").
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.gpt_bigcode.modeling_gpt_bigcode"])
     for ranks in STRATEGIES:
         with tempfile.TemporaryDirectory() as directory:
             of_ranks = [curve for curve in curves if curve["ranks"] == ranks]
