@@ -16,6 +16,13 @@ pub use generated::*;
 
 /// Largest message either side takes: a job file and the shard plan of a large model fit in it.
 pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// Version of what daemons and the coordinator say to each other: it grows when one side must know
+/// what the other can do.
+///
+/// 1: every message is said once. 2: reports and exits are numbered and acknowledged, sessions have epochs.
+pub const PROTOCOL: u32 = 2;
+/// The oldest version that is still understood.
+pub const OLDEST_PROTOCOL: u32 = 1;
 /// Environment variable that carries the control plane's token to programs that dial it.
 pub const TOKEN_VARIABLE: &str = "TUNEFLEET_TOKEN";
 
@@ -177,10 +184,12 @@ impl Stage {
 
 impl JobState {
     /// All states that a job can be in.
-    pub const ALL: [JobState; 7] = [
+    pub const ALL: [JobState; 9] = [
         JobState::Queued,
         JobState::Running,
         JobState::Stopping,
+        JobState::Suspended,
+        JobState::Restarting,
         JobState::Completed,
         JobState::Failed,
         JobState::Cancelled,
@@ -198,12 +207,49 @@ impl JobState {
             JobState::Failed => "failed",
             JobState::Cancelled => "cancelled",
             JobState::Stopped => "stopped",
+            JobState::Suspended => "suspended",
+            JobState::Restarting => "restarting",
         }
     }
 
     /// Whether a job leaves this state only by a new attempt.
     pub fn is_end(self) -> bool {
         matches!(self, JobState::Completed | JobState::Failed | JobState::Cancelled | JobState::Stopped)
+    }
+}
+
+impl WorkerState {
+    /// Name on screen and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            WorkerState::Unspecified => "unknown",
+            WorkerState::Ready => "ready",
+            WorkerState::Draining => "draining",
+            WorkerState::Suspect => "suspect",
+            WorkerState::Lost => "lost",
+            WorkerState::Excluded => "excluded",
+        }
+    }
+}
+
+impl FailureKind {
+    /// Name in metrics, events and JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            FailureKind::Unspecified => "unknown",
+            FailureKind::Configuration => "configuration",
+            FailureKind::OutOfMemory => "out_of_memory",
+            FailureKind::HostOutOfMemory => "host_out_of_memory",
+            FailureKind::DiskFull => "disk_full",
+            FailureKind::NotFinite => "not_finite",
+            FailureKind::Signal => "signal",
+            FailureKind::Exit => "exit",
+            FailureKind::Hang => "hang",
+            FailureKind::WorkerLost => "worker_lost",
+            FailureKind::Start => "start",
+            FailureKind::Preempted => "preempted",
+            FailureKind::Deadline => "deadline",
+        }
     }
 }
 

@@ -27,6 +27,7 @@ pub struct Builder {
     steps: u64,
     checkpoint_every: u64,
     train: String,
+    restart: String,
     more: String,
 }
 
@@ -41,6 +42,8 @@ impl Job {
             steps: 6,
             checkpoint_every: 0,
             train: String::new(),
+            // What a failure looks like is seen best when nothing follows it.
+            restart: "max_restarts: 0".to_owned(),
             more: String::new(),
         }
     }
@@ -173,6 +176,12 @@ impl Builder {
         self
     }
 
+    /// Replaces what the `restart` section says: that nothing is started again.
+    pub fn restart(mut self, yaml: &str) -> Self {
+        yaml.clone_into(&mut self.restart);
+        self
+    }
+
     /// Adds a section.
     pub fn section(mut self, yaml: &str) -> Self {
         let _ = writeln!(self.more, "{yaml}");
@@ -183,9 +192,10 @@ impl Builder {
     pub fn build(self) -> Job {
         let job = Job::fresh();
         repositories(&job.path);
-        let Builder { dataset, tokenizer, model, ranks, steps, checkpoint_every, train, more } = self;
+        let Builder { dataset, tokenizer, model, ranks, steps, checkpoint_every, train, restart, more } =
+            self;
         let text = format!(
-            "name: test\noutput: output\n{dataset}\n{tokenizer}\n{model}\n{more}\
+            "name: test\noutput: output\n{dataset}\n{tokenizer}\n{model}\n{more}restart: {{ {restart} }}\n\
              data: {{ sequence_tokens: 64 }}\n\
              train:\n  ranks: {ranks}\n  device: cpu\n  precision: fp32\n  steps: {steps}\n  \
              learning_rate: 1e-3\n  log_every_steps: 1\n  checkpoint_every_steps: {checkpoint_every}\n{train}\

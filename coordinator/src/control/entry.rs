@@ -110,7 +110,8 @@ impl Entry {
             Body::RankEnded(ended) => {
                 tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);
             }
-            Body::Note(_) | Body::Waiting(_) | Body::Section(_) => {}
+            Body::Note(_) | Body::Waiting(_) | Body::Section(_) | Body::AttemptEnded(_) | Body::Worker(_) => {
+            }
         }
         if let Err(error) = self.log.append(self.attempt, &body) {
             tracing::warn!("job {id}: {}: {error}", super::METRICS_LOG_FILE);
@@ -169,6 +170,7 @@ impl Entry {
             tokens_per_second: self.tokens_per_second,
             output: self.spec.output.display().to_string(),
             detail: self.detail.clone(),
+            ..JobStatus::default()
         }
     }
 }

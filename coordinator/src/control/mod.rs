@@ -15,6 +15,7 @@ mod plane;
 mod rank;
 mod service;
 mod stage;
+pub mod store;
 mod task;
 mod workers;
 

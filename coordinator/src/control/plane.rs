@@ -409,7 +409,7 @@ impl State {
         let (task, rank) = match &message.body {
             Some(worker_message::Body::Report(report)) => (report.task.clone(), report.rank),
             Some(worker_message::Body::Exited(exited)) => (exited.task.clone(), exited.rank),
-            Some(worker_message::Body::Heartbeat(_) | worker_message::Body::Register(_)) | None => return,
+            _ => return,
         };
         let Some(task) = task else { return };
         if !self.is_live(&task, worker) {
@@ -454,6 +454,7 @@ impl State {
             }
             Some(rank_event::Body::Note(text)) => Body::Note(text),
             // Losses are those of all ranks: one of them is enough to tell.
+            Some(rank_event::Body::Beat(_)) => return,
             _ if rank != 0 => return,
             Some(rank_event::Body::Step(step)) => Body::Step(step),
             Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),

@@ -150,7 +150,7 @@ impl RankFailure {
             exit: self.exit.describe(),
             last_lines: self.exit.last_lines.clone(),
             log_path: self.exit.log_path.clone(),
-            aborted_ranks: Vec::new(),
+            ..Failure::default()
         }
     }
 }

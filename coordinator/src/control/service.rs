@@ -143,7 +143,7 @@ impl Control for Service {
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let WatchRequest { job, from_sequence } = request.into_inner();
+        let WatchRequest { job, from_sequence, .. } = request.into_inner();
         let events = self.plane.ask(|reply| Message::Events { job, reply }).await??;
         let (sender, receiver) = tokio::sync::mpsc::channel(WATCH_WINDOW);
         tokio::spawn(async move {
@@ -177,6 +177,62 @@ impl Control for Service {
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<JobStatus>, Status> {
         let job = request.into_inner().job;
         Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await??))
+    }
+
+    async fn suspend(&self, _request: Request<rpc::SuspendRequest>) -> Result<Response<JobStatus>, Status> {
+        Err(Status::unimplemented("suspend"))
+    }
+
+    type LogsStream = Events<rpc::LogLines>;
+
+    async fn logs(&self, _request: Request<rpc::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        Err(Status::unimplemented("logs"))
+    }
+
+    async fn list_workers(
+        &self,
+        _request: Request<rpc::ListWorkersRequest>,
+    ) -> Result<Response<rpc::ListWorkersResponse>, Status> {
+        Err(Status::unimplemented("list_workers"))
+    }
+
+    async fn drain(
+        &self,
+        _request: Request<rpc::DrainRequest>,
+    ) -> Result<Response<rpc::WorkerStatus>, Status> {
+        Err(Status::unimplemented("drain"))
+    }
+
+    async fn undrain(
+        &self,
+        _request: Request<rpc::UndrainRequest>,
+    ) -> Result<Response<rpc::WorkerStatus>, Status> {
+        Err(Status::unimplemented("undrain"))
+    }
+
+    type ExamineStream = Events<rpc::Finding>;
+
+    async fn examine(
+        &self,
+        _request: Request<rpc::ExamineRequest>,
+    ) -> Result<Response<Self::ExamineStream>, Status> {
+        Err(Status::unimplemented("examine"))
+    }
+
+    type AuditStream = Events<rpc::AuditRecord>;
+
+    async fn audit(
+        &self,
+        _request: Request<rpc::AuditRequest>,
+    ) -> Result<Response<Self::AuditStream>, Status> {
+        Err(Status::unimplemented("audit"))
+    }
+
+    async fn version(
+        &self,
+        _request: Request<rpc::VersionRequest>,
+    ) -> Result<Response<rpc::VersionResponse>, Status> {
+        Err(Status::unimplemented("version"))
     }
 }
 
@@ -241,7 +297,10 @@ impl Workers for Service {
         let worker = WorkerName::from(register.name.as_str());
         let (commands, outgoing) = tokio::sync::mpsc::unbounded_channel();
         let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u64;
-        let settings = coordinator_message::Body::Registered(Registered { heartbeat_interval_ms });
+        let settings = coordinator_message::Body::Registered(Registered {
+            heartbeat_interval_ms,
+            ..Registered::default()
+        });
         // Before the plane knows the channel, so that this is the first message.
         let _ = commands.send(CoordinatorMessage { body: Some(settings) });
         let epoch = self.plane.ask(|reply| Message::Join { register, commands, reply }).await??;

@@ -70,7 +70,11 @@ impl Worker {
         let (say, words) = tokio::sync::mpsc::unbounded_channel();
         let (name, incarnation) = (name.to_owned(), incarnation.to_owned());
         let register = Register { name, incarnation, slots: 2, ..Register::default() };
-        say.send(WorkerMessage { body: Some(worker_message::Body::Register(register)) }).unwrap();
+        say.send(WorkerMessage {
+            body: Some(worker_message::Body::Register(register)),
+            ..WorkerMessage::default()
+        })
+        .unwrap();
         let channel = Endpoint::from_shared(url.to_owned()).unwrap().connect().await.unwrap();
         let mut client = rpc::workers_client(channel, None);
         let hear = client.session(UnboundedReceiverStream::new(words)).await?.into_inner();
@@ -84,15 +88,25 @@ impl Worker {
     }
 
     fn report(&self, attempt: u32, rank: u32, body: rank_event::Body) {
-        let event = Some(RankEvent { body: Some(body) });
+        let event = Some(RankEvent { body: Some(body), ..RankEvent::default() });
         let report = RankReport { task: Some(task(attempt)), rank, event };
-        self.say.send(WorkerMessage { body: Some(worker_message::Body::Report(report)) }).unwrap();
+        self.say
+            .send(WorkerMessage {
+                body: Some(worker_message::Body::Report(report)),
+                ..WorkerMessage::default()
+            })
+            .unwrap();
     }
 
     fn exit(&self, attempt: u32, rank: u32, exit_code: Option<i32>, signal: Option<i32>) {
         let task = Some(task(attempt));
         let exited = RankExited { task, rank, exit_code, signal, ..RankExited::default() };
-        self.say.send(WorkerMessage { body: Some(worker_message::Body::Exited(exited)) }).unwrap();
+        self.say
+            .send(WorkerMessage {
+                body: Some(worker_message::Body::Exited(exited)),
+                ..WorkerMessage::default()
+            })
+            .unwrap();
     }
 
     /// Takes the start of a task, and lets all its ranks be ready.
@@ -114,7 +128,7 @@ fn task(attempt: u32) -> TaskId {
 
 /// All events of the job up to its end.
 async fn watch(client: &mut ControlClient) -> Vec<Body> {
-    let request = WatchRequest { job: "job".to_owned(), from_sequence: 0 };
+    let request = WatchRequest { job: "job".to_owned(), ..WatchRequest::default() };
     let mut stream = client.watch(request).await.unwrap().into_inner();
     let mut bodies = Vec::new();
     while let Some(event) = stream.message().await.unwrap() {
@@ -255,7 +269,8 @@ async fn ranks_are_asked_where_they_are_and_the_one_behind_is_named_in_the_statu
     assert!(abort.by_peer && abort.reason.starts_with("rank 1 is behind"), "{abort:?}");
     worker.exit(attempt, 1, None, Some(9));
     let message = format!("aborted by peer: {}", abort.reason);
-    let outcome = Some(rank_done::Outcome::Failed(RankFailed { message, consequence: true }));
+    let outcome =
+        Some(rank_done::Outcome::Failed(RankFailed { message, consequence: true, ..RankFailed::default() }));
     worker.report(attempt, 0, rank_event::Body::Done(RankDone { outcome }));
     worker.exit(attempt, 0, Some(1), None);
 

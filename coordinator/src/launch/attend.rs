@@ -57,7 +57,7 @@ impl<'a> Attendance<'a> {
         let mut interrupt = handle(SignalKind::interrupt())?;
         let mut terminate = handle(SignalKind::terminate())?;
         let mut asked: Option<u8> = None;
-        let request = WatchRequest { job: self.job.clone(), from_sequence: 0 };
+        let request = WatchRequest { job: self.job.clone(), ..WatchRequest::default() };
         let mut events = self.client.watch(request).await?.into_inner();
         loop {
             let event = tokio::select! {

@@ -74,7 +74,7 @@ async fn launch(args: Args) -> Result<u8, Failure> {
     };
     let spec_json =
         serde_json::to_string(&spec).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
-    let submit = SubmitRequest { spec_json, continuation: continuation.into() };
+    let submit = SubmitRequest { spec_json, continuation: continuation.into(), ..SubmitRequest::default() };
     match remote {
         Some(url) => attached(&args, &url, &spec, submit).await,
         None if args.detach => {

@@ -77,6 +77,8 @@ impl Screen {
             }
             // Ends are told by who attends; the other states are seen from the stages.
             Body::State(_) => {}
+            Body::AttemptEnded(ended) => self.say(&ended.decision),
+            Body::Worker(seen) => self.say(&format!("worker {}: {}", seen.worker, seen.detail)),
         }
     }
 

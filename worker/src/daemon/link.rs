@@ -89,6 +89,7 @@ fn register(node: &Node, metrics_url: &str, ranks: &Ranks) -> Register {
         metrics_url: metrics_url.to_owned(),
         running: ranks.tasks(),
         incarnation: node.incarnation.clone(),
+        ..Register::default()
     }
 }
 
@@ -134,7 +135,7 @@ async fn session(
             },
             _ = heartbeat.tick() => {
                 sequence += 1;
-                let beat = worker_message::Body::Heartbeat(Heartbeat { sequence });
+                let beat = worker_message::Body::Heartbeat(Heartbeat { sequence, ..Heartbeat::default() });
                 up.send(message(beat)).await.map_err(|_| closed())?;
             }
         }
@@ -142,5 +143,5 @@ async fn session(
 }
 
 fn message(body: worker_message::Body) -> WorkerMessage {
-    WorkerMessage { body: Some(body) }
+    WorkerMessage { body: Some(body), ..WorkerMessage::default() }
 }

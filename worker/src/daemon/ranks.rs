@@ -91,7 +91,10 @@ impl Ranks {
                 self.tell(task.as_ref(), &daemon_message::Body::ReportCollectives(ask));
             }
             coordinator_message::Body::Abort(abort) => self.abort(abort),
-            coordinator_message::Body::Registered(_) => {}
+            coordinator_message::Body::Registered(_)
+            | coordinator_message::Body::Acknowledged(_)
+            | coordinator_message::Body::ReadLog(_)
+            | coordinator_message::Body::Probe(_) => {}
         }
     }
 
@@ -315,7 +318,7 @@ impl Ranks {
 
     fn say(&self, body: worker_message::Body) {
         // Closed only when the daemon itself ends.
-        let _ = self.outbox.send(WorkerMessage { body: Some(body) });
+        let _ = self.outbox.send(WorkerMessage { body: Some(body), ..WorkerMessage::default() });
     }
 
     fn live(&self) -> MutexGuard<'_, BTreeMap<Key, Rank>> {

@@ -158,9 +158,11 @@ impl Session {
         let outcome = match result {
             Ok(Outcome::Finished) => Told::Finished(Finished {}),
             Ok(Outcome::Stopped(step)) => Told::StoppedAtStep(*step),
-            Err(error) => {
-                Told::Failed(RankFailed { message: error.to_string(), consequence: error.is_consequence() })
-            }
+            Err(error) => Told::Failed(RankFailed {
+                message: error.to_string(),
+                consequence: error.is_consequence(),
+                ..RankFailed::default()
+            }),
         };
         let Session { host, ended, .. } = self;
         let done = rank_event::Body::Done(RankDone { outcome: Some(outcome) });
@@ -195,7 +197,7 @@ impl Session {
 impl Daemon {
     fn send(&self, body: rank_event::Body) {
         // A closed channel means that the session is over: its thread ends this process.
-        let _ = self.outbox.send(RankEvent { body: Some(body) });
+        let _ = self.outbox.send(RankEvent { body: Some(body), ..RankEvent::default() });
     }
 }
 
@@ -235,7 +237,8 @@ impl Alarm for Stalled {
         let about = self.reporter.record().about(collective.tag);
         tracing::error!("{about} (#{}) has not ended in time: see {}", collective.sequence, report.dump_path);
         if let Some(outbox) = self.outbox.upgrade() {
-            let _ = outbox.send(RankEvent { body: Some(rank_event::Body::Stalled(report)) });
+            let _ = outbox
+                .send(RankEvent { body: Some(rank_event::Body::Stalled(report)), ..RankEvent::default() });
         }
     }
 
@@ -339,14 +342,14 @@ async fn listen(
                 // On this thread, so that it is told while the main thread is stuck.
                 let body = Some(rank_event::Body::Collectives(shared.collectives()));
                 if let Some(outbox) = outbox.upgrade() {
-                    let _ = outbox.send(RankEvent { body });
+                    let _ = outbox.send(RankEvent { body, ..RankEvent::default() });
                 }
             }
             Some(daemon_message::Body::Abort(abort)) => {
                 return Ending { reason: abort.reason, by_peer: abort.by_peer };
             }
             // Sent once, before; or by a newer daemon.
-            Some(daemon_message::Body::Assignment(_)) | None => {}
+            Some(daemon_message::Body::Assignment(_) | daemon_message::Body::Acknowledged(_)) | None => {}
         }
     }
 }

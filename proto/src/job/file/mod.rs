@@ -45,6 +45,43 @@ section! {
         export: ExportFile,
         /// Where ranks run.
         workers: WorkersFile,
+        /// Which of several waiting jobs of a control plane gets slots first: the one with the higher
+        /// number, 0 to 100, then the older. Default: 50.
+        priority: u32,
+        /// Longest time from submission to the end, 1 to 100000000: then the job stops with a
+        /// checkpoint and has failed. Default: no limit.
+        deadline_seconds: u64,
+        /// What happens when an attempt fails.
+        restart: RestartFile,
+    }
+}
+
+section! {
+    /// What happens when an attempt fails. Wrong settings, a full disk, a lack of memory and a loss that
+    /// is not finite end the job at once: another attempt would fail as well.
+    RestartFile {
+        /// New attempts after failures, 0 to 1000; a machine that is taken away is no failure.
+        /// Default: 5.
+        max_restarts: u32,
+        /// Pause before the first new attempt, 0 to 86400; it doubles with each attempt that makes no
+        /// progress. Default: 5.
+        backoff_seconds: f64,
+        /// Longest pause, 0 to 86400. Default: 300.
+        max_backoff_seconds: f64,
+        /// So many attempts in a row without a new checkpoint end the job, 1 to 1000. Default: 3.
+        max_attempts_without_progress: u32,
+        /// A worker on which so many attempts failed is left out as long as others have room for the
+        /// job, 1 to 1000. Default: 2.
+        max_failures_per_worker: u32,
+        /// Time that ranks have to save a checkpoint when they are told to stop, 0 to 86400. systemd's
+        /// TimeoutStopSec and Kubernetes' terminationGracePeriodSeconds must be longer. Default: 600.
+        stop_grace_seconds: u64,
+        /// A rank hangs when it shows no progress for so long, and for ten times as long as it ever took
+        /// before; 0.1 to 86400. Default: 300.
+        hang_after_seconds: f64,
+        /// The same for what a rank does for the first time, such as reading the model; 0.1 to 604800.
+        /// Default: 3600.
+        first_hang_after_seconds: f64,
     }
 }
 

@@ -5,13 +5,14 @@ mod dataset;
 mod model;
 mod adapter;
 mod train;
+mod restart;
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::diagnostic::{Place, Sink, shown};
-use super::file::{DataFile, ExportFile, JobFile, TrainFile, WorkersFile};
+use super::file::{DataFile, ExportFile, JobFile, RestartFile, TrainFile, WorkersFile};
 use super::location;
 use super::read::{At, Field};
 use super::spec::{DatasetSpec, JobSpec, ModelSpec, WorkersSpec};
@@ -53,6 +54,8 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
     let train = resolver.train(&file.train.or(TrainFile::default()), held_out, adapter.is_some());
     let workers = resolver.workers(&file.workers.or(WorkersFile::default()), train.ranks);
     let export = resolver.export(&file.export.or(ExportFile::default()), adapter.as_ref());
+    let (priority, deadline_seconds) = resolver.urgency(file);
+    let restart = resolver.restart(&file.restart.or(RestartFile::default()));
     Some(JobSpec {
         name,
         output,
@@ -64,6 +67,9 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         train,
         export,
         workers,
+        priority,
+        deadline_seconds,
+        restart,
     })
 }
 

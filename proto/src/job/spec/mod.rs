@@ -37,6 +37,56 @@ pub struct JobSpec {
     pub export: ExportSpec,
     /// Where ranks run.
     pub workers: WorkersSpec,
+    /// Which of several waiting jobs gets slots first: the highest, then the oldest; 0 to 100.
+    #[serde(default = "default_priority")]
+    pub priority: u8,
+    /// Longest time from submission to the end; then it stops with a checkpoint, and has failed.
+    #[serde(default)]
+    pub deadline_seconds: Option<u64>,
+    /// What happens when an attempt fails.
+    #[serde(default)]
+    pub restart: RestartSpec,
+}
+
+/// What happens when an attempt fails.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RestartSpec {
+    /// New attempts after failures that count; a preemption does not.
+    pub max_restarts: u32,
+    /// Pause before the first new attempt; it doubles with each that fails without progress.
+    pub backoff_seconds: f64,
+    /// Longest pause.
+    pub max_backoff_seconds: f64,
+    /// So many attempts in a row that saved no further step end the job.
+    pub max_attempts_without_progress: u32,
+    /// So many failures of ranks on a worker leave it out, where other workers have room for the job.
+    pub max_failures_per_worker: u32,
+    /// Time that ranks have to save a checkpoint when they are told to stop.
+    pub stop_grace_seconds: u64,
+    /// A rank that shows no progress for so long, and for ten times as long as it ever took before, hangs.
+    pub hang_after_seconds: f64,
+    /// As `hang_after_seconds`, where there is no earlier time to compare with.
+    pub first_hang_after_seconds: f64,
+}
+
+impl Default for RestartSpec {
+    fn default() -> Self {
+        RestartSpec {
+            max_restarts: 5,
+            backoff_seconds: 5.0,
+            max_backoff_seconds: 300.0,
+            max_attempts_without_progress: 3,
+            max_failures_per_worker: 2,
+            stop_grace_seconds: 600,
+            hang_after_seconds: 300.0,
+            first_hang_after_seconds: 3600.0,
+        }
+    }
+}
+
+fn default_priority() -> u8 {
+    50
 }
 
 /// Repositories to collect, or a dataset that exists.

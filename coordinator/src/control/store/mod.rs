@@ -1,0 +1,79 @@
+//! What the control plane keeps over its own end: jobs, attempts, events, workers, who asked for what.
+//!
+//! Events are the truth: what stands in the other tables of a job follows from them, and is written in
+//! the same transaction. A change is on disk before anything that follows from it leaves the process.
+
+use tunefleet_proto::ids::{Attempt, JobId};
+use tunefleet_proto::rpc::{AuditRecord, FailureKind, JobEvent, JobState};
+
+use super::placement::WorkerName;
+
+/// A job as it is now.
+#[derive(Debug, Clone, PartialEq)]
+pub struct JobRow {
+    /// Its name.
+    pub id: JobId,
+    /// As people see it.
+    pub state: JobState,
+    /// When it was first submitted.
+    pub submitted_unix_ms: u64,
+    /// `SubmitRequest.request` of the last submission; empty when there was none.
+    pub request: String,
+    /// `tunefleet_proto::job::JobSpec`.
+    pub spec_json: String,
+    /// What the control plane needs to go on with it; only the control plane reads it.
+    pub record_json: String,
+}
+
+/// One attempt of a job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttemptRow {
+    /// Whose.
+    pub job: JobId,
+    /// Which.
+    pub attempt: Attempt,
+    /// When it began.
+    pub began_unix_ms: u64,
+    /// When it ended; 0 while it lives.
+    pub ended_unix_ms: u64,
+    /// How it stands or ended.
+    pub state: JobState,
+    /// Updates done at its end.
+    pub step: u64,
+    /// How it ended, in a line; empty while it lives.
+    pub cause: String,
+    /// What kind of failure that was.
+    pub kind: FailureKind,
+}
+
+/// A worker that was seen once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerRow {
+    /// Its name.
+    pub name: WorkerName,
+    /// Of its journal, as it registered last.
+    pub journal: String,
+    /// What it said up to this number of that journal is on disk.
+    pub acknowledged: u64,
+    /// A person wants nothing placed there.
+    pub draining: bool,
+    /// `tunefleet_proto::rpc::Register`, encoded.
+    pub register: Vec<u8>,
+    /// When it was last heard of, roughly.
+    pub seen_unix_ms: u64,
+}
+
+/// One change. All changes of a commit are made, or none.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Write {
+    /// Adds or replaces.
+    Job(JobRow),
+    /// Adds or replaces.
+    Attempt(AttemptRow),
+    /// Appends; numbered from 1 within a job, without a gap.
+    Event(JobEvent),
+    /// Adds or replaces.
+    Worker(WorkerRow),
+    /// Appends.
+    Audit(AuditRecord),
+}
