@@ -8,7 +8,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
-use crate::control::{self, Plane, ServeError, Server};
+use crate::control::store::{self, StoreError};
+use crate::control::{self, Plane, ServeError, Server, Settings, StartError};
 use crate::metrics;
 
 /// Command line of `coordinator serve`.
@@ -24,6 +25,23 @@ pub struct Args {
     /// Where Prometheus metrics are served.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     metrics: SocketAddr,
+    /// Directory of the coordinator's state: jobs, events, workers. Only one coordinator may use it.
+    /// Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/tunefleet/coordinator, else
+    /// ~/.local/state/tunefleet/coordinator.
+    #[arg(long, value_name = "DIR", env = "TUNEFLEET_STATE")]
+    state: Option<PathBuf>,
+}
+
+impl From<StartError> for Failure {
+    fn from(error: StartError) -> Self {
+        Failure::new(exit::FAILED, error.to_string())
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Failure::new(exit::FAILED, error.to_string())
+    }
 }
 
 impl From<ServeError> for Failure {
@@ -39,18 +57,34 @@ pub fn run(args: Args) -> ExitCode {
 
 async fn serve(args: Args) -> Result<u8, Failure> {
     let token = connect::token(args.token_file.as_deref())?;
+    let dir = state_dir(args.state)?;
+    let (store, history) = store::open(&dir)?;
     let server = Server::bind(args.listen, token).await?;
     let metrics_url = serve_metrics(args.metrics).await?;
-    eprintln!("coordinator listens on http://{}, metrics on {metrics_url}", server.address());
+    eprintln!(
+        "coordinator listens on http://{}, metrics on {metrics_url}, state in {}",
+        server.address(),
+        dir.display()
+    );
     let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
     let mut terminate = stop(SignalKind::terminate())?;
     let mut interrupt = stop(SignalKind::interrupt())?;
+    let plane = Plane::start(store, history, Settings::default())?;
     tokio::select! {
-        served = server.serve(Plane::start()) => served?,
+        served = server.serve(plane) => served?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     Ok(0)
+}
+
+/// Where the state is kept.
+fn state_dir(told: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || of("HOME").map(|home| home.join(".local/state"));
+    told.or_else(|| of("STATE_DIRECTORY"))
+        .or_else(|| Some(of("XDG_STATE_HOME").or_else(home)?.join("tunefleet/coordinator")))
+        .ok_or_else(|| Failure::new(exit::USAGE, "no place for the state: pass --state DIR"))
 }
 
 /// Serves this process's metrics; their URL.

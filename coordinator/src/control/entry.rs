@@ -1,182 +1,347 @@
-//! One job as the plane keeps it: its live or last attempt, its directory, and what is shown of it.
+//! One job as the fleet keeps it: its live or last attempt, what is kept of it, and what is shown.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::Duration;
 
-use tonic::Status;
+use serde::{Deserialize, Serialize};
 use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::JobSpec;
-use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
-use tunefleet_proto::rpc::{Continuation, Failure, JobStatus, Stage, StartTask, TaskId, Waiting};
+use tunefleet_proto::rpc::{
+    AttemptStatus, Continuation, Failure, FailureKind, JobEvent, JobState, JobStatus, Stage, Waiting,
+};
 
-use super::events::EventLog;
+use super::budget::Budget;
 use super::hang::listed;
 use super::job::{End, Job};
-use super::metrics_log::MetricsLog;
 use super::placement::WorkerName;
+use super::restart::Restarts;
+use super::settings::Now;
 use super::stage;
-use crate::metrics;
+use super::store::{AttemptRow, JobRow};
+
+/// Where a job is between its attempts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Life {
+    /// An attempt lives.
+    Live,
+    /// The next attempt begins then.
+    Pausing {
+        /// Milliseconds since 1970.
+        until_unix_ms: u64,
+    },
+    /// Until a person resumes it.
+    Suspended,
+    /// For good, unless a person resumes it.
+    Ended(Ended),
+}
+
+/// How a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ended {
+    /// All stages are done.
+    Completed,
+    /// The last attempt failed, and no other is worth it.
+    Failed,
+    /// With nothing saved.
+    Cancelled,
+    /// With a checkpoint.
+    Stopped,
+}
+
+/// Why an attempt is being stopped; a later one counts where it is stronger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Intent {
+    /// It is not.
+    None,
+    /// Its machines are wanted: it goes on elsewhere.
+    Preempt,
+    /// A person wants it to wait.
+    Suspend,
+    /// It has taken too long.
+    Deadline,
+    /// A person wants it to end.
+    Stop,
+}
+
+/// What is kept of a job besides its spec. Absent fields are those of an older version.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    pub attempt: Attempt,
+    pub continuation: Continuation,
+    pub job: Job,
+    pub life: Life,
+    pub intent: Intent,
+    /// When a stop with a checkpoint has taken long enough.
+    pub stop_by_unix_ms: Option<u64>,
+    pub submitted_unix_ms: u64,
+    pub request: String,
+    /// Number of the newest event.
+    pub sequence: u64,
+    pub stage_began_unix_ms: u64,
+    /// Where each rank of the running task has its slot.
+    pub slots: Vec<WorkerName>,
+    pub cuda: bool,
+    pub restarts: Restarts,
+    pub budget: Budget,
+    pub step: u64,
+    pub loss: Option<f64>,
+    pub tokens_per_second: f64,
+    pub step_seconds: f64,
+    /// Updates in the newest checkpoint.
+    pub saved_step: u64,
+    /// As `saved_step` when the attempt began.
+    pub saved_before: u64,
+    /// Steps that were made, however often, and the time that the first time took.
+    pub furthest_step: u64,
+    pub productive_seconds: f64,
+    pub train_began_unix_ms: Option<u64>,
+    pub detail: String,
+}
+
+/// How far a rank was when it was last heard of.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    pub step: u64,
+    pub section: String,
+    pub seconds: f64,
+    pub at: Duration,
+}
 
 /// A job, its live or last attempt, and what is shown of it.
-pub(super) struct Entry {
-    pub(super) spec: Arc<JobSpec>,
-    pub(super) attempt: Attempt,
-    pub(super) continuation: Continuation,
-    pub(super) job: Job,
-    /// Taken at submission: the order in which jobs get slots.
-    pub(super) submitted: Instant,
-    stage_began: Instant,
-    pub(super) slots: Vec<WorkerName>,
-    pub(super) cuda: bool,
-    pub(super) events: Arc<EventLog>,
-    log: MetricsLog,
-    /// Keeps other coordinators out of the output directory while the attempt lives.
-    lock: Option<File>,
-    step: u64,
-    loss: f64,
-    tokens_per_second: f64,
-    pub(super) detail: String,
-    pub(super) waiting: Option<Waiting>,
+pub struct Entry {
+    pub spec: Arc<JobSpec>,
+    spec_json: String,
+    pub record: Record,
+    pub attempts: Vec<AttemptRow>,
+    pub waiting: Option<Waiting>,
+    /// Progress of the ranks of the running task.
+    pub seen: BTreeMap<u32, Seen>,
+    /// When ranks that have not told where they are will not do so any more.
+    pub answers_until: Option<Duration>,
+    kept: Option<JobRow>,
 }
 
 impl Entry {
-    /// A new attempt, whose output directory is this coordinator's from here on. `known` is the ended
-    /// attempt before it: its events go on, and so do its numbers.
-    pub(super) fn begin(
+    /// A job that was just submitted; its first attempt begins at once.
+    pub fn new(
         spec: JobSpec,
+        spec_json: String,
         continuation: Continuation,
-        known: Option<&Entry>,
-    ) -> Result<Self, Status> {
-        let cannot = |cause: std::io::Error| {
-            Status::failed_precondition(format!("output {}: {cause}", spec.output.display()))
-        };
-        let log = MetricsLog::open(&spec.output).map_err(cannot)?;
-        let lock = lock_output(&spec.output)?;
-        let attempt = new_attempt(&spec, known.map_or(0, |known| known.attempt.0)).map_err(cannot)?;
-        let events = known.map_or_else(|| Arc::new(EventLog::new()), |known| Arc::clone(&known.events));
-        events.reopen();
-        Ok(Entry {
-            job: Job::new(spec.train.ranks, spec.train.steps),
-            spec: Arc::new(spec),
+        attempt: Attempt,
+        now: Now,
+    ) -> Self {
+        let record = Record {
             attempt,
             continuation,
-            submitted: Instant::now(),
-            stage_began: Instant::now(),
+            job: Job::new(spec.train.ranks, spec.train.steps),
+            life: Life::Live,
+            intent: Intent::None,
+            stop_by_unix_ms: None,
+            submitted_unix_ms: now.unix_ms,
+            request: String::new(),
+            sequence: 0,
+            stage_began_unix_ms: now.unix_ms,
             slots: Vec::new(),
             cuda: false,
-            events,
-            log,
-            lock: Some(lock),
+            restarts: Restarts::default(),
+            budget: Budget::default(),
             step: 0,
-            loss: f64::NAN,
+            loss: None,
             tokens_per_second: 0.0,
+            step_seconds: 0.0,
+            saved_step: 0,
+            saved_before: 0,
+            furthest_step: 0,
+            productive_seconds: 0.0,
+            train_began_unix_ms: None,
             detail: String::new(),
-            waiting: None,
-        })
+        };
+        Entry::of(spec, spec_json, record, Vec::new())
     }
 
-    /// Notes, counts and shows an event.
-    pub(super) fn tell(&mut self, id: &JobId, mut body: Body) {
-        let mut last = false;
+    fn of(spec: JobSpec, spec_json: String, record: Record, attempts: Vec<AttemptRow>) -> Self {
+        Entry {
+            spec: Arc::new(spec),
+            spec_json,
+            record,
+            attempts,
+            waiting: None,
+            seen: BTreeMap::new(),
+            answers_until: None,
+            kept: None,
+        }
+    }
+
+    /// A job as it was kept.
+    ///
+    /// # Errors
+    /// When it was kept by a version that this one cannot read.
+    pub fn restore(row: JobRow, attempts: Vec<AttemptRow>) -> Result<Self, serde_json::Error> {
+        let mut entry = Entry::of(
+            serde_json::from_str(&row.spec_json)?,
+            row.spec_json.clone(),
+            serde_json::from_str(&row.record_json)?,
+            attempts,
+        );
+        entry.kept = Some(row);
+        Ok(entry)
+    }
+
+    /// The row to write, when it is not the one that was written last.
+    pub fn changed(&mut self, id: &JobId) -> Option<JobRow> {
+        let row = JobRow {
+            id: id.clone(),
+            state: self.state(),
+            submitted_unix_ms: self.record.submitted_unix_ms,
+            request: self.record.request.clone(),
+            spec_json: self.spec_json.clone(),
+            // Plain data with string keys: this cannot fail.
+            record_json: serde_json::to_string(&self.record).unwrap_or_default(),
+        };
+        if self.kept.as_ref() == Some(&row) {
+            return None;
+        }
+        self.kept = Some(row.clone());
+        Some(row)
+    }
+
+    /// The spec as it was submitted.
+    pub fn spec_json(&self) -> &str {
+        &self.spec_json
+    }
+
+    /// As people see it.
+    pub fn state(&self) -> JobState {
+        match self.record.life {
+            Life::Live => self.record.job.state(),
+            Life::Pausing { .. } => JobState::Restarting,
+            Life::Suspended => JobState::Suspended,
+            Life::Ended(Ended::Completed) => JobState::Completed,
+            Life::Ended(Ended::Failed) => JobState::Failed,
+            Life::Ended(Ended::Cancelled) => JobState::Cancelled,
+            Life::Ended(Ended::Stopped) => JobState::Stopped,
+        }
+    }
+
+    /// Whether an attempt lives or another will follow by itself.
+    pub fn is_active(&self) -> bool {
+        matches!(self.record.life, Life::Live | Life::Pausing { .. })
+    }
+
+    /// The next event, with what it changes here.
+    pub fn event(&mut self, id: &JobId, mut body: Body, now: Now) -> JobEvent {
+        let record = &mut self.record;
         match &mut body {
             Body::Stage(changed) => {
-                let began = std::mem::replace(&mut self.stage_began, Instant::now());
+                let began = std::mem::replace(&mut record.stage_began_unix_ms, now.unix_ms);
                 changed.output = stage::output_dir(&self.spec, changed.stage()).display().to_string();
-                changed.seconds = began.elapsed().as_secs_f64();
-            }
-            Body::State(changed) => {
-                last = changed.state().is_end();
-                if last {
-                    self.lock = None;
-                    self.detail = match self.job.end() {
-                        Some(End::Failed(failure)) => detail_of(failure),
-                        _ => String::new(),
-                    };
+                changed.seconds = now.unix_ms.saturating_sub(began) as f64 / 1000.0;
+                if changed.stage() == Stage::Train {
+                    record.train_began_unix_ms.get_or_insert(now.unix_ms);
                 }
-                metrics::attempt_ended(&id.0, changed.state());
             }
             Body::Step(step) => {
-                self.step = step.step;
-                self.loss = step.loss;
-                self.tokens_per_second = step.tokens_per_second;
-                metrics::step(&id.0, step);
+                record.step = step.step;
+                record.loss = Some(step.loss).filter(|loss| loss.is_finite());
+                record.tokens_per_second = step.tokens_per_second;
+                record.step_seconds = step.step_seconds;
+                let new = step.step.saturating_sub(record.furthest_step);
+                record.furthest_step += new;
+                record.productive_seconds += new as f64 * step.step_seconds;
             }
-            Body::Evaluated(evaluated) => metrics::evaluated(&id.0, evaluated),
-            Body::Saved(saved) => metrics::saved(&id.0, saved),
-            Body::RankEnded(ended) => {
-                tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);
-            }
-            Body::Note(_) | Body::Waiting(_) | Body::Section(_) | Body::AttemptEnded(_) | Body::Worker(_) => {
-            }
+            Body::Saved(saved) => record.saved_step = record.saved_step.max(saved.step),
+            _ => {}
         }
-        if let Err(error) = self.log.append(self.attempt, &body) {
-            tracing::warn!("job {id}: {}: {error}", super::METRICS_LOG_FILE);
-        }
-        self.events.push(id, self.attempt, body, last);
-    }
-
-    /// Says what the job waits for, when that has changed.
-    pub(super) fn wait(&mut self, id: &JobId, waiting: Waiting) {
-        let detail = format!("waits for {} slots, {} are free", waiting.needed, waiting.free);
-        if self.waiting != Some(waiting) {
-            self.tell(id, Body::Waiting(waiting));
-            self.waiting = Some(waiting);
-            self.detail = detail;
+        record.sequence += 1;
+        JobEvent {
+            sequence: record.sequence,
+            unix_ms: now.unix_ms,
+            job: id.0.clone(),
+            attempt: record.attempt.0,
+            body: Some(body),
         }
     }
 
-    /// One command for each worker that has ranks of the task.
-    pub(super) fn start_task(
-        &self,
-        task: Option<TaskId>,
-        ranks: &[WorkerName],
-        resume: bool,
-    ) -> Result<Vec<(WorkerName, StartTask)>, String> {
-        let is_train = task.as_ref().is_some_and(|task| task.stage() == Stage::Train);
-        let spec_json = serde_json::to_string(&*self.spec).map_err(|error| error.to_string())?;
-        let shard_plan_json = if is_train { shard_plan(&self.spec)? } else { String::new() };
-        let mut of_worker: BTreeMap<&WorkerName, Vec<u32>> = BTreeMap::new();
-        for (rank, worker) in ranks.iter().enumerate() {
-            of_worker.entry(worker).or_default().push(rank as u32);
-        }
-        let log_dir = attempt_dir(&self.spec.output, self.attempt).display().to_string();
-        let command = |ranks| StartTask {
-            task: task.clone(),
-            spec_json: spec_json.clone(),
-            shard_plan_json: shard_plan_json.clone(),
-            world: self.slots.len() as u32,
-            ranks,
-            resume,
-            log_dir: log_dir.clone(),
-            cuda: self.cuda,
-            threads: if is_train { self.spec.workers.threads_per_rank.unwrap_or(0) } else { 0 },
+    /// The row of the live or last attempt.
+    pub fn attempt_row(&self, id: &JobId, now: Now) -> AttemptRow {
+        let known = self.attempts.last().filter(|row| row.attempt == self.record.attempt);
+        let began_unix_ms = known.map_or(now.unix_ms, |row| row.began_unix_ms);
+        let (state, cause, kind) = match self.record.job.end() {
+            None => (self.record.job.state(), String::new(), FailureKind::Unspecified),
+            Some(End::Completed) => (JobState::Completed, "completed".to_owned(), FailureKind::Unspecified),
+            Some(End::Cancelled) => (JobState::Cancelled, "cancelled".to_owned(), FailureKind::Unspecified),
+            Some(End::Stopped(step)) => {
+                let cause = format!("stopped after step {step}, with a checkpoint");
+                (JobState::Stopped, cause, FailureKind::Unspecified)
+            }
+            Some(End::Failed(failure)) => (JobState::Failed, cause_of(failure), failure.kind()),
         };
-        Ok(of_worker.into_iter().map(|(worker, ranks)| (worker.clone(), command(ranks))).collect())
+        AttemptRow {
+            job: id.clone(),
+            attempt: self.record.attempt,
+            began_unix_ms,
+            ended_unix_ms: if self.record.job.end().is_some() { now.unix_ms } else { 0 },
+            state,
+            step: self.record.step,
+            cause,
+            kind,
+        }
     }
 
-    pub(super) fn status(&self, id: &JobId) -> JobStatus {
+    /// As it is shown.
+    pub fn status(&self, id: &JobId, now: Now) -> JobStatus {
+        let Record { job, step, step_seconds, train_began_unix_ms, .. } = &self.record;
+        let left = self.spec.train.steps.saturating_sub(*step) as f64;
+        let trained =
+            train_began_unix_ms.map_or(0, |began| now.unix_ms.saturating_sub(began)) as f64 / 1000.0;
+        let mut workers: Vec<String> = Vec::new();
+        for worker in &self.record.slots {
+            let name = worker.to_string();
+            if !workers.contains(&name) {
+                workers.push(name);
+            }
+        }
         JobStatus {
             job: id.0.clone(),
-            attempt: self.attempt.0,
-            state: self.job.state().into(),
-            stage: self.job.stage().into(),
-            step: self.step,
+            attempt: self.record.attempt.0,
+            state: self.state().into(),
+            stage: job.stage().into(),
+            step: *step,
             steps: self.spec.train.steps,
-            loss: self.loss,
-            tokens_per_second: self.tokens_per_second,
+            loss: self.record.loss.unwrap_or(f64::NAN),
+            tokens_per_second: self.record.tokens_per_second,
             output: self.spec.output.display().to_string(),
-            detail: self.detail.clone(),
-            ..JobStatus::default()
+            detail: self.record.detail.clone(),
+            priority: i32::from(self.spec.priority),
+            submitted_unix_ms: self.record.submitted_unix_ms,
+            remaining_seconds: if self.is_active() { left * step_seconds } else { 0.0 },
+            attempts: self.attempts.iter().map(attempt_status).collect(),
+            workers,
+            goodput_ratio: if trained > 0.0 {
+                (self.record.productive_seconds / trained).min(1.0)
+            } else {
+                0.0
+            },
         }
+    }
+}
+
+fn attempt_status(row: &AttemptRow) -> AttemptStatus {
+    AttemptStatus {
+        attempt: row.attempt.0,
+        began_unix_ms: row.began_unix_ms,
+        ended_unix_ms: row.ended_unix_ms,
+        state: row.state.into(),
+        step: row.step,
+        cause: row.cause.clone(),
+        kind: row.kind.into(),
     }
 }
 
 /// A failure in one line: the cause, and which ranks ended only because of it.
-fn detail_of(failure: &Failure) -> String {
+pub fn cause_of(failure: &Failure) -> String {
     let cause = match failure.rank {
         Some(rank) if !failure.aborted_ranks.is_empty() && !failure.cause.starts_with("rank") => {
             format!("rank {rank}: {}", failure.cause)
@@ -186,53 +351,5 @@ fn detail_of(failure: &Failure) -> String {
     match failure.aborted_ranks.as_slice() {
         [] => cause,
         aborted => format!("{cause}; {}: aborted by peer", listed(aborted)),
-    }
-}
-
-/// The layout of the job's model over its ranks.
-fn shard_plan(spec: &JobSpec) -> Result<String, String> {
-    let path = spec.model_dir().join("config.json");
-    let at = |cause: String| format!("{}: {cause}", path.display());
-    let text = std::fs::read_to_string(&path).map_err(|error| at(error.to_string()))?;
-    let config = ModelConfig::from_json(&text).map_err(|error| at(error.to_string()))?;
-    let plan = spec.shard_plan(&config).map_err(|error| at(error.to_string()))?;
-    serde_json::to_string(&plan).map_err(|error| at(error.to_string()))
-}
-
-fn attempt_dir(output: &Path, attempt: Attempt) -> std::path::PathBuf {
-    output.join("logs").join(format!("attempt-{}", attempt.0))
-}
-
-/// The first attempt number after `earlier` that has no logs yet, and a directory for them: numbers
-/// go on where an earlier coordinator stopped, and never come twice in one. What the attempt was
-/// asked to do is noted there, for people who look later.
-fn new_attempt(spec: &JobSpec, earlier: u32) -> std::io::Result<Attempt> {
-    let output = &spec.output;
-    let logs = output.join("logs");
-    std::fs::create_dir_all(&logs)?;
-    let mut newest = earlier;
-    for entry in std::fs::read_dir(&logs)? {
-        let name = entry?.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("attempt-")?.parse::<u32>().ok());
-        newest = newest.max(number.unwrap_or(0));
-    }
-    let attempt = Attempt(newest.saturating_add(1));
-    let dir = attempt_dir(output, attempt);
-    std::fs::create_dir_all(&dir)?;
-    std::fs::write(dir.join("job.json"), serde_json::to_vec_pretty(spec)?)?;
-    Ok(attempt)
-}
-
-/// One live attempt for each output directory, whichever coordinator runs it.
-fn lock_output(output: &Path) -> Result<File, Status> {
-    let path = output.join(".lock");
-    let at = |cause: String| Status::failed_precondition(format!("{}: {cause}", path.display()));
-    let file = File::create(&path).map_err(|error| at(error.to_string()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(at("another job runs in this directory: wait for it, or set another `output`".to_owned()))
-        }
-        Err(std::fs::TryLockError::Error(error)) => Err(at(error.to_string())),
     }
 }

@@ -1,114 +1,97 @@
-//! The events of one job: kept, numbered, and followed by any number of watchers at their own pace.
+//! The events of one job: the newest in memory, older ones where they are kept, and followed by any number
+//! of watchers at their own pace.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
-use tunefleet_proto::ids::{Attempt, JobId};
+use tunefleet_proto::ids::JobId;
 use tunefleet_proto::rpc::JobEvent;
-use tunefleet_proto::rpc::job_event::Body;
 
-/// Events kept of one job; older ones are forgotten.
-const KEPT: usize = 50_000;
+use super::store::{History, StoreError};
+
+/// Events of one job that are held in memory.
+const HELD: usize = 256;
+/// Events that are read at once from where they are kept.
+const PAGE: usize = 512;
 
 /// A job's events, oldest first.
 pub struct EventLog {
-    events: Mutex<VecDeque<JobEvent>>,
-    /// Number of events so far, and whether there will be more.
+    job: JobId,
+    history: Arc<dyn History>,
+    newest: Mutex<VecDeque<JobEvent>>,
+    /// Number of the newest event, and whether there will be more.
     grown: watch::Sender<(u64, bool)>,
 }
 
 impl EventLog {
-    /// No events yet.
-    pub fn new() -> Self {
-        EventLog { events: Mutex::default(), grown: watch::Sender::new((0, true)) }
+    /// The events of `job` up to number `sequence` are in `history`.
+    pub fn new(job: JobId, history: Arc<dyn History>, sequence: u64, open: bool) -> Self {
+        EventLog { job, history, newest: Mutex::default(), grown: watch::Sender::new((sequence, open)) }
     }
 
-    /// Adds an event; `last` when the attempt has ended.
-    pub fn push(&self, job: &JobId, attempt: Attempt, body: Body, last: bool) {
-        let mut events = self.events();
-        let sequence = self.grown.borrow().0 + 1;
-        events.push_back(JobEvent {
-            sequence,
-            unix_ms: unix_ms(),
-            job: job.0.clone(),
-            attempt: attempt.0,
-            body: Some(body),
-        });
-        if events.len() > KEPT {
-            events.pop_front();
+    /// Adds an event, which is kept already.
+    pub fn push(&self, event: JobEvent) {
+        let sequence = event.sequence;
+        let mut newest = self.newest();
+        newest.push_back(event);
+        if newest.len() > HELD {
+            newest.pop_front();
         }
-        drop(events);
-        self.grown.send_replace((sequence, !last));
+        drop(newest);
+        self.grown.send_modify(|(newest, _)| *newest = sequence);
     }
 
-    /// A new attempt of the job: there will be more.
-    pub fn reopen(&self) {
-        self.grown.send_modify(|(_, open)| *open = true);
+    /// There will be more, or no more.
+    pub fn set_open(&self, open: bool) {
+        self.grown.send_modify(|grown| grown.1 = open);
     }
 
-    /// The first kept event after `sequence`.
-    fn after(&self, sequence: u64) -> Option<JobEvent> {
-        let events = self.events();
-        let first = events.front()?.sequence;
-        events.get((sequence + 1).saturating_sub(first) as usize).cloned()
+    /// Some events after `sequence`, in order; none when there are none yet.
+    fn after(&self, sequence: u64) -> Result<Vec<JobEvent>, StoreError> {
+        let newest = self.newest();
+        if let Some(first) = newest.front().map(|event| event.sequence)
+            && first <= sequence + 1
+        {
+            return Ok(newest.iter().skip((sequence + 1 - first) as usize).cloned().collect());
+        }
+        drop(newest);
+        self.history.events(&self.job, sequence, PAGE)
     }
 
-    /// Waits for the first kept event after `sequence`; `None` when there will be no more.
-    pub async fn next_after(&self, sequence: u64) -> Option<JobEvent> {
+    /// Waits for events after `sequence`, or with `only_past` only looks; empty when there will be no more.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub async fn next_after(
+        self: &Arc<Self>,
+        sequence: u64,
+        only_past: bool,
+    ) -> Result<Vec<JobEvent>, StoreError> {
         let mut grown = self.grown.subscribe();
         loop {
-            let (_, open) = *grown.borrow_and_update();
-            match self.after(sequence) {
-                Some(event) => return Some(event),
-                None if !open => return None,
-                None => grown.changed().await.ok()?,
+            let (newest, open) = *grown.borrow_and_update();
+            if newest > sequence {
+                let log = Arc::clone(self);
+                let read = tokio::task::spawn_blocking(move || log.after(sequence)).await;
+                let events = read.map_err(|error| StoreError::Reader(error.to_string()))??;
+                if !events.is_empty() {
+                    return Ok(events);
+                }
+            }
+            if !open || only_past || grown.changed().await.is_err() {
+                return Ok(Vec::new());
             }
         }
     }
 
-    fn events(&self) -> MutexGuard<'_, VecDeque<JobEvent>> {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    fn newest(&self) -> MutexGuard<'_, VecDeque<JobEvent>> {
+        self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Milliseconds since 1970.
 pub(super) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_late_watcher_sees_every_kept_event_once_and_then_the_end() {
-        let log = EventLog::new();
-        let job = JobId("j".to_owned());
-        let total = KEPT + 10;
-        for n in 1..=total {
-            log.push(&job, Attempt(1), Body::Note(n.to_string()), n == total);
-        }
-        let mut seen = Vec::new();
-        let mut sequence = 0;
-        while let Some(event) = log.next_after(sequence).await {
-            sequence = event.sequence;
-            seen.push(event.body);
-        }
-        assert_eq!(seen.len(), KEPT);
-        assert_eq!(seen.first(), Some(&Some(Body::Note("11".to_owned()))));
-        assert_eq!(seen.last(), Some(&Some(Body::Note(total.to_string()))));
-    }
-
-    #[tokio::test]
-    async fn a_watcher_waits_for_what_has_not_happened_yet() {
-        let log = std::sync::Arc::new(EventLog::new());
-        let watcher = tokio::spawn({
-            let log = log.clone();
-            async move { log.next_after(0).await }
-        });
-        log.push(&JobId("j".to_owned()), Attempt(1), Body::Note("now".to_owned()), false);
-        assert_eq!(watcher.await.unwrap().unwrap().sequence, 1);
-    }
 }

@@ -5,16 +5,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
 use tunefleet_proto::rpc::{Collective, Collectives};
 
 /// What the ranks answered so far.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Hang {
     answers: BTreeMap<u32, Collectives>,
+    /// A rank that shows no progress, and since when, in words.
+    overdue: Option<(u32, String)>,
 }
 
 /// Who is to blame.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Verdict {
     /// The ranks that the others wait for, ascending; empty when all are at the same operation.
     pub behind: Vec<u32>,
@@ -26,6 +29,11 @@ impl Hang {
     /// Takes a rank's answer; a later one counts in place of an earlier.
     pub fn answer(&mut self, rank: u32, answer: Collectives) {
         self.answers.insert(rank, answer);
+    }
+
+    /// Takes note of a rank that shows no progress.
+    pub fn suspect(&mut self, rank: u32, words: String) {
+        self.overdue = Some((rank, words));
     }
 
     /// Whether all of `ranks` have answered.
@@ -40,6 +48,14 @@ impl Hang {
         let behind =
             [silent, self.lowest(live), self.absent(live)].into_iter().find(|ranks| !ranks.is_empty());
         let behind = behind.unwrap_or_default();
+        let stalls = self.answers_of(live).any(|(_, answer)| answer.oldest_unfinished.is_some());
+        if let Some((rank, words)) = &self.overdue
+            && (behind.is_empty() || !stalls)
+        {
+            // Nobody waits for anybody: what is slow is what the rank itself does.
+            let hint = "look at its log, and raise restart.hang_after_seconds if it may take so long";
+            return Verdict { behind: vec![*rank], words: format!("{words}; {hint}") };
+        }
         let mut words = if behind.is_empty() {
             "all ranks are at the same collective".to_owned()
         } else {

@@ -7,14 +7,15 @@
 
 use std::collections::BTreeSet;
 
+use serde::{Deserialize, Serialize};
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    Collectives, Failure, JobState, Stage, StageChanged, StateChanged, stage_changed::What,
+    Collectives, Failure, FailureKind, JobState, Stage, StageChanged, StateChanged, stage_changed::What,
 };
 
 use super::placement::WorkerName;
 use super::rank::{Exit, Outcome};
-use super::task::Task;
+use super::task::{CANCELLED, Task};
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +26,8 @@ pub enum Input {
     Inspected(Stage, Result<Verdict, String>),
     /// `collect` is done.
     Collected(Result<(), String>),
-    /// Slots for all ranks of the stage, in rank order.
-    Placed(Stage, Vec<WorkerName>),
+    /// Slots for all ranks of the stage, in rank order, and a secret for the ranks to know each other by.
+    Placed(Stage, Vec<WorkerName>, Vec<u8>),
     /// A rank is ready to join its peers.
     Ready {
         /// Whose task.
@@ -53,6 +54,15 @@ pub enum Input {
         rank: u32,
         /// Where it is.
         at: Collectives,
+    },
+    /// A rank shows no progress for longer than it may.
+    Overdue {
+        /// Whose task.
+        stage: Stage,
+        /// Which rank.
+        rank: u32,
+        /// For how long, and where.
+        words: String,
     },
     /// A rank told where it is among its collectives.
     Answered {
@@ -119,12 +129,14 @@ pub enum Effect {
     Collect,
     /// Find a slot for each rank, all or none; answer with [`Input::Placed`] as soon as there are.
     Place(Stage),
-    /// Start the processes of all ranks.
-    StartTask {
+    /// Start the processes of these ranks.
+    StartOn {
         /// Which task.
         stage: Stage,
-        /// Where each rank runs.
-        ranks: Vec<WorkerName>,
+        /// On this worker.
+        worker: WorkerName,
+        /// Which ranks.
+        ranks: Vec<u32>,
         /// Train from the newest checkpoint.
         resume: bool,
     },
@@ -136,6 +148,8 @@ pub enum Effect {
         workers: BTreeSet<WorkerName>,
         /// Addresses in rank order.
         peers: Vec<String>,
+        /// What they know each other by.
+        secret: Vec<u8>,
     },
     /// Tell the ranks to save and stop at the next step boundary.
     StopAtCheckpoint {
@@ -176,8 +190,8 @@ pub enum Effect {
 #[error("stale: {0}")]
 pub struct Stale(pub String);
 
-/// How a job ended.
-#[derive(Debug, Clone, PartialEq)]
+/// How an attempt ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum End {
     /// All stages are done.
     Completed,
@@ -189,13 +203,13 @@ pub enum End {
     Stopped(u64),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 enum Stopping {
     Checkpoint,
     Now,
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Phase {
     Queued,
     Inspecting(Stage),
@@ -207,7 +221,7 @@ enum Phase {
 }
 
 /// One attempt of a job.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {
     train_ranks: u32,
     steps: u64,
@@ -267,6 +281,30 @@ impl Job {
         }
     }
 
+    /// The ranks that run.
+    pub fn task(&self) -> Option<&Task> {
+        match &self.phase {
+            Phase::Running(task) => Some(task),
+            _ => None,
+        }
+    }
+
+    /// What was under way outside when the control plane ended, and has to be asked for again.
+    pub fn asked_again(&self) -> Vec<Effect> {
+        match &self.phase {
+            Phase::Inspecting(stage) => vec![Effect::Inspect(*stage)],
+            Phase::Collecting => vec![Effect::Collect],
+            Phase::Recording(stage) => vec![Effect::Record(*stage)],
+            Phase::Queued | Phase::Waiting { .. } | Phase::Running(_) | Phase::Ended(_) => Vec::new(),
+        }
+    }
+
+    /// All that should be true of its ranks on `worker`, which holds those in `held`; see [`Task::again`].
+    pub fn again(&self, worker: &WorkerName, held: &BTreeSet<u32>) -> Vec<Effect> {
+        let stopping = self.stopping.map(|ask| ask == Stopping::Checkpoint);
+        self.task().map_or_else(Vec::new, |task| task.again(worker, held, stopping))
+    }
+
     /// Whether ranks of this stage's task may be alive on `worker`.
     pub fn runs_on(&self, stage: Stage, worker: &WorkerName) -> bool {
         matches!(&self.phase, Phase::Running(task) if task.stage() == stage && task.runs_on(worker))
@@ -289,9 +327,9 @@ impl Job {
                 Ok(()) => self.record(Stage::Collect),
                 Err(cause) => self.fail(Stage::Collect, cause),
             },
-            (Phase::Waiting { stage, resume }, Input::Placed(of, workers)) if *stage == of => {
+            (Phase::Waiting { stage, resume }, Input::Placed(of, workers, secret)) if *stage == of => {
                 let resume = *resume;
-                self.place(of, workers, resume)?
+                self.place(of, workers, resume, secret)?
             }
             (Phase::Running(task), Input::Ready { stage, rank, address }) => {
                 task.ready(stage, rank, address)?
@@ -306,6 +344,9 @@ impl Job {
             }
             (Phase::Running(task), Input::Stalled { stage, rank, at }) => {
                 task.stalled(stage, rank, at, cancelled)?
+            }
+            (Phase::Running(task), Input::Overdue { stage, rank, words }) => {
+                task.overdue(stage, rank, words, cancelled)?
             }
             (Phase::Running(task), Input::Answered { stage, rank, at }) => task.answered(stage, rank, at)?,
             (Phase::Running(task), Input::AnswersOver(stage)) => task.answers_over(stage)?,
@@ -328,22 +369,12 @@ impl Job {
             (phase, input) => return Err(Stale(format!("{input:?} while {phase:?}"))),
         };
         let after = self.state();
-        if before != after {
-            let tell = Effect::Tell(self.told(after));
-            // The end is the last that is told of an attempt.
-            let at = if after.is_end() { effects.len() } else { 0 };
-            effects.insert(at, tell);
+        // What an end means for the job is not known here.
+        if before != after && !after.is_end() {
+            let state = StateChanged { state: after.into(), ..StateChanged::default() };
+            effects.insert(0, Effect::Tell(Body::State(state)));
         }
         Ok(effects)
-    }
-
-    fn told(&self, state: JobState) -> Body {
-        let (failure, step) = match self.end() {
-            Some(End::Failed(failure)) => (Some(failure.clone()), 0),
-            Some(End::Stopped(step)) => (None, *step),
-            _ => (None, 0),
-        };
-        Body::State(StateChanged { state: state.into(), failure, step })
     }
 
     fn inspect(&mut self, stage: Stage) -> Vec<Effect> {
@@ -372,13 +403,22 @@ impl Job {
         }
     }
 
-    fn place(&mut self, stage: Stage, workers: Vec<WorkerName>, resume: bool) -> Result<Vec<Effect>, Stale> {
+    fn place(
+        &mut self,
+        stage: Stage,
+        workers: Vec<WorkerName>,
+        resume: bool,
+        secret: Vec<u8>,
+    ) -> Result<Vec<Effect>, Stale> {
         let world = self.world(stage);
         if workers.len() != world as usize {
             return Err(Stale(format!("{} slots for {world} ranks", workers.len())));
         }
-        self.phase = Phase::Running(Task::new(stage, &workers));
-        Ok(vec![Effect::StartTask { stage, ranks: workers, resume }])
+        let task = Task::new(stage, &workers, resume, secret);
+        let none = BTreeSet::new();
+        let effects = task.workers().iter().flat_map(|worker| task.again(worker, &none, None)).collect();
+        self.phase = Phase::Running(task);
+        Ok(effects)
     }
 
     /// After a rank is gone: nothing until the last one is, then what follows from all.
@@ -442,7 +482,7 @@ impl Job {
                     return vec![Effect::StopAtCheckpoint { stage, workers }];
                 }
                 self.stopping = Some(Stopping::Now);
-                let reason = "cancelled".to_owned();
+                let reason = CANCELLED.to_owned();
                 vec![Effect::Abort { stage, workers, reason, by_peer: false }]
             }
             // A stage is done and being noted, in a moment: the job ends with that.
@@ -457,7 +497,8 @@ impl Job {
         if self.stopping == Some(Stopping::Now) {
             return self.finish(End::Cancelled);
         }
-        self.finish(End::Failed(Failure { stage: stage.into(), cause, ..Failure::default() }))
+        let kind = FailureKind::Configuration.into();
+        self.finish(End::Failed(Failure { stage: stage.into(), cause, kind, ..Failure::default() }))
     }
 
     fn finish(&mut self, end: End) -> Vec<Effect> {

@@ -27,7 +27,7 @@ fn training() -> Job {
         job.apply(Input::Inspected(stage, Ok(Verdict::Cached))).unwrap();
     }
     job.apply(Input::Inspected(Stage::Train, Ok(Verdict::Run { resume: false }))).unwrap();
-    job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect())).unwrap();
+    job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect(), vec![7])).unwrap();
     for rank in 0..WORLD {
         job.apply(Input::Ready { stage: Stage::Train, rank, address: format!("a{rank}") }).unwrap();
     }
@@ -57,8 +57,15 @@ fn a_job_whose_stages_are_all_cached_completes_without_a_slot() {
 fn ranks_start_together_when_the_last_one_is_ready() {
     let mut job = Job::new(WORLD, 100);
     job.phase = Phase::Waiting { stage: Stage::Train, resume: true };
-    let effects = job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect())).unwrap();
-    assert!(matches!(&effects[..], [Effect::StartTask { resume: true, .. }]));
+    let effects = job.apply(Input::Placed(Stage::Train, (0..WORLD).map(worker).collect(), vec![7])).unwrap();
+    let started: Vec<_> = effects
+        .iter()
+        .map(|effect| match effect {
+            Effect::StartOn { worker, ranks, resume: true, .. } => (worker.to_string(), ranks.clone()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(started, [("w0".to_owned(), vec![0, 2]), ("w1".to_owned(), vec![1])]);
     for rank in [2, 0] {
         let ready = Input::Ready { stage: Stage::Train, rank, address: format!("a{rank}") };
         assert_eq!(job.apply(ready).unwrap(), []);
@@ -72,7 +79,7 @@ fn ranks_start_together_when_the_last_one_is_ready() {
 #[test]
 fn the_first_failed_rank_stops_the_others_and_is_named_once_all_are_gone() {
     let mut job = training();
-    let noticed = Outcome::Failed { message: "rank 1 is gone".to_owned(), consequence: true };
+    let noticed = Outcome::Failed { message: "rank 1 is gone".to_owned(), consequence: true, kind: 0 };
     let effects = end_rank(&mut job, 0, Some(noticed), Exit { code: Some(1), ..Exit::default() });
     assert!(effects.iter().any(|e| matches!(e, Effect::Abort { stage: Stage::Train, .. })), "{effects:?}");
     assert_eq!(job.state(), JobState::Stopping);
@@ -81,7 +88,6 @@ fn the_first_failed_rank_stops_the_others_and_is_named_once_all_are_gone() {
     assert!(effects.contains(&Effect::Release));
     let Some(End::Failed(failure)) = job.end() else { panic!("{:?}", job.end()) };
     assert_eq!((failure.rank, failure.exit.as_str()), (Some(1), "signal 9 (SIGKILL)"));
-    assert!(matches!(effects.last(), Some(Effect::Tell(Body::State(_)))), "the end is told last");
 }
 
 #[test]
@@ -268,10 +274,11 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
         Effect::Record(stage) => vec![Input::Recorded(*stage, Ok(()))],
         Effect::Place(stage) => {
             let world = if *stage == Stage::Train { WORLD } else { 1 };
-            vec![Input::Placed(*stage, (0..world).map(worker).collect())]
+            vec![Input::Placed(*stage, (0..world).map(worker).collect(), vec![7])]
         }
-        Effect::StartTask { stage, ranks, .. } => (0..ranks.len() as u32)
-            .flat_map(|rank| {
+        Effect::StartOn { stage, ranks, .. } => ranks
+            .iter()
+            .flat_map(|&rank| {
                 let stage = *stage;
                 let outcome = if stopping { Outcome::Stopped(1) } else { Outcome::Finished };
                 let exit = if pick.is_multiple_of(8) { killed() } else { clean() };
@@ -295,11 +302,11 @@ fn answers(effect: &Effect, pick: u8, stopping: bool) -> Vec<Input> {
 fn noise(pick: u8) -> Input {
     let stage = Stage::ALL[usize::from(pick) % Stage::ALL.len()];
     let rank = u32::from(pick) % (WORLD + 1);
-    match pick % 15 {
+    match pick % 16 {
         0 => Input::Begin,
         1 => Input::Inspected(stage, Ok(Verdict::Cached)),
         2 => Input::Collected(Ok(())),
-        3 => Input::Placed(stage, (0..rank).map(worker).collect()),
+        3 => Input::Placed(stage, (0..rank).map(worker).collect(), vec![7]),
         4 => Input::Ready { stage, rank, address: String::new() },
         5 => Input::Done { stage, rank, outcome: Outcome::Finished },
         6 => Input::Exited { stage, rank, exit: killed() },
@@ -310,6 +317,7 @@ fn noise(pick: u8) -> Input {
         11 => Input::Stalled { stage, rank, at: at(u64::from(pick)) },
         12 => Input::Answered { stage, rank, at: at(u64::from(pick)) },
         13 => Input::AnswersOver(stage),
+        14 => Input::Overdue { stage, rank, words: "it is slow".to_owned() },
         _ => Input::GraceOver,
     }
 }
@@ -339,15 +347,34 @@ proptest! {
                 }
             };
             prop_assert!(before.end().is_none(), "an end absorbs: {:?}", before);
-            let ends = effects.iter().filter(|e| matches!(e, Effect::Tell(Body::State(s)) if s.state().is_end()));
-            prop_assert_eq!(ends.count(), usize::from(job.end().is_some()), "an end is told once");
+            let json = serde_json::to_string(&job).unwrap();
+            let kept: Job = serde_json::from_str(&json).unwrap();
+            prop_assert_eq!(serde_json::to_string(&kept).unwrap(), json, "what is kept is all there is");
+            let ranks: Vec<u32> = effects
+                .iter()
+                .flat_map(|effect| match effect {
+                    Effect::StartOn { ranks, .. } => ranks.clone(),
+                    _ => Vec::new(),
+                })
+                .collect();
+            if !ranks.is_empty() {
+                let mut sorted = ranks.clone();
+                sorted.sort_unstable();
+                let stage = job.stage();
+                prop_assert_eq!(live, None, "one task at a time");
+                prop_assert_eq!(sorted, (0..job.world(stage)).collect::<Vec<_>>(), "all ranks, each once, or none");
+                live = Some(stage);
+            }
+            // What a worker is told again after a broken session changes nothing that is true.
+            for name in job.task().map(Task::workers).unwrap_or_default() {
+                let held = job.task().unwrap().ranks_on(&name).into_iter().collect();
+                for effect in kept.again(&name, &held) {
+                    prop_assert!(!matches!(effect, Effect::StartOn { .. }), "{effect:?}");
+                }
+            }
             for effect in &effects {
                 match effect {
-                    Effect::StartTask { stage, ranks, .. } => {
-                        prop_assert_eq!(live, None, "one task at a time");
-                        prop_assert_eq!(ranks.len() as u32, job.world(*stage), "all ranks or none");
-                        live = Some(*stage);
-                    }
+                    Effect::StartOn { stage, .. } => prop_assert_eq!(live, Some(*stage)),
                     Effect::StartRanks { stage, peers, .. } => {
                         prop_assert_eq!(live, Some(*stage));
                         prop_assert_eq!(peers.len() as u32, job.world(*stage), "none starts alone");

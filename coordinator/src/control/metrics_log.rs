@@ -6,10 +6,7 @@ use std::io::Write;
 use std::path::Path;
 
 use serde_json::json;
-use tunefleet_proto::ids::Attempt;
 use tunefleet_proto::rpc::job_event::Body;
-
-use super::events::unix_ms;
 
 /// File name inside the job's output directory.
 pub const FILE: &str = "metrics.jsonl";
@@ -31,8 +28,7 @@ impl MetricsLog {
     ///
     /// # Errors
     /// When the line cannot be written.
-    pub fn append(&mut self, attempt: Attempt, body: &Body) -> std::io::Result<()> {
-        let (attempt, unix_ms) = (attempt.0, unix_ms());
+    pub fn append(&mut self, attempt: u32, unix_ms: u64, body: &Body) -> std::io::Result<()> {
         let line = match body {
             Body::Step(step) => json!({
                 "kind": "step", "attempt": attempt, "unix_ms": unix_ms, "step": step.step,
@@ -65,10 +61,10 @@ mod tests {
         let mut log = MetricsLog::open(dir.path()).unwrap();
         for (step, loss) in losses.into_iter().enumerate() {
             let step = StepDone { step: step as u64, loss, ..StepDone::default() };
-            log.append(Attempt(1), &Body::Step(step)).unwrap();
+            log.append(1, 7, &Body::Step(step)).unwrap();
         }
-        log.append(Attempt(2), &Body::Evaluated(Evaluated { step: 5, loss: 2.5 })).unwrap();
-        log.append(Attempt(2), &Body::Note("no values".to_owned())).unwrap();
+        log.append(2, 7, &Body::Evaluated(Evaluated { step: 5, loss: 2.5 })).unwrap();
+        log.append(2, 7, &Body::Note("no values".to_owned())).unwrap();
         let text = std::fs::read_to_string(dir.path().join(FILE)).unwrap();
         let lines: Vec<serde_json::Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(lines.len(), 6);

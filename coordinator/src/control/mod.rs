@@ -1,25 +1,36 @@
 //! The control plane: takes jobs, finds slots, drives stages, tells those who watch.
 //!
-//! `job` (what follows from a fact) with the `task` that runs, `rank` (how ranks end), `hang` (whom
-//! the others wait for), `placement` and `workers` (where ranks run) and `stage` (what is done
-//! already) know no protocol. `plane` is the one task that
-//! owns all jobs (each an `entry`) and workers; `service` is gRPC in front of it. State is kept in memory.
+//! `job` (one attempt, as a machine of facts and effects) with the `task` that runs, `rank` (how ranks end) and
+//! `hang` (whom the others wait for); `entry` (a job over its attempts), `restart` (whether another is worth it),
+//! `budget` (how long a rank may take), `workers`, `placement` and `queue` (where ranks run), all in the `fleet`:
+//! none of these does IO. `store` keeps what the fleet says, `plane` is the one task that owns both and does what
+//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it.
 
+mod budget;
 mod entry;
 mod events;
+mod fleet;
 mod hang;
 mod job;
 mod metrics_log;
+mod output;
 mod placement;
 mod plane;
+mod queue;
 mod rank;
+mod restart;
 mod service;
+mod settings;
+#[cfg(test)]
+mod sim;
 mod stage;
 pub mod store;
 mod task;
+mod work;
 mod workers;
 
 pub use hang::listed as listed_ranks;
 pub use metrics_log::FILE as METRICS_LOG_FILE;
-pub use plane::Plane;
+pub use plane::{Plane, StartError};
 pub use service::{ServeError, Server, bind};
+pub use settings::Settings;

@@ -1,5 +1,5 @@
-//! The one task that owns all jobs and workers: it takes messages in order, asks the state
-//! machine of the job, and carries out what follows. A state changes before a command goes out.
+//! The one task that owns the fleet: it takes messages in order, lets the state machine say what follows,
+//! keeps that, and only then does it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,90 +8,185 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 use tunefleet_proto::ids::{Attempt, JobId};
-use tunefleet_proto::job::{DatasetSpec, DeviceKind, JobSpec};
+use tunefleet_proto::job::JobSpec;
+use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    Abort, Continuation, CoordinatorMessage, JobStatus, RankReport, Register, ReportCollectives, Stage,
-    StartRanks, StopAtCheckpoint, TaskId, Waiting, WorkerMessage, coordinator_message, rank_event,
-    worker_message,
+    AuditRecord, Continuation, CoordinatorMessage, JobEvent, JobStatus, PROTOCOL, Register, Registered,
+    WorkerMessage, WorkerStatus,
 };
 
-use super::entry::Entry;
 use super::events::EventLog;
-use super::job::{Effect, Input};
-use super::placement::{Room, WorkerName, place};
-use super::stage;
-use super::workers::{Epoch, Joined, Workers};
+use super::fleet::{Action, Fleet, Refused, Start, Submission};
+use super::job::Input;
+use super::output::{self, Output, OutputError};
+use super::placement::WorkerName;
+use super::rank::Exit;
+use super::settings::{Now, Settings};
+use super::store::{History, Store, StoreError, Write};
+use super::work;
+use super::workers::Epoch;
 use crate::metrics;
 
 /// Messages under way to the plane before senders have to wait.
-const WINDOW: usize = 1024;
-/// How often silent workers are looked for.
-const TICK: Duration = Duration::from_secs(1);
-/// How long ranks may take to tell where they are among their collectives.
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+const WINDOW: usize = 4096;
+/// Messages whose consequences are kept at once.
+const BATCH: usize = 512;
+/// How often what follows from time is looked for.
+const TICK: Duration = Duration::from_millis(100);
 /// A tick that is so late was held up: the process was stopped, or its disk.
 const STOOD_STILL: Duration = Duration::from_secs(3);
+/// Until a disk that cannot be written is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
+
+type Reply<T> = oneshot::Sender<Result<T, Status>>;
 
 /// What the plane is asked or told.
 pub(super) enum Message {
     Submit {
         spec: Box<JobSpec>,
         continuation: Continuation,
-        reply: oneshot::Sender<Result<Attempt, Status>>,
+        request: String,
+        reply: Reply<Attempt>,
     },
     Resume {
         job: String,
-        reply: oneshot::Sender<Result<JobStatus, Status>>,
+        reply: Reply<JobStatus>,
     },
     Cancel {
         job: String,
         grace: Duration,
-        reply: oneshot::Sender<Result<JobStatus, Status>>,
+        reply: Reply<JobStatus>,
+    },
+    Suspend {
+        job: String,
+        grace: Duration,
+        reply: Reply<JobStatus>,
     },
     Status {
         job: String,
-        reply: oneshot::Sender<Result<JobStatus, Status>>,
+        reply: Reply<JobStatus>,
     },
     List {
-        reply: oneshot::Sender<Vec<JobStatus>>,
+        reply: Reply<Vec<JobStatus>>,
     },
     Events {
         job: String,
-        reply: oneshot::Sender<Result<Arc<EventLog>, Status>>,
+        reply: Reply<Arc<EventLog>>,
+    },
+    Workers {
+        reply: Reply<Vec<WorkerStatus>>,
+    },
+    Drain {
+        worker: String,
+        preempt: bool,
+        reply: Reply<WorkerStatus>,
+    },
+    Undrain {
+        worker: String,
+        reply: Reply<WorkerStatus>,
+    },
+    Identity {
+        reply: Reply<String>,
     },
     Join {
-        register: Register,
+        register: Box<Register>,
         commands: mpsc::UnboundedSender<CoordinatorMessage>,
-        reply: oneshot::Sender<Result<Epoch, Status>>,
+        reply: Reply<Epoch>,
+    },
+    /// A session is over.
+    Left {
+        worker: WorkerName,
+        epoch: Epoch,
     },
     Said {
         worker: WorkerName,
         epoch: Epoch,
         message: WorkerMessage,
     },
-    /// An answer of work done outside, or a timer.
+    /// An answer of work done outside.
     Happened {
         job: JobId,
         attempt: Attempt,
         input: Input,
     },
+    Audit(AuditRecord),
+}
+
+/// Why a control plane does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The state cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A job was kept by another version.
+    #[error("job {job} was kept by a version that this one cannot read: {cause}")]
+    Job {
+        /// Which job.
+        job: JobId,
+        /// What the parser said.
+        cause: serde_json::Error,
+    },
+    /// The directory of an active job is somebody else's.
+    #[error("job {job}: {cause}")]
+    Output {
+        /// Which job.
+        job: JobId,
+        /// What is wrong with it.
+        cause: OutputError,
+    },
+    /// No thread for it.
+    #[error("starting the thread that writes the state: {0}")]
+    Thread(std::io::Error),
 }
 
 /// A handle to the plane's task.
 #[derive(Clone)]
 pub struct Plane {
     messages: mpsc::Sender<Message>,
+    history: Arc<dyn History>,
+    settings: Settings,
 }
 
 impl Plane {
-    /// Starts the task.
-    pub fn start() -> Self {
+    /// Goes on with what `store` holds.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(
+        mut store: Box<dyn Store>,
+        history: Arc<dyn History>,
+        settings: Settings,
+    ) -> Result<Self, StartError> {
+        let start = Instant::now();
+        let secret = Box::new(|| rand::random::<[u8; 32]>().to_vec());
+        let fleet = Fleet::restore(store.load()?, settings, secret, Now::since(start))
+            .map_err(|(job, cause)| StartError::Job { job, cause })?;
         let (messages, inbox) = mpsc::channel(WINDOW);
-        let state =
-            State { jobs: BTreeMap::new(), workers: Workers::default(), messages: messages.downgrade() };
+        let mut state = State {
+            start,
+            fleet,
+            writer: writer(store).map_err(StartError::Thread)?,
+            history: Arc::clone(&history),
+            outputs: BTreeMap::new(),
+            logs: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            messages: messages.downgrade(),
+            replies: Vec::new(),
+        };
+        state.reopen()?;
         tokio::spawn(state.run(inbox));
-        Plane { messages }
+        Ok(Plane { messages, history, settings })
+    }
+
+    /// How patient it is.
+    pub(super) fn settings(&self) -> Settings {
+        self.settings
+    }
+
+    /// What is kept.
+    pub(super) fn history(&self) -> &Arc<dyn History> {
+        &self.history
     }
 
     /// Sends a message.
@@ -100,27 +195,84 @@ impl Plane {
     }
 
     /// Sends a message and waits for the answer.
-    pub(super) async fn ask<T>(
-        &self,
-        message: impl FnOnce(oneshot::Sender<T>) -> Message,
-    ) -> Result<T, Status> {
+    pub(super) async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
         self.tell(message(reply)).await?;
-        answer.await.map_err(|_| Status::unavailable("the coordinator is stopping"))
+        answer.await.map_err(|_| Status::unavailable("the coordinator is stopping"))?
     }
 }
 
+impl From<Refused> for Status {
+    fn from(refused: Refused) -> Self {
+        let message = refused.to_string();
+        match refused {
+            Refused::NotFound(_) => Status::not_found(message),
+            Refused::Exists(_) => Status::already_exists(message),
+            Refused::NotNow(_) => Status::failed_precondition(message),
+        }
+    }
+}
+
+impl From<OutputError> for Status {
+    fn from(error: OutputError) -> Self {
+        Status::failed_precondition(error.to_string())
+    }
+}
+
+type Commit = (Vec<Write>, oneshot::Sender<Result<(), StoreError>>);
+
+/// The thread that alone writes the state.
+fn writer(mut store: Box<dyn Store>) -> std::io::Result<mpsc::UnboundedSender<Commit>> {
+    let (commits, mut inbox) = mpsc::unbounded_channel::<Commit>();
+    std::thread::Builder::new().name("store".to_owned()).spawn(move || {
+        while let Some((writes, reply)) = inbox.blocking_recv() {
+            let _ = reply.send(store.commit(&writes));
+        }
+    })?;
+    Ok(commits)
+}
+
 struct State {
-    jobs: BTreeMap<JobId, Entry>,
-    workers: Workers,
+    start: Instant,
+    fleet: Fleet,
+    writer: mpsc::UnboundedSender<Commit>,
+    history: Arc<dyn History>,
+    /// Directories of active jobs.
+    outputs: BTreeMap<JobId, Output>,
+    logs: BTreeMap<JobId, Arc<EventLog>>,
+    sessions: BTreeMap<WorkerName, (Epoch, mpsc::UnboundedSender<CoordinatorMessage>)>,
     /// For answers of work done outside; weak, so that the task ends with its last handle.
     messages: mpsc::WeakSender<Message>,
+    /// To be sent once what they tell is kept.
+    replies: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 impl State {
+    /// Takes the directories of active jobs back.
+    fn reopen(&mut self) -> Result<(), StartError> {
+        for (id, entry) in self.fleet.jobs() {
+            let log = EventLog::new(
+                id.clone(),
+                Arc::clone(&self.history),
+                entry.record.sequence,
+                entry.is_active(),
+            );
+            self.logs.insert(id.clone(), Arc::new(log));
+        }
+        for (id, entry) in self.fleet.active() {
+            let output = Output::open(&entry.spec.output)
+                .map_err(|cause| StartError::Output { job: id.clone(), cause })?;
+            self.outputs.insert(id.clone(), output);
+            metrics::attempt(&id.0, entry.spec.train.steps);
+        }
+        Ok(())
+    }
+
     async fn run(mut self, mut inbox: mpsc::Receiver<Message>) {
         let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut looked = Instant::now();
+        self.settle().await;
         loop {
             tokio::select! {
                 message = inbox.recv() => match message {
@@ -128,386 +280,301 @@ impl State {
                     None => return,
                 },
                 _ = tick.tick() => {
+                    let now = self.now();
                     // What workers said while this process stood still has not been read yet.
                     if looked.elapsed() > STOOD_STILL {
-                        self.workers.excuse(Instant::now());
+                        self.fleet.excuse(now);
                     }
                     looked = Instant::now();
-                    self.lose_silent_workers();
+                    self.fleet.tick(now);
+                    metrics::workers(self.sessions.len());
+                    metrics::jobs(self.fleet.jobs().map(|(_, entry)| entry.state()));
                 }
             }
-            self.place_waiting();
-            metrics::workers(self.workers.len());
-            metrics::jobs(self.jobs.values().map(|entry| entry.job.state()));
+            for _ in 1..BATCH {
+                let Ok(message) = inbox.try_recv() else { break };
+                self.handle(message);
+            }
+            self.settle().await;
         }
     }
+
+    fn now(&self) -> Now {
+        Now::since(self.start)
+    }
+
+    /// Keeps what has come together, then does it, until nothing more follows.
+    async fn settle(&mut self) {
+        loop {
+            let out = self.fleet.take(self.now());
+            if out.writes.is_empty() && out.actions.is_empty() {
+                break;
+            }
+            self.commit(out.writes).await;
+            out.actions.into_iter().for_each(|action| self.act(action));
+        }
+        std::mem::take(&mut self.replies).into_iter().for_each(|reply| reply());
+    }
+
+    /// Nothing is done that is not kept: a disk that is full holds the control plane up, and nobody else.
+    async fn commit(&mut self, writes: Vec<Write>) {
+        if writes.is_empty() {
+            return;
+        }
+        loop {
+            let (reply, answer) = oneshot::channel();
+            if self.writer.send((writes.clone(), reply)).is_err() {
+                tracing::error!("the thread that writes the state is gone: this is a bug, please report it");
+                std::process::abort();
+            }
+            match answer.await {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => tracing::error!("the state cannot be written, training goes on: {error}"),
+                Err(_) => tracing::error!("the thread that writes the state has failed"),
+            }
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
+    }
+
+    // -------------------------------------------------------------------------------- messages
 
     fn handle(&mut self, message: Message) {
-        // An asker that is gone needs no answer.
+        let now = self.now();
         match message {
-            Message::Submit { spec, continuation, reply } => {
-                let _ = reply.send(self.submit(*spec, continuation));
+            Message::Submit { spec, continuation, request, reply } => {
+                let answer = self.submit(*spec, continuation, request, now);
+                self.reply(reply, answer);
             }
             Message::Resume { job, reply } => {
-                let _ = reply.send(self.resume(&JobId(job)));
+                let answer = self.resume(&JobId(job), now);
+                self.reply(reply, answer);
             }
             Message::Cancel { job, grace, reply } => {
-                let _ = reply.send(self.cancel(&JobId(job), grace));
+                let id = JobId(job);
+                let done = self.fleet.cancel(&id, grace, now);
+                let answer = done.and_then(|()| self.fleet.status(&id, now));
+                self.reply(reply, answer.map_err(Status::from));
+            }
+            Message::Suspend { job, grace, reply } => {
+                let id = JobId(job);
+                let done = self.fleet.suspend(&id, grace, now);
+                let answer = done.and_then(|()| self.fleet.status(&id, now));
+                self.reply(reply, answer.map_err(Status::from));
             }
             Message::Status { job, reply } => {
-                let id = JobId(job);
-                let _ = reply.send(self.entry(&id).map(|entry| entry.status(&id)));
+                let answer = self.fleet.status(&JobId(job), now).map_err(Status::from);
+                self.reply(reply, answer);
             }
             Message::List { reply } => {
-                let _ = reply.send(self.jobs.iter().map(|(id, entry)| entry.status(id)).collect());
+                let answer = self.fleet.jobs().map(|(id, entry)| entry.status(id, now)).collect();
+                self.reply(reply, Ok(answer));
             }
             Message::Events { job, reply } => {
-                let _ = reply.send(self.entry(&JobId(job)).map(|entry| Arc::clone(&entry.events)));
+                let id = JobId(job);
+                let log = self.logs.get(&id).map(Arc::clone);
+                let missing = || Status::not_found(format!("there is no job {id}"));
+                self.reply(reply, log.ok_or_else(missing));
+            }
+            Message::Workers { reply } => {
+                let answer = self.fleet.worker_statuses(now);
+                self.reply(reply, Ok(answer));
+            }
+            Message::Drain { worker, preempt, reply } => {
+                let name = WorkerName::from(worker.as_str());
+                let done = self.fleet.drain(&name, preempt, now);
+                let answer = done.and_then(|()| self.fleet.worker_status(&name, now));
+                self.reply(reply, answer.map_err(Status::from));
+            }
+            Message::Undrain { worker, reply } => {
+                let name = WorkerName::from(worker.as_str());
+                let done = self.fleet.undrain(&name);
+                let answer = done.and_then(|()| self.fleet.worker_status(&name, now));
+                self.reply(reply, answer.map_err(Status::from));
+            }
+            Message::Identity { reply } => {
+                let cluster = self.fleet.identity().0.to_owned();
+                self.reply(reply, Ok(cluster));
             }
             Message::Join { register, commands, reply } => {
-                let _ = reply.send(self.join(register, commands));
+                let answer = self.join(*register, commands, now);
+                self.reply(reply, answer);
             }
-            Message::Said { worker, epoch, message } => {
-                if self.workers.heard(&worker, epoch, Instant::now()) {
-                    self.said(&worker, message);
+            Message::Left { worker, epoch } => {
+                self.fleet.left(&worker, epoch);
+                if self.sessions.get(&worker).is_some_and(|(session, _)| *session == epoch) {
+                    self.sessions.remove(&worker);
                 }
             }
-            Message::Happened { job, attempt, input } => {
-                if self.jobs.get(&job).is_some_and(|entry| entry.attempt == attempt) {
-                    self.apply(&job, input);
-                }
-            }
+            Message::Said { worker, epoch, message } => self.fleet.said(&worker, epoch, message, now),
+            Message::Happened { job, attempt, input } => self.fleet.happened(&job, attempt, input, now),
+            Message::Audit(record) => self.fleet.audit(record),
         }
     }
 
-    fn entry(&mut self, id: &JobId) -> Result<&mut Entry, Status> {
-        self.jobs.get_mut(id).ok_or_else(|| Status::not_found(format!("there is no job {id}")))
+    fn reply<T: Send + 'static>(&mut self, reply: Reply<T>, answer: Result<T, Status>) {
+        // An asker that is gone needs no answer.
+        self.replies.push(Box::new(move || drop(reply.send(answer))));
     }
 
-    // ------------------------------------------------------------------------------------ jobs
-
-    fn submit(&mut self, spec: JobSpec, continuation: Continuation) -> Result<Attempt, Status> {
+    fn submit(
+        &mut self,
+        spec: JobSpec,
+        continuation: Continuation,
+        request: String,
+        now: Now,
+    ) -> Result<Attempt, Status> {
         let id = JobId(spec.name.clone());
-        let known = self.jobs.get(&id);
-        if let Some(known) = known.filter(|known| known.job.end().is_none()) {
-            let state = known.job.state().name();
-            let message = format!("job {id} is {state}: cancel it first, or submit under another name");
-            return Err(Status::already_exists(message));
+        if let Some(attempt) = self.fleet.submitted_before(&id, &request) {
+            return Ok(attempt);
         }
-        let entry = Entry::begin(spec, continuation, known)?;
-        let attempt = entry.attempt;
-        metrics::attempt(&id.0, entry.spec.train.steps);
-        self.jobs.insert(id.clone(), entry);
-        self.apply(&id, Input::Begin);
-        Ok(attempt)
+        self.fleet.may_submit(&id)?;
+        let spec_json = serde_json::to_string(&spec).map_err(|error| Status::internal(error.to_string()))?;
+        let earlier = self.open(&id, &spec)?;
+        metrics::attempt(&id.0, spec.train.steps);
+        Ok(self.fleet.submit(Submission { spec, spec_json, continuation, request, earlier }, now)?)
     }
 
-    fn resume(&mut self, id: &JobId) -> Result<JobStatus, Status> {
-        let spec = (*self.entry(id)?.spec).clone();
-        self.submit(spec, Continuation::Resume)?;
-        Ok(self.entry(id)?.status(id))
+    fn resume(&mut self, id: &JobId, now: Now) -> Result<JobStatus, Status> {
+        let missing = || Status::not_found(format!("there is no job {id}"));
+        let spec = Arc::clone(&self.fleet.job(id).ok_or_else(missing)?.spec);
+        self.fleet.may_submit(id)?;
+        let earlier = self.open(id, &spec)?;
+        metrics::attempt(&id.0, spec.train.steps);
+        self.fleet.resume(id, earlier, now)?;
+        Ok(self.fleet.status(id, now)?)
     }
 
-    fn cancel(&mut self, id: &JobId, grace: Duration) -> Result<JobStatus, Status> {
-        self.entry(id)?;
-        let checkpoint = !grace.is_zero();
-        self.apply(id, Input::Stop { checkpoint });
-        if checkpoint {
-            self.after(grace, id, Input::GraceOver);
-        }
-        Ok(self.entry(id)?.status(id))
-    }
-
-    fn apply(&mut self, id: &JobId, input: Input) {
-        let Some(entry) = self.jobs.get_mut(id) else { return };
-        match entry.job.apply(input) {
-            Ok(effects) => effects.into_iter().for_each(|effect| self.carry_out(id, effect)),
-            Err(stale) => tracing::debug!("job {id}: {stale}"),
-        }
-    }
-
-    fn carry_out(&mut self, id: &JobId, effect: Effect) {
-        let Some(entry) = self.jobs.get_mut(id) else { return };
-        let task =
-            |stage: Stage| Some(TaskId { job: id.0.clone(), attempt: entry.attempt.0, stage: stage.into() });
-        match effect {
-            Effect::Tell(body) => entry.tell(id, body),
-            Effect::Inspect(stage) => {
-                let (spec, continuation) = (Arc::clone(&entry.spec), entry.continuation);
-                let work = move || {
-                    let verdict = stage::prepare(&spec, continuation, stage);
-                    Input::Inspected(stage, verdict.map_err(|error| error.to_string()))
-                };
-                self.outside(id, work, move |bug| Input::Inspected(stage, Err(bug)));
-            }
-            Effect::Collect => {
-                let spec = Arc::clone(&entry.spec);
-                self.outside(id, move || Input::Collected(collect(&spec)), |bug| Input::Collected(Err(bug)));
-            }
-            Effect::Record(stage) => {
-                let spec = Arc::clone(&entry.spec);
-                let work = move || {
-                    Input::Recorded(stage, stage::record(&spec, stage).map_err(|error| error.to_string()))
-                };
-                self.outside(id, work, move |bug| Input::Recorded(stage, Err(bug)));
-            }
-            // After each message, as long as it waits.
-            Effect::Place(_) => {}
-            Effect::StartTask { stage, ranks, resume } => match entry.start_task(task(stage), &ranks, resume)
-            {
-                Ok(commands) => {
-                    for (worker, command) in commands {
-                        self.workers.send(&worker, coordinator_message::Body::StartTask(command));
-                    }
-                }
-                Err(cause) => {
-                    for (rank, _) in ranks.iter().enumerate() {
-                        let exit = super::rank::Exit { start_error: cause.clone(), ..Default::default() };
-                        self.apply(id, Input::Exited { stage, rank: rank as u32, exit });
-                    }
-                }
-            },
-            Effect::StartRanks { stage, workers, peers } => {
-                let secret = rand::random::<[u8; 32]>().to_vec();
-                let start = StartRanks { task: task(stage), peers, secret };
-                for worker in workers {
-                    self.workers.send(&worker, coordinator_message::Body::StartRanks(start.clone()));
-                }
-            }
-            Effect::StopAtCheckpoint { stage, workers } => {
-                let stop = StopAtCheckpoint { task: task(stage) };
-                for worker in workers {
-                    self.workers.send(&worker, coordinator_message::Body::StopAtCheckpoint(stop.clone()));
-                }
-            }
-            Effect::ReportCollectives { stage, workers } => {
-                let ask = ReportCollectives { task: task(stage) };
-                for worker in workers {
-                    self.workers.send(&worker, coordinator_message::Body::ReportCollectives(ask.clone()));
-                }
-                self.after(ANSWER_LIMIT, id, Input::AnswersOver(stage));
-            }
-            Effect::Abort { stage, workers, reason, by_peer } => {
-                let abort = Abort { task: task(stage), reason, by_peer };
-                for worker in workers {
-                    self.workers.send(&worker, coordinator_message::Body::Abort(abort.clone()));
-                }
-            }
-            Effect::Release => {
-                let slots = std::mem::take(&mut entry.slots);
-                self.workers.release(&slots);
+    /// Takes the directory of a job that is about to begin; the number of its newest attempt.
+    fn open(&mut self, id: &JobId, spec: &JobSpec) -> Result<u32, OutputError> {
+        let output = Output::open(&spec.output)?;
+        let newest = output::newest_attempt(&spec.output)?;
+        self.outputs.insert(id.clone(), output);
+        match self.logs.get(id) {
+            Some(log) => log.set_open(true),
+            None => {
+                let log = EventLog::new(id.clone(), Arc::clone(&self.history), 0, true);
+                self.logs.insert(id.clone(), Arc::new(log));
             }
         }
+        Ok(newest)
     }
-
-    /// Hands this attempt an input once `delay` has passed.
-    fn after(&self, delay: Duration, id: &JobId, input: Input) {
-        let Some(attempt) = self.jobs.get(id).map(|entry| entry.attempt) else { return };
-        let happened = Message::Happened { job: id.clone(), attempt, input };
-        let messages = self.messages.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(delay).await;
-            answer(messages, happened).await;
-        });
-    }
-
-    /// Runs blocking work; its answer comes back as an input of this attempt, also after a panic.
-    fn outside(
-        &self,
-        id: &JobId,
-        work: impl FnOnce() -> Input + Send + 'static,
-        panicked: impl FnOnce(String) -> Input + Send + 'static,
-    ) {
-        let Some(attempt) = self.jobs.get(id).map(|entry| entry.attempt) else { return };
-        let (messages, job) = (self.messages.clone(), id.clone());
-        tokio::spawn(async move {
-            let input = tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-                panicked(format!("{error}; this is a bug of the coordinator, please report it with its log"))
-            });
-            answer(messages, Message::Happened { job, attempt, input }).await;
-        });
-    }
-
-    /// Gives slots to jobs that wait, the oldest first.
-    fn place_waiting(&mut self) {
-        let mut waiting: Vec<(Instant, JobId, Stage)> = Vec::new();
-        for (id, entry) in &self.jobs {
-            if let Some(stage) = entry.job.waiting() {
-                waiting.push((entry.submitted, id.clone(), stage));
-            }
-        }
-        waiting.sort();
-        for (_, id, stage) in waiting {
-            let Some(entry) = self.jobs.get_mut(&id) else { continue };
-            let rooms = self.workers.rooms();
-            let world = entry.job.world(stage);
-            let cuda = match entry.spec.train.device {
-                DeviceKind::Cpu => false,
-                DeviceKind::Cuda => true,
-                DeviceKind::Auto => rooms.values().any(|room| room.has_gpu),
-            };
-            let Some(ranks) = place(&rooms, world, cuda) else {
-                entry.wait(&id, waiting_for(world, cuda, &rooms));
-                continue;
-            };
-            entry.detail.clear();
-            entry.waiting = None;
-            entry.cuda = cuda;
-            entry.slots.clone_from(&ranks);
-            self.workers.take(&ranks);
-            self.apply(&id, Input::Placed(stage, ranks));
-        }
-    }
-
-    // --------------------------------------------------------------------------------- workers
 
     fn join(
         &mut self,
         register: Register,
         commands: mpsc::UnboundedSender<CoordinatorMessage>,
+        now: Now,
     ) -> Result<Epoch, Status> {
         let name = WorkerName::from(register.name.as_str());
-        let running = register.running.clone();
-        tracing::info!(
-            "worker {name} {}: {} slots, {} GPUs, {}",
-            register.version,
-            register.slots,
-            register.gpus,
-            register.metrics_url
-        );
-        let epoch = match self.workers.join(register, commands, Instant::now()) {
-            Joined::Welcome(epoch) => epoch,
-            Joined::Restarted(epoch) => {
-                self.lose(&name);
-                epoch
-            }
-            Joined::NameTaken => {
-                let message = format!("a worker named {name} is connected: give this one another --name");
-                return Err(Status::already_exists(message));
-            }
+        let Register { version, slots, gpus, metrics_url, .. } = &register;
+        tracing::info!("worker {name} {version}: {slots} slots, {gpus} GPUs, {metrics_url}");
+        let joined =
+            self.fleet.join(register, now).map_err(|refused| Status::already_exists(refused.to_string()))?;
+        let (cluster, generation) = self.fleet.identity();
+        let registered = Registered {
+            heartbeat_interval_ms: self.fleet.settings().heartbeat.as_millis() as u64,
+            epoch: joined.epoch.0,
+            acknowledged: joined.acknowledged,
+            cluster: cluster.to_owned(),
+            generation,
+            protocol: PROTOCOL,
         };
-        for task in running {
-            if !self.is_live(&task, &name) {
-                self.refuse(&name, task, "this attempt is over");
+        // The first message of a session; what follows from the registration comes after it.
+        let _ = commands.send(CoordinatorMessage { body: Some(Command::Registered(registered)) });
+        self.sessions.insert(name, (joined.epoch, commands));
+        Ok(joined.epoch)
+    }
+
+    // --------------------------------------------------------------------------------- actions
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Send(worker, epoch, command) => self.send(&worker, epoch, command),
+            Action::Start(worker, epoch, start) => self.start_ranks(&worker, epoch, start),
+            Action::EndSession(worker, epoch) => {
+                if self.sessions.get(&worker).is_some_and(|(session, _)| *session == epoch) {
+                    self.sessions.remove(&worker);
+                }
+            }
+            Action::Opened(id, attempt) => self.opened(&id, attempt),
+            Action::Work(id, attempt, what) => self.work(id, attempt, what),
+            Action::Show(id, event) => self.show(&id, event),
+            Action::Closed(id) => {
+                self.outputs.remove(&id);
+                if let Some(log) = self.logs.get(&id) {
+                    log.set_open(false);
+                }
             }
         }
-        Ok(epoch)
     }
 
-    fn is_live(&self, task: &TaskId, worker: &WorkerName) -> bool {
-        let entry = self.jobs.get(&JobId(task.job.clone()));
-        entry.is_some_and(|e| e.attempt.0 == task.attempt && e.job.runs_on(task.stage(), worker))
-    }
-
-    /// Tells a worker to end ranks that should not be.
-    fn refuse(&self, worker: &WorkerName, task: TaskId, reason: &str) {
-        let abort = Abort { task: Some(task), reason: reason.to_owned(), by_peer: false };
-        self.workers.send(worker, coordinator_message::Body::Abort(abort));
-    }
-
-    fn said(&mut self, worker: &WorkerName, message: WorkerMessage) {
-        let (task, rank) = match &message.body {
-            Some(worker_message::Body::Report(report)) => (report.task.clone(), report.rank),
-            Some(worker_message::Body::Exited(exited)) => (exited.task.clone(), exited.rank),
-            _ => return,
-        };
-        let Some(task) = task else { return };
-        if !self.is_live(&task, worker) {
-            tracing::debug!("worker {worker}: stale message of {} a{}", task.job, task.attempt);
-            if let Some(worker_message::Body::Report(_)) = message.body {
-                self.refuse(worker, task, "this attempt is over");
-            }
-            return;
+    /// Over the session that it was meant for: to a worker with another one, what is still true is told again.
+    fn send(&self, worker: &WorkerName, epoch: Epoch, command: Command) {
+        if let Some((_, commands)) = self.sessions.get(worker).filter(|(session, _)| *session == epoch) {
+            let _ = commands.send(CoordinatorMessage { body: Some(command) });
         }
-        let (id, stage) = (JobId(task.job.clone()), task.stage());
-        match message.body {
-            Some(worker_message::Body::Report(report)) => self.reported(&id, stage, report),
-            Some(worker_message::Body::Exited(exited)) => {
-                self.apply(&id, Input::Exited { stage, rank, exit: exited.into() });
+    }
+
+    fn start_ranks(&mut self, worker: &WorkerName, epoch: Epoch, start: Start) {
+        let id = JobId(start.task.job.clone());
+        let Some(entry) = self.fleet.job(&id) else { return };
+        let (stage, attempt, ranks) = (start.task.stage(), entry.record.attempt, start.ranks.clone());
+        match output::start_task(&entry.spec, entry.spec_json(), start) {
+            Ok(command) => self.send(worker, epoch, Command::StartTask(command)),
+            Err(cause) => {
+                let kind = tunefleet_proto::rpc::FailureKind::Configuration.into();
+                for rank in ranks {
+                    let exit = Exit { start_error: cause.clone(), kind, ..Exit::default() };
+                    self.fleet.happened(&id, attempt, Input::Exited { stage, rank, exit }, self.now());
+                }
+            }
+        }
+    }
+
+    fn opened(&self, id: &JobId, attempt: Attempt) {
+        let Some(entry) = self.fleet.job(id) else { return };
+        if let Err(error) = output::begin_attempt(&entry.spec, attempt) {
+            // The ranks cannot write their logs either, and say so.
+            tracing::warn!("job {id}: {error}");
+        }
+        if let Some(log) = self.logs.get(id) {
+            log.set_open(true);
+        }
+    }
+
+    fn work(&self, job: JobId, attempt: Attempt, what: super::fleet::Work) {
+        let Some(spec) = self.fleet.job(&job).map(|entry| Arc::clone(&entry.spec)) else { return };
+        let messages = self.messages.clone();
+        tokio::spawn(async move {
+            let input = work::run(spec, what).await;
+            if let Some(messages) = messages.upgrade() {
+                let _ = messages.send(Message::Happened { job, attempt, input }).await;
+            }
+        });
+    }
+
+    /// Notes, counts and shows an event that is kept.
+    fn show(&mut self, id: &JobId, event: JobEvent) {
+        match &event.body {
+            Some(Body::State(changed)) => metrics::attempt_ended(&id.0, changed.state()),
+            Some(Body::Step(step)) => metrics::step(&id.0, step),
+            Some(Body::Evaluated(evaluated)) => metrics::evaluated(&id.0, evaluated),
+            Some(Body::Saved(saved)) => metrics::saved(&id.0, saved),
+            Some(Body::RankEnded(ended)) => {
+                tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);
+            }
+            Some(Body::AttemptEnded(ended)) => {
+                tracing::info!("job {id}: attempt {} ended: {}", event.attempt, ended.decision);
             }
             _ => {}
         }
-    }
-
-    fn reported(&mut self, id: &JobId, stage: Stage, report: RankReport) {
-        let rank = report.rank;
-        let body = match report.event.and_then(|event| event.body) {
-            Some(rank_event::Body::Ready(ready)) => {
-                return self.apply(id, Input::Ready { stage, rank, address: ready.address });
-            }
-            Some(rank_event::Body::Done(done)) => {
-                let Some(outcome) = done.outcome else { return };
-                return self.apply(id, Input::Done { stage, rank, outcome: outcome.into() });
-            }
-            Some(rank_event::Body::Stalled(at)) => {
-                return self.apply(id, Input::Stalled { stage, rank, at });
-            }
-            Some(rank_event::Body::Collectives(at)) => {
-                return self.apply(id, Input::Answered { stage, rank, at });
-            }
-            Some(rank_event::Body::Section(section)) => {
-                self.apply(id, Input::Entered { stage, rank, section: section.clone() });
-                if rank != 0 {
-                    return;
-                }
-                Body::Section(section)
-            }
-            Some(rank_event::Body::Note(text)) => Body::Note(text),
-            // Losses are those of all ranks: one of them is enough to tell.
-            Some(rank_event::Body::Beat(_)) => return,
-            _ if rank != 0 => return,
-            Some(rank_event::Body::Step(step)) => Body::Step(step),
-            Some(rank_event::Body::Evaluated(evaluated)) => Body::Evaluated(evaluated),
-            Some(rank_event::Body::Saved(saved)) => Body::Saved(saved),
-            None => return,
-        };
-        if let Some(entry) = self.jobs.get_mut(id) {
-            entry.tell(id, body);
+        if let (Some(output), Some(body)) = (self.outputs.get_mut(id), &event.body)
+            && let Err(error) = output.log.append(event.attempt, event.unix_ms, body)
+        {
+            tracing::warn!("job {id}: {}: {error}", super::METRICS_LOG_FILE);
         }
-    }
-
-    fn lose_silent_workers(&mut self) {
-        for name in self.workers.forget_lost(Instant::now()) {
-            tracing::warn!("worker {name} is lost: not heard of for too long");
-            self.lose(&name);
+        if let Some(log) = self.logs.get(id) {
+            log.push(event);
         }
-    }
-
-    fn lose(&mut self, worker: &WorkerName) {
-        let ids: Vec<JobId> = self.jobs.keys().cloned().collect();
-        for id in ids {
-            if self.jobs.get(&id).is_some_and(|entry| entry.job.end().is_none()) {
-                self.apply(&id, Input::WorkerLost(worker.clone()));
-            }
-        }
-    }
-}
-
-fn waiting_for(needed: u32, needs_gpu: bool, rooms: &BTreeMap<WorkerName, Room>) -> Waiting {
-    let usable: Vec<&Room> = rooms.values().filter(|room| room.has_gpu || !needs_gpu).collect();
-    Waiting {
-        needed,
-        free: usable.iter().map(|room| room.free).sum(),
-        total: usable.iter().map(|room| room.total).sum(),
-        workers: rooms.len() as u32,
-        needs_gpu,
-    }
-}
-
-async fn answer(messages: mpsc::WeakSender<Message>, message: Message) {
-    if let Some(messages) = messages.upgrade() {
-        let _ = messages.send(message).await;
-    }
-}
-
-fn collect(spec: &JobSpec) -> Result<(), String> {
-    match &spec.dataset {
-        DatasetSpec::Collect(collect) => {
-            let progress = crate::progress::on_stderr();
-            let (cache, out) = (spec.output.join("repos"), spec.dataset_dir());
-            let done = crate::collect::collect(collect, &cache, &out, progress.as_ref());
-            done.map(|_| ()).map_err(|error| error.to_string())
-        }
-        DatasetSpec::Existing(_) => Ok(()),
     }
 }

@@ -1,12 +1,13 @@
 //! How ranks end, and which of several failures is the cause.
 
 use nix::sys::signal::Signal;
-use tunefleet_proto::rpc::{Failure, RankEnded, RankExited, Stage, rank_done};
+use serde::{Deserialize, Serialize};
+use tunefleet_proto::rpc::{Failure, FailureKind, RankEnded, RankExited, Stage, rank_done};
 
 use super::placement::WorkerName;
 
 /// What a rank told before it exited.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// The task is complete.
     Finished,
@@ -18,11 +19,13 @@ pub enum Outcome {
         message: String,
         /// Whether a peer or an abort caused it.
         consequence: bool,
+        /// A `FailureKind`.
+        kind: i32,
     },
 }
 
 /// How a rank's process ended, and what it left.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Exit {
     /// Exit code, unless a signal ended it.
     pub code: Option<i32>,
@@ -36,13 +39,18 @@ pub struct Exit {
     pub last_lines: Vec<String>,
     /// Where the log is.
     pub log_path: String,
+    /// A `FailureKind`, where its daemon knows one.
+    pub kind: i32,
 }
 
+/// What is said of a rank that the kernel killed for its memory.
+const HOST_OUT_OF_MEMORY: &str = "the machine, or the memory limit of its worker, had no more memory: the kernel \
+    killed the process; run fewer ranks on this machine, or raise the limit";
 /// What is said of a rank that ended because of another.
 const ABORTED_BY_PEER: &str = "aborted by peer: ";
 
 /// One rank's failure.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankFailure {
     rank: u32,
     worker: WorkerName,
@@ -50,6 +58,7 @@ pub struct RankFailure {
     /// What went wrong, in words.
     message: String,
     exit: Exit,
+    kind: i32,
 }
 
 impl From<rank_done::Outcome> for Outcome {
@@ -57,17 +66,19 @@ impl From<rank_done::Outcome> for Outcome {
         match outcome {
             rank_done::Outcome::Finished(_) => Outcome::Finished,
             rank_done::Outcome::StoppedAtStep(step) => Outcome::Stopped(step),
-            rank_done::Outcome::Failed(failed) => {
-                Outcome::Failed { message: failed.message, consequence: failed.consequence }
-            }
+            rank_done::Outcome::Failed(failed) => Outcome::Failed {
+                message: failed.message,
+                consequence: failed.consequence,
+                kind: failed.kind,
+            },
         }
     }
 }
 
 impl From<RankExited> for Exit {
     fn from(exited: RankExited) -> Self {
-        let RankExited { exit_code, signal, start_error, last_lines, log_path, aborted, .. } = exited;
-        Exit { code: exit_code, signal, start_error, aborted, last_lines, log_path }
+        let RankExited { exit_code, signal, start_error, last_lines, log_path, aborted, kind, .. } = exited;
+        Exit { code: exit_code, signal, start_error, aborted, last_lines, log_path, kind }
     }
 }
 
@@ -91,12 +102,27 @@ impl RankFailure {
         let clean = exit.code == Some(0);
         let (message, consequence) = match outcome {
             Some(Outcome::Finished | Outcome::Stopped(_)) if clean => return None,
-            Some(Outcome::Failed { message, consequence }) => (message.clone(), *consequence),
+            Some(Outcome::Failed { message, consequence, .. }) => (message.clone(), *consequence),
+            _ if exit.kind == FailureKind::HostOutOfMemory as i32 => {
+                (format!("{HOST_OUT_OF_MEMORY} ({})", exit.describe()), false)
+            }
             _ if !exit.start_error.is_empty() => (exit.start_error.clone(), false),
             None if clean => ("exited before its task was done".to_owned(), exit.aborted),
             _ => (format!("ended by {}", exit.describe()), exit.aborted),
         };
-        Some(RankFailure { rank, worker: worker.clone(), consequence, message, exit })
+        let kind = match outcome {
+            Some(Outcome::Failed { kind, message, .. })
+                if *kind == 0 && message.starts_with("out of memory") =>
+            {
+                FailureKind::OutOfMemory as i32
+            }
+            Some(Outcome::Failed { kind, .. }) if *kind != 0 => *kind,
+            _ if exit.kind != 0 => exit.kind,
+            _ if !exit.start_error.is_empty() => FailureKind::Start as i32,
+            _ if exit.signal.is_some() => FailureKind::Signal as i32,
+            _ => FailureKind::Exit as i32,
+        };
+        Some(RankFailure { rank, worker: worker.clone(), consequence, message, exit, kind })
     }
 
     /// Whose it is.
@@ -137,7 +163,8 @@ impl RankFailure {
     /// A rank whose worker is not heard of any more.
     pub fn lost(rank: u32, worker: &WorkerName) -> Self {
         let message = format!("worker {worker} is not heard of any more");
-        RankFailure { rank, worker: worker.clone(), consequence: false, message, exit: Exit::default() }
+        let kind = FailureKind::WorkerLost as i32;
+        RankFailure { rank, worker: worker.clone(), consequence: false, message, exit: Exit::default(), kind }
     }
 
     /// As it is shown to people.
@@ -150,7 +177,8 @@ impl RankFailure {
             exit: self.exit.describe(),
             last_lines: self.exit.last_lines.clone(),
             log_path: self.exit.log_path.clone(),
-            ..Failure::default()
+            aborted_ranks: Vec::new(),
+            kind: self.kind,
         }
     }
 }
@@ -189,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_killed_rank_is_the_cause_and_not_the_peer_that_noticed_first() {
-        let gone = Outcome::Failed { message: "rank 1 is gone".to_owned(), consequence: true };
+        let gone = Outcome::Failed { message: "rank 1 is gone".to_owned(), consequence: true, kind: 0 };
         let noticed = failure(Some(gone), Exit { code: Some(1), ..Exit::default() }).unwrap();
         let killed = failure(None, Exit { signal: Some(9), ..Exit::default() }).unwrap();
         let aborted = failure(None, Exit { signal: Some(15), aborted: true, ..Exit::default() }).unwrap();
@@ -207,7 +235,7 @@ mod tests {
         assert_eq!((ended.how.as_str(), ended.aborted_by_peer), ("ended by signal 9 (SIGKILL)", false));
 
         let message = "aborted by peer: rank 1 is gone during gather".to_owned();
-        let gone = Outcome::Failed { message, consequence: true };
+        let gone = Outcome::Failed { message, consequence: true, kind: 0 };
         let noticed = failure(Some(gone), Exit { code: Some(1), ..Exit::default() }).unwrap();
         assert_eq!(noticed.reason(), "rank 1 is gone during gather");
         assert_eq!(noticed.ended(reason).how, "aborted by peer: rank 1 is gone during gather");

@@ -12,9 +12,10 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::control_server::Control;
 use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
-    self, CancelRequest, CoordinatorMessage, JobEvent, JobStatus, ListRequest, ListResponse, Registered,
-    ResumeRequest, StatusRequest, SubmitRequest, SubmitResponse, Token, WatchRequest, WorkerMessage,
-    coordinator_message, worker_message,
+    self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DrainRequest, JobEvent, JobStatus,
+    ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest, StatusRequest,
+    SubmitRequest, SubmitResponse, SuspendRequest, Token, UndrainRequest, VersionRequest, VersionResponse,
+    WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::placement::WorkerName;
@@ -22,17 +23,17 @@ use super::plane::{Message, Plane};
 use crate::job_file;
 use crate::plan::{self, Place};
 
-/// How often a worker tells that it is alive.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a new session may take to say who it is.
 const REGISTER_LIMIT: Duration = Duration::from_secs(5);
 /// Events under way to one watcher.
 const WATCH_WINDOW: usize = 64;
+/// Records of the audit that one call returns at most.
+const MAX_AUDIT: usize = 10_000;
 /// Longest name of a worker.
 const MAX_NAME: usize = 100;
-/// Most slots that a worker may claim.
 /// Most sequences of a micro-batch, and micro-batches of a step.
 const MAX_SEQUENCES: u32 = 65_536;
+/// Most slots that a worker may claim.
 const MAX_SLOTS: u32 = 1024;
 /// Calls that one connection may have under way.
 const CALLS_PER_CONNECTION: usize = 256;
@@ -136,22 +137,36 @@ impl Control for Service {
         let spec: JobSpec = serde_json::from_str(&request.spec_json)
             .map_err(|error| Status::invalid_argument(format!("job spec: {error}")))?;
         let spec = Box::new(within_budget(check(spec)?)?);
-        let job = spec.name.clone();
-        let submit = |reply| Message::Submit { spec, continuation, reply };
-        let attempt = self.plane.ask(submit).await??;
+        let (job, request) = (spec.name.clone(), request.request);
+        let submit = |reply| Message::Submit { spec, continuation, request, reply };
+        let attempt = self.plane.ask(submit).await?;
         Ok(Response::new(SubmitResponse { job, attempt: attempt.0 }))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let WatchRequest { job, from_sequence, .. } = request.into_inner();
-        let events = self.plane.ask(|reply| Message::Events { job, reply }).await??;
+        let WatchRequest { job, from_sequence, only_past } = request.into_inner();
+        let events = self.plane.ask(|reply| Message::Events { job, reply }).await?;
         let (sender, receiver) = tokio::sync::mpsc::channel(WATCH_WINDOW);
         tokio::spawn(async move {
             let mut sequence = from_sequence.saturating_sub(1);
-            while let Some(event) = events.next_after(sequence).await {
-                sequence = event.sequence;
-                if sender.send(Ok(event)).await.is_err() {
-                    return;
+            loop {
+                let next = tokio::select! {
+                    next = events.next_after(sequence, only_past) => next,
+                    () = sender.closed() => return,
+                };
+                let next = match next {
+                    Ok(next) if next.is_empty() => return,
+                    Ok(next) => next,
+                    Err(error) => {
+                        let _ = sender.send(Err(Status::internal(error.to_string()))).await;
+                        return;
+                    }
+                };
+                for event in next {
+                    sequence = event.sequence;
+                    if sender.send(Ok(event)).await.is_err() {
+                        return;
+                    }
                 }
             }
         });
@@ -165,22 +180,24 @@ impl Control for Service {
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<JobStatus>, Status> {
         let job = request.into_inner().job;
-        Ok(Response::new(self.plane.ask(|reply| Message::Status { job, reply }).await??))
+        Ok(Response::new(self.plane.ask(|reply| Message::Status { job, reply }).await?))
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<JobStatus>, Status> {
         let CancelRequest { job, grace_ms } = request.into_inner();
         let grace = Duration::from_millis(grace_ms);
-        Ok(Response::new(self.plane.ask(|reply| Message::Cancel { job, grace, reply }).await??))
+        Ok(Response::new(self.plane.ask(|reply| Message::Cancel { job, grace, reply }).await?))
+    }
+
+    async fn suspend(&self, request: Request<SuspendRequest>) -> Result<Response<JobStatus>, Status> {
+        let SuspendRequest { job, grace_ms } = request.into_inner();
+        let grace = Duration::from_millis(grace_ms);
+        Ok(Response::new(self.plane.ask(|reply| Message::Suspend { job, grace, reply }).await?))
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<JobStatus>, Status> {
         let job = request.into_inner().job;
-        Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await??))
-    }
-
-    async fn suspend(&self, _request: Request<rpc::SuspendRequest>) -> Result<Response<JobStatus>, Status> {
-        Err(Status::unimplemented("suspend"))
+        Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await?))
     }
 
     type LogsStream = Events<rpc::LogLines>;
@@ -191,23 +208,20 @@ impl Control for Service {
 
     async fn list_workers(
         &self,
-        _request: Request<rpc::ListWorkersRequest>,
-    ) -> Result<Response<rpc::ListWorkersResponse>, Status> {
-        Err(Status::unimplemented("list_workers"))
+        _request: Request<ListWorkersRequest>,
+    ) -> Result<Response<ListWorkersResponse>, Status> {
+        let workers = self.plane.ask(|reply| Message::Workers { reply }).await?;
+        Ok(Response::new(ListWorkersResponse { workers }))
     }
 
-    async fn drain(
-        &self,
-        _request: Request<rpc::DrainRequest>,
-    ) -> Result<Response<rpc::WorkerStatus>, Status> {
-        Err(Status::unimplemented("drain"))
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<WorkerStatus>, Status> {
+        let DrainRequest { worker, preempt } = request.into_inner();
+        Ok(Response::new(self.plane.ask(|reply| Message::Drain { worker, preempt, reply }).await?))
     }
 
-    async fn undrain(
-        &self,
-        _request: Request<rpc::UndrainRequest>,
-    ) -> Result<Response<rpc::WorkerStatus>, Status> {
-        Err(Status::unimplemented("undrain"))
+    async fn undrain(&self, request: Request<UndrainRequest>) -> Result<Response<WorkerStatus>, Status> {
+        let worker = request.into_inner().worker;
+        Ok(Response::new(self.plane.ask(|reply| Message::Undrain { worker, reply }).await?))
     }
 
     type ExamineStream = Events<rpc::Finding>;
@@ -219,20 +233,25 @@ impl Control for Service {
         Err(Status::unimplemented("examine"))
     }
 
-    type AuditStream = Events<rpc::AuditRecord>;
+    type AuditStream = Events<AuditRecord>;
 
-    async fn audit(
-        &self,
-        _request: Request<rpc::AuditRequest>,
-    ) -> Result<Response<Self::AuditStream>, Status> {
-        Err(Status::unimplemented("audit"))
+    async fn audit(&self, request: Request<AuditRequest>) -> Result<Response<Self::AuditStream>, Status> {
+        let since = request.into_inner().since_unix_ms;
+        let history = std::sync::Arc::clone(self.plane.history());
+        let read = tokio::task::spawn_blocking(move || history.audit(since, MAX_AUDIT)).await;
+        let records = read.map_err(|error| Status::internal(error.to_string()))?;
+        let records = records.map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(Box::pin(tokio_stream::iter(records.into_iter().map(Ok)))))
     }
 
-    async fn version(
-        &self,
-        _request: Request<rpc::VersionRequest>,
-    ) -> Result<Response<rpc::VersionResponse>, Status> {
-        Err(Status::unimplemented("version"))
+    async fn version(&self, _request: Request<VersionRequest>) -> Result<Response<VersionResponse>, Status> {
+        let cluster = self.plane.ask(|reply| Message::Identity { reply }).await?;
+        Ok(Response::new(VersionResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol: rpc::PROTOCOL,
+            oldest_protocol: rpc::OLDEST_PROTOCOL,
+            cluster,
+        }))
     }
 }
 
@@ -296,14 +315,8 @@ impl Workers for Service {
         }
         let worker = WorkerName::from(register.name.as_str());
         let (commands, outgoing) = tokio::sync::mpsc::unbounded_channel();
-        let heartbeat_interval_ms = HEARTBEAT_INTERVAL.as_millis() as u64;
-        let settings = coordinator_message::Body::Registered(Registered {
-            heartbeat_interval_ms,
-            ..Registered::default()
-        });
-        // Before the plane knows the channel, so that this is the first message.
-        let _ = commands.send(CoordinatorMessage { body: Some(settings) });
-        let epoch = self.plane.ask(|reply| Message::Join { register, commands, reply }).await??;
+        let register = Box::new(register);
+        let epoch = self.plane.ask(|reply| Message::Join { register, commands, reply }).await?;
         let plane = self.plane.clone();
         tokio::spawn(async move {
             while let Ok(Some(message)) = messages.message().await {
@@ -311,6 +324,7 @@ impl Workers for Service {
                     return;
                 }
             }
+            let _ = plane.tell(Message::Left { worker, epoch }).await;
         });
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outgoing).map(Ok))))
     }

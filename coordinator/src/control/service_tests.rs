@@ -11,11 +11,13 @@ use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
     Collective, Collectives, ControlClient, Finished, JobState, RankDone, RankEvent, RankExited, RankFailed,
-    RankReport, Ready, Register, Stage, StartRanks, StepDone, TaskId, rank_done, rank_event,
+    RankReport, Ready, Register, Stage, StartRanks, StepDone, TaskId, coordinator_message, rank_done,
+    rank_event,
 };
 use tunefleet_proto::{checkpoint, dataset};
 
 use super::*;
+use crate::control::{Settings, store};
 
 const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
@@ -36,7 +38,8 @@ fn spec(dir: &Path) -> JobSpec {
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let text = "name: job\noutput: out\ndataset: .\ntokenizer: {path: .}\nmodel: {path: .}\n\
                 data: {sequence_tokens: 8}\nexport: {enabled: false}\n\
-                train: {ranks: 2, device: cpu, precision: fp32, steps: 3, eval_every_steps: 0}\n";
+                train: {ranks: 2, device: cpu, precision: fp32, steps: 3, eval_every_steps: 0}\n\
+                restart: {max_restarts: 0}\n";
     job::load(&dir.join("job.yaml"), text, &[], dir).unwrap()
 }
 
@@ -44,7 +47,8 @@ fn spec(dir: &Path) -> JobSpec {
 async fn served(token: Option<Token>) -> String {
     let server = Server::bind(LOOPBACK.into(), token).await.unwrap();
     let url = format!("http://{}", server.address());
-    tokio::spawn(server.serve(Plane::start()));
+    let (store, history) = store::memory();
+    tokio::spawn(server.serve(Plane::start(store, history, Settings::default()).unwrap()));
     url
 }
 
@@ -287,7 +291,7 @@ async fn ranks_are_asked_where_they_are_and_the_one_behind_is_named_in_the_statu
     let detail = client.status(request).await.unwrap().into_inner().detail;
     assert!(detail.starts_with("rank 1 is behind: it is at gather of block.1 (#7)"), "{detail}");
     assert!(detail.contains("the others wait in reduce of block.1 (#8)"), "{detail}");
-    assert!(detail.ends_with("; rank 0: aborted by peer"), "{detail}");
+    assert!(detail.contains("; rank 0: aborted by peer; not started again: "), "{detail}");
 }
 
 #[tokio::test]

@@ -3,23 +3,33 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
 use tunefleet_proto::rpc::job_event::Body;
-use tunefleet_proto::rpc::{Collectives, Failure, RankEnded, Stage};
+use tunefleet_proto::rpc::{Collectives, Failure, FailureKind, RankEnded, Stage};
 
 use super::hang::{Hang, Verdict};
 use super::job::{Effect, Stale};
 use super::placement::WorkerName;
 use super::rank::{Exit, Outcome, RankFailure, first_cause};
 
+/// Why ranks are told to stop at once when a person is the reason.
+pub const CANCELLED: &str = "cancelled";
+
 /// A stage's ranks.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Task {
     stage: Stage,
     ranks: Vec<Rank>,
+    /// Train from the newest checkpoint.
+    resume: bool,
+    /// A rank talks only to those that know it.
+    secret: Vec<u8>,
     /// Whether the ranks were let go; before, there is nothing to save.
     started: bool,
     failures: Vec<RankFailure>,
-    /// A collective has stalled, and ranks are being asked where they are.
+    /// A collective has stalled, and ranks are being asked where they are. A question whose asker was
+    /// restarted is asked again.
+    #[serde(skip)]
     hang: Option<Hang>,
     /// What came of it.
     verdict: Option<Verdict>,
@@ -27,19 +37,20 @@ pub struct Task {
     abort_reason: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Rank {
     worker: WorkerName,
     address: Option<String>,
     outcome: Option<Outcome>,
     /// Where it was last heard of; empty before the first section.
+    #[serde(skip)]
     section: String,
     exited: bool,
 }
 
 impl Task {
     /// Ranks that are about to start, each on one of `workers`.
-    pub fn new(stage: Stage, workers: &[WorkerName]) -> Self {
+    pub fn new(stage: Stage, workers: &[WorkerName], resume: bool, secret: Vec<u8>) -> Self {
         let rank = |worker: &WorkerName| Rank {
             worker: worker.clone(),
             address: None,
@@ -50,6 +61,8 @@ impl Task {
         Task {
             stage,
             ranks: workers.iter().map(rank).collect(),
+            resume,
+            secret,
             started: false,
             failures: Vec::new(),
             hang: None,
@@ -81,6 +94,54 @@ impl Task {
     /// Whether a rank may be alive on `worker`.
     pub fn runs_on(&self, worker: &WorkerName) -> bool {
         self.ranks.iter().any(|rank| rank.worker == *worker && !rank.exited)
+    }
+
+    /// Ranks of `worker` that have not exited.
+    pub fn ranks_on(&self, worker: &WorkerName) -> Vec<u32> {
+        let on = |rank: &Rank| rank.worker == *worker && !rank.exited;
+        (0..).zip(&self.ranks).filter(|(_, rank)| on(rank)).map(|(index, _)| index).collect()
+    }
+
+    /// The worker of each rank, in rank order.
+    pub fn placed(&self) -> Vec<WorkerName> {
+        self.ranks.iter().map(|rank| rank.worker.clone()).collect()
+    }
+
+    /// All that should be true of the ranks on `worker`, as commands that may come twice. It holds the ranks in
+    /// `held`; it was never told to start the others.
+    pub fn again(&self, worker: &WorkerName, held: &BTreeSet<u32>, stopping: Option<bool>) -> Vec<Effect> {
+        let here = self.ranks_on(worker);
+        if here.is_empty() {
+            return Vec::new();
+        }
+        let stage = self.stage;
+        let mut effects = Vec::new();
+        let missing: Vec<u32> = here.iter().copied().filter(|rank| !held.contains(rank)).collect();
+        if !missing.is_empty() {
+            let worker = worker.clone();
+            effects.push(Effect::StartOn { stage, worker, ranks: missing, resume: self.resume });
+        }
+        let workers = BTreeSet::from([worker.clone()]);
+        if self.started {
+            effects.extend(self.start_ranks(workers.clone()));
+        }
+        match (&self.abort_reason, stopping) {
+            (Some(reason), _) => {
+                effects.push(Effect::Abort { stage, workers, reason: reason.clone(), by_peer: true });
+            }
+            (None, Some(false)) => {
+                let reason = CANCELLED.to_owned();
+                effects.push(Effect::Abort { stage, workers, reason, by_peer: false });
+            }
+            (None, Some(true)) => effects.push(Effect::StopAtCheckpoint { stage, workers }),
+            (None, None) => {}
+        }
+        effects
+    }
+
+    fn start_ranks(&self, workers: BTreeSet<WorkerName>) -> Option<Effect> {
+        let peers = self.ranks.iter().map(|rank| rank.address.clone()).collect::<Option<Vec<_>>>()?;
+        Some(Effect::StartRanks { stage: self.stage, workers, peers, secret: self.secret.clone() })
     }
 
     /// Workers with ranks that have not exited.
@@ -122,6 +183,7 @@ impl Task {
             worker: worker.unwrap_or_default(),
             last_lines: exit.map_or_else(Vec::new, |exit| exit.last_lines.clone()),
             log_path: exit.map_or_else(String::new, |exit| exit.log_path.clone()),
+            kind: FailureKind::Hang as i32,
             // How it was ended explains nothing.
             ..Failure::default()
         }
@@ -151,15 +213,12 @@ impl Task {
             return Err(Stale(format!("rank {rank} was ready before")));
         }
         found.address = Some(address);
-        let Some(peers) = self.ranks.iter().map(|rank| rank.address.clone()).collect::<Option<Vec<_>>>()
-        else {
-            return Ok(Vec::new());
-        };
         if self.ranks.iter().any(|rank| rank.exited) {
             return Ok(Vec::new());
         }
+        let Some(start) = self.start_ranks(self.workers()) else { return Ok(Vec::new()) };
         self.started = true;
-        Ok(vec![Effect::StartRanks { stage, workers: self.workers(), peers }])
+        Ok(vec![start])
     }
 
     /// A rank entered a section of the training loop.
@@ -273,6 +332,24 @@ impl Task {
         }
         effects.extend(self.judge_if_answered());
         Ok(effects)
+    }
+
+    /// A rank shows no progress for longer than it may, in these words: all ranks are asked where they are.
+    pub fn overdue(
+        &mut self,
+        stage: Stage,
+        rank: u32,
+        words: String,
+        cancelled: bool,
+    ) -> Result<Vec<Effect>, Stale> {
+        self.live_rank(stage, rank)?;
+        if self.is_failing() || cancelled || self.hang.is_some() {
+            return Ok(Vec::new());
+        }
+        let note = format!("{words}: asking all ranks where they are");
+        self.hang.get_or_insert_default().suspect(rank, words);
+        let workers = self.workers();
+        Ok(vec![Effect::Tell(Body::Note(note)), Effect::ReportCollectives { stage, workers }])
     }
 
     /// A rank told where it is.

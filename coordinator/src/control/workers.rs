@@ -1,196 +1,178 @@
-//! The workers that the control plane knows: their sessions, their room, when they were last heard of.
+//! What the fleet knows of a worker: what it told of itself, its session, when it was last heard of.
 
-use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedSender;
-use tunefleet_proto::rpc::{CoordinatorMessage, Register, coordinator_message};
+use tunefleet_proto::rpc::{Register, WorkerState};
 
 use super::placement::{Room, WorkerName};
+use super::settings::{Now, Settings};
+use super::store::WorkerRow;
 
-/// A worker that was not heard of for so long is lost.
-pub const LOST_AFTER: Duration = Duration::from_secs(15);
-
-/// Number of a session: what an older one still says is ignored.
+/// Number of a session: what an older one still says is ignored. The upper half is the generation of the
+/// coordinator, so that no number comes twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Epoch(u64);
+pub struct Epoch(pub u64);
 
 /// One worker.
+#[derive(Debug, Clone)]
 pub struct Worker {
     /// What it told of itself.
     pub register: Register,
-    epoch: Epoch,
-    commands: UnboundedSender<CoordinatorMessage>,
-    last_heard: Instant,
-    used: u32,
+    /// What it said up to this number of its journal has been dealt with.
+    pub acknowledged: u64,
+    /// As `acknowledged`, when it was last told.
+    pub told: u64,
+    /// A person wants nothing placed here.
+    pub draining: bool,
+    /// The daemon has said that it is about to end.
+    pub leaving: bool,
+    /// Absent while it is not connected.
+    pub session: Option<Epoch>,
+    last_heard: Duration,
+    seen_unix_ms: u64,
+    /// The state that its jobs were last told of.
+    pub shown: WorkerState,
+    /// Whether its ranks count as gone.
+    pub given_up: bool,
 }
 
-/// All workers, by name.
-#[derive(Default)]
-pub struct Workers {
-    known: BTreeMap<WorkerName, Worker>,
-    sessions: u64,
-}
-
-/// What a registration means.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Joined {
-    /// A worker that was not known, or is again the one that was.
-    Welcome(Epoch),
-    /// The daemon was started anew: what the former one ran is gone.
-    Restarted(Epoch),
-    /// Another daemon of that name is connected.
-    NameTaken,
-}
-
-impl Workers {
-    /// Takes a worker in.
-    pub fn join(
-        &mut self,
-        register: Register,
-        commands: UnboundedSender<CoordinatorMessage>,
-        now: Instant,
-    ) -> Joined {
-        let name = WorkerName::from(register.name.as_str());
-        let (mut used, mut restarted) = (0, false);
-        if let Some(known) = self.known.get(&name) {
-            if known.register.incarnation == register.incarnation {
-                used = known.used;
-            } else if known.commands.is_closed() {
-                restarted = true;
-            } else {
-                return Joined::NameTaken;
-            }
+impl Worker {
+    /// One that has just registered. `known` is what was known of it before.
+    pub fn joined(register: Register, known: Option<&Worker>, session: Epoch, now: Now) -> Self {
+        let same = known.filter(|known| known.has_journal_of(&register));
+        Worker {
+            acknowledged: same.map_or(0, |known| known.acknowledged),
+            told: same.map_or(0, |known| known.acknowledged),
+            draining: known.is_some_and(|known| known.draining),
+            leaving: false,
+            session: Some(session),
+            last_heard: now.uptime,
+            seen_unix_ms: now.unix_ms,
+            shown: known.map_or(WorkerState::Ready, |known| known.shown),
+            given_up: false,
+            register,
         }
-        self.sessions += 1;
-        let epoch = Epoch(self.sessions);
-        self.known.insert(name, Worker { register, epoch, commands, last_heard: now, used });
-        if restarted { Joined::Restarted(epoch) } else { Joined::Welcome(epoch) }
     }
 
-    /// Notes that the worker said something; `false` when that session is not its present one.
-    pub fn heard(&mut self, name: &WorkerName, epoch: Epoch, now: Instant) -> bool {
-        match self.known.get_mut(name) {
-            Some(worker) if worker.epoch == epoch => {
-                worker.last_heard = now;
-                true
-            }
+    /// One that was kept; it has time to come back.
+    pub fn restore(row: &WorkerRow, register: Register, now: Now) -> Self {
+        Worker {
+            register,
+            acknowledged: row.acknowledged,
+            told: row.acknowledged,
+            draining: row.draining,
+            leaving: false,
+            session: None,
+            last_heard: now.uptime,
+            seen_unix_ms: row.seen_unix_ms,
+            shown: WorkerState::Ready,
+            given_up: false,
+        }
+    }
+
+    /// What is kept of it.
+    pub fn row(&self, name: &WorkerName) -> WorkerRow {
+        WorkerRow {
+            name: name.clone(),
+            journal: self.register.journal.clone(),
+            acknowledged: self.acknowledged,
+            draining: self.draining,
+            register: prost::Message::encode_to_vec(&self.register),
+            seen_unix_ms: self.seen_unix_ms,
+        }
+    }
+
+    /// Whether `register` comes from a daemon that knows this one's ranks: it has its journal or, where
+    /// it keeps none, is the same process.
+    pub fn has_journal_of(&self, register: &Register) -> bool {
+        let known = &self.register;
+        match (known.journal.is_empty(), register.journal.is_empty()) {
+            (false, false) => known.journal == register.journal,
+            (true, true) => known.incarnation == register.incarnation,
             _ => false,
         }
     }
 
-    /// Takes nobody's silence so far for a loss.
-    pub fn excuse(&mut self, now: Instant) {
-        self.known.values_mut().for_each(|worker| worker.last_heard = now);
+    /// Notes that it said something.
+    pub fn heard(&mut self, now: Now) {
+        self.last_heard = now.uptime;
+        self.seen_unix_ms = now.unix_ms;
     }
 
-    /// Forgets workers that were not heard of for [`LOST_AFTER`]; their names.
-    pub fn forget_lost(&mut self, now: Instant) -> Vec<WorkerName> {
-        let is_lost = |worker: &Worker| now.duration_since(worker.last_heard) >= LOST_AFTER;
-        let lost: Vec<_> =
-            self.known.iter().filter(|(_, worker)| is_lost(worker)).map(|(name, _)| name.clone()).collect();
-        for name in &lost {
-            self.known.remove(name);
-        }
-        lost
+    /// How long it has been silent.
+    pub fn silence(&self, now: Now) -> Duration {
+        now.uptime.saturating_sub(self.last_heard)
     }
 
-    /// Sends a command. To a worker with a broken session it is lost: the worker says what runs
-    /// there when it is back.
-    pub fn send(&self, name: &WorkerName, body: coordinator_message::Body) {
-        if let Some(worker) = self.known.get(name) {
-            let _ = worker.commands.send(CoordinatorMessage { body: Some(body) });
+    /// How it is.
+    pub fn state(&self, settings: &Settings, now: Now) -> WorkerState {
+        match self.silence(now) {
+            silence if silence >= settings.lost_after => WorkerState::Lost,
+            silence if silence >= settings.suspect_after => WorkerState::Suspect,
+            _ if self.draining || self.leaving => WorkerState::Draining,
+            _ => WorkerState::Ready,
         }
     }
 
-    /// Room on each worker with a live session.
-    pub fn rooms(&self) -> BTreeMap<WorkerName, Room> {
-        let live = self.known.iter().filter(|(_, worker)| !worker.commands.is_closed());
-        live.map(|(name, worker)| {
-            let total = worker.register.slots;
-            let free = total.saturating_sub(worker.used);
-            (name.clone(), Room { free, total, has_gpu: worker.register.gpus > 0 })
-        })
-        .collect()
-    }
-
-    /// Takes one slot for each entry.
-    pub fn take(&mut self, ranks: &[WorkerName]) {
-        for name in ranks {
-            if let Some(worker) = self.known.get_mut(name) {
-                worker.used += 1;
-            }
+    /// What new ranks find here, of which `used` slots are taken; `None` where nothing may be placed.
+    pub fn room(&self, used: u32, settings: &Settings, now: Now) -> Option<Room> {
+        if self.session.is_none() || self.state(settings, now) != WorkerState::Ready {
+            return None;
         }
-    }
-
-    /// Gives one slot back for each entry.
-    pub fn release(&mut self, ranks: &[WorkerName]) {
-        for name in ranks {
-            if let Some(worker) = self.known.get_mut(name) {
-                worker.used = worker.used.saturating_sub(1);
-            }
-        }
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.known.len()
+        let total = self.register.slots;
+        Some(Room { free: total.saturating_sub(used), total, has_gpu: self.register.gpus > 0 })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc::unbounded_channel;
 
-    fn register(name: &str, incarnation: &str) -> Register {
+    fn register(journal: &str, incarnation: &str) -> Register {
         Register {
-            name: name.to_owned(),
+            name: "w".to_owned(),
             slots: 2,
+            journal: journal.to_owned(),
             incarnation: incarnation.to_owned(),
             ..Register::default()
         }
     }
 
-    #[test]
-    fn a_broken_session_keeps_its_slots_and_an_older_one_is_not_heard() {
-        let (mut workers, now) = (Workers::default(), Instant::now());
-        let (commands, session) = unbounded_channel();
-        let Joined::Welcome(first) = workers.join(register("w", "1"), commands, now) else { panic!() };
-        let name = WorkerName::from("w");
-        workers.take(std::slice::from_ref(&name));
-        drop(session);
-        assert!(workers.rooms().is_empty(), "nothing is placed on a broken session");
-        let (commands, _session) = unbounded_channel();
-        let Joined::Welcome(second) = workers.join(register("w", "1"), commands, now) else { panic!() };
-        assert_eq!(workers.rooms()[&name].free, 1);
-        assert!(workers.heard(&name, second, now));
-        assert!(!workers.heard(&name, first, now));
+    fn at(seconds: u64) -> Now {
+        Now { unix_ms: 1000 * seconds, uptime: Duration::from_secs(seconds) }
     }
 
     #[test]
-    fn a_name_in_use_is_refused_until_its_session_breaks() {
-        let (mut workers, now) = (Workers::default(), Instant::now());
-        let (commands, session) = unbounded_channel();
-        workers.join(register("w", "1"), commands, now);
-        let (other, _other_session) = unbounded_channel();
-        assert_eq!(workers.join(register("w", "2"), other.clone(), now), Joined::NameTaken);
-        drop(session);
-        assert!(matches!(workers.join(register("w", "2"), other, now), Joined::Restarted(_)));
+    fn silence_makes_a_worker_suspect_and_then_lost_and_nothing_is_placed_there() {
+        let settings = Settings::default();
+        let mut worker = Worker::joined(register("j", "1"), None, Epoch(1), at(0));
+        for (seconds, state) in [
+            (4, WorkerState::Ready),
+            (5, WorkerState::Suspect),
+            (14, WorkerState::Suspect),
+            (15, WorkerState::Lost),
+        ] {
+            assert_eq!(worker.state(&settings, at(seconds)), state, "after {seconds} s");
+            assert_eq!(worker.room(0, &settings, at(seconds)).is_some(), state == WorkerState::Ready);
+        }
+        worker.heard(at(15));
+        assert_eq!(worker.room(1, &settings, at(16)).map(|room| room.free), Some(1));
+        worker.draining = true;
+        assert_eq!(worker.room(0, &settings, at(16)), None);
     }
 
     #[test]
-    fn silence_makes_a_worker_lost_and_a_heartbeat_keeps_it() {
-        let (mut workers, start) = (Workers::default(), Instant::now());
-        let (commands, _session) = unbounded_channel();
-        let Joined::Welcome(epoch) = workers.join(register("w", "1"), commands, start) else { panic!() };
-        let name = WorkerName::from("w");
-        let later = start + LOST_AFTER / 2;
-        workers.heard(&name, epoch, later);
-        assert!(workers.forget_lost(start + LOST_AFTER).is_empty());
-        workers.excuse(later + LOST_AFTER);
-        assert!(workers.forget_lost(later + LOST_AFTER).is_empty());
-        assert_eq!(workers.forget_lost(later + 2 * LOST_AFTER), [name]);
-        assert_eq!(workers.len(), 0);
+    fn what_a_journal_has_told_counts_only_for_that_journal() {
+        let mut known = Worker::joined(register("j", "1"), None, Epoch(1), at(0));
+        known.acknowledged = 7;
+        let again = |journal: &str, incarnation: &str| {
+            Worker::joined(register(journal, incarnation), Some(&known), Epoch(2), at(1)).acknowledged
+        };
+        assert_eq!(again("j", "2"), 7, "a daemon that was restarted");
+        assert_eq!(again("k", "2"), 0, "another journal");
+        assert_eq!(again("", "1"), 0, "no journal any more");
+        let old = Worker::joined(register("", "1"), None, Epoch(1), at(0));
+        assert!(old.has_journal_of(&register("", "1")));
+        assert!(!old.has_journal_of(&register("", "2")), "its ranks went with it");
     }
 }

@@ -14,7 +14,7 @@ use tunefleet_proto::rpc::{self, ControlClient, TOKEN_VARIABLE, Token};
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
-use crate::control::{Plane, Server};
+use crate::control::{Plane, Server, Settings, store};
 use crate::serve::serve_metrics;
 
 /// How long the daemon may take to end its ranks and itself.
@@ -44,7 +44,9 @@ impl Embedded {
         let url = format!("http://{}", server.address());
         let metrics_url = serve_metrics(any_port).await?;
         eprintln!("coordinator in this process: {url}, metrics {metrics_url}");
-        let plane = Plane::start();
+        let (store, history) = store::memory();
+        let plane = Plane::start(store, history, Settings::default())
+            .map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
         let server = tokio::spawn(async move {
             if let Err(error) = server.serve(plane).await {
                 tracing::error!("{error}");

@@ -3,6 +3,13 @@
 //! Events are the truth: what stands in the other tables of a job follows from them, and is written in
 //! the same transaction. A change is on disk before anything that follows from it leaves the process.
 
+mod memory;
+
+#[cfg(test)]
+pub use memory::Memory;
+
+use std::sync::Arc;
+
 use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::rpc::{AuditRecord, FailureKind, JobEvent, JobState};
 
@@ -76,4 +83,65 @@ pub enum Write {
     Worker(WorkerRow),
     /// Appends.
     Audit(AuditRecord),
+}
+
+/// What a store holds when it is opened.
+#[derive(Debug, Clone, Default)]
+pub struct Loaded {
+    /// Made once with the store.
+    pub cluster: String,
+    /// Counts the openings.
+    pub generation: u64,
+    /// All jobs.
+    pub jobs: Vec<JobRow>,
+    /// All attempts, in order within a job.
+    pub attempts: Vec<AttemptRow>,
+    /// All workers.
+    pub workers: Vec<WorkerRow>,
+}
+
+/// Keeps rows. One thread owns it.
+pub trait Store: Send {
+    /// All that the fleet goes on with.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    fn load(&mut self) -> Result<Loaded, StoreError>;
+    /// Makes all changes, or none; they are on disk when it returns.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    fn commit(&mut self, writes: &[Write]) -> Result<(), StoreError>;
+}
+
+/// Reads what is only appended to, from any thread.
+pub trait History: Send + Sync {
+    /// The first `limit` events of `job` after number `after`, in order.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    fn events(&self, job: &JobId, after: u64, limit: usize) -> Result<Vec<JobEvent>, StoreError>;
+    /// The last `limit` records since then, in order.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    fn audit(&self, since_unix_ms: u64, limit: usize) -> Result<Vec<AuditRecord>, StoreError>;
+}
+
+/// Why the state cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("reading the state: {0}")]
+    Reader(String),
+}
+
+/// A store that ends with this process, and what reads it.
+pub fn memory() -> (Box<dyn Store>, Arc<dyn History>) {
+    let memory = memory::Memory::default();
+    (Box::new(memory.clone()), Arc::new(memory))
+}
+
+/// Opens
+pub fn open(_path: &std::path::Path) -> Result<(Box<dyn Store>, Arc<dyn History>), StoreError> {
+    Ok(memory())
 }
