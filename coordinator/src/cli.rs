@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::{collect, convert, dataset, init, jobs, launch, plan, serve, validate};
+use crate::{collect, convert, dataset, init, jobs, launch, plan, serve, store_verb, validate};
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
@@ -35,6 +35,8 @@ enum Verb {
     Launch(launch::Args),
     /// Runs the control plane for jobs and workers of many machines.
     Serve(serve::Args),
+    /// Checks, copies and restores the state of a control plane.
+    Store(store_verb::Args),
     /// Shows all jobs of a coordinator.
     List(jobs::ListArgs),
     /// Shows one job.
@@ -86,6 +88,7 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Plan(args) => plan::run(args),
         Verb::Launch(args) => launch::run(args),
         Verb::Serve(args) => serve::run(args),
+        Verb::Store(args) => store_verb::run(args),
         Verb::List(args) => jobs::list(args),
         Verb::Status(args) => jobs::status(args),
         Verb::Logs(args) => jobs::logs(args),

@@ -33,6 +33,8 @@ mod progress;
 mod repos;
 /// `coordinator serve`: the control plane as a program of its own.
 mod serve;
+/// `coordinator store`: the state as a file.
+mod store_verb;
 /// `coordinator validate`: what is wrong with a job file.
 mod validate;
 

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::{self, JobSpec};
-use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
     Continuation, FailureKind, Finished, Heartbeat, JobState, Leaving, RankDone, RankFailed, Saved, Stage,

@@ -3,11 +3,14 @@
 //! Events are the truth: what stands in the other tables of a job follows from them, and is written in
 //! the same transaction. A change is on disk before anything that follows from it leaves the process.
 
+mod check;
 mod memory;
+mod sqlite;
 
 #[cfg(test)]
 pub use memory::Memory;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use tunefleet_proto::ids::{Attempt, JobId};
@@ -131,17 +134,114 @@ pub trait History: Send + Sync {
 /// Why the state cannot be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
+    /// An operation on the directory.
+    #[error("{what} {dir}: {cause}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To which directory.
+        dir: PathBuf,
+        /// What the system said.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// Another process has it.
+    #[error(
+        "{dir} is in use by process {owner}: a state directory belongs to one coordinator; stop that one, or pass another \
+         --state"
+    )]
+    Taken {
+        /// The directory.
+        dir: PathBuf,
+        /// The process that wrote its number there.
+        owner: String,
+    },
+    /// Something else's database.
+    #[error("{0} is not a coordinator's state: pass another --state")]
+    Foreign(PathBuf),
+    /// A later version wrote it.
+    #[error(
+        "{path} has version {found}, and this coordinator knows versions up to {known}: install the version that wrote \
+         it, or restore the copy state-v{known}.db beside it"
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: usize,
+        /// The latest that is known.
+        known: usize,
+    },
+    /// The disk has no more room.
+    #[error("{path}: the disk is full: make room, it goes on by itself")]
+    Full {
+        /// The file.
+        path: PathBuf,
+    },
+    /// What is there is not what was written.
+    #[error("{path} is damaged ({cause}): restore a backup with `coordinator store restore`")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        cause: String,
+    },
+    /// Anything else that SQLite says.
+    #[error("{path}: {cause}")]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        cause: rusqlite::Error,
+    },
+    /// An event of another version, or not one.
+    #[error("{path}: an event of job {job} cannot be read: {cause}")]
+    Event {
+        /// The file.
+        path: PathBuf,
+        /// Whose event.
+        job: JobId,
+        /// What the parser said.
+        cause: prost::DecodeError,
+    },
+    /// A thread failed.
     #[error("reading the state: {0}")]
     Reader(String),
 }
 
-/// A store that ends with this process, and what reads it.
-pub fn memory() -> (Box<dyn Store>, Arc<dyn History>) {
+impl StoreError {
+    fn sqlite(path: &Path, cause: rusqlite::Error) -> Self {
+        let path = path.to_owned();
+        match cause.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => StoreError::Full { path },
+            Some(rusqlite::ErrorCode::DatabaseCorrupt | rusqlite::ErrorCode::NotADatabase) => {
+                StoreError::Damaged { path, cause: cause.to_string() }
+            }
+            _ => StoreError::Sqlite { path, cause },
+        }
+    }
+}
+
+pub use check::{backup, check, info, restore};
+
+/// What writes a store, and what reads it.
+pub type Opened = (Box<dyn Store>, Arc<dyn History>);
+
+/// A store that ends with this process.
+pub fn memory() -> Opened {
     let memory = memory::Memory::default();
     (Box::new(memory.clone()), Arc::new(memory))
 }
 
-/// Opens
-pub fn open(_path: &std::path::Path) -> Result<(Box<dyn Store>, Arc<dyn History>), StoreError> {
-    Ok(memory())
+/// Opens the state in `dir`, which is made where it is not there.
+///
+/// # Errors
+/// See [`StoreError`].
+pub fn open(dir: &Path) -> Result<Opened, StoreError> {
+    let (store, reader) = sqlite::open(dir)?;
+    Ok((Box::new(store), Arc::new(reader)))
 }
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;
