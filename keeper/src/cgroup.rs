@@ -78,14 +78,17 @@ fn candidates(membership: &str) -> Vec<(Version, PathBuf)> {
     let mut found = Vec::new();
     for line in membership.lines() {
         let mut parts = line.splitn(3, ':');
-        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else { continue };
+        let (Some(_), Some(controllers), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+            continue;
+        };
         if controllers.is_empty() {
             // A group with processes of its own cannot give controllers to those below it: the daemon's own
             // subtree has to be delegated with its processes in a leaf.
             let own = below(Path::new(ROOT), path);
             let parent = own.parent().map(Path::to_owned).unwrap_or_default();
             let memory = |dir: &Path| {
-                fs::read_to_string(dir.join("cgroup.subtree_control")).is_ok_and(|text| text.contains("memory"))
+                fs::read_to_string(dir.join("cgroup.subtree_control"))
+                    .is_ok_and(|text| text.contains("memory"))
             };
             found.extend([own, parent].into_iter().filter(|dir| memory(dir)).map(|dir| (Version::Two, dir)));
         } else if controllers.split(',').any(|controller| controller == "memory") {

@@ -90,7 +90,9 @@ fn keep(arguments: &Arguments) -> io::Result<Exit> {
     let name = format!("tunefleet-keeper-{}", std::process::id());
     let cgroup = Cgroup::make(&name, arguments.memory_limit_bytes);
     if cgroup.is_none() && arguments.memory_limit_bytes.is_some() {
-        return Err(io::Error::other("no control group could be made for the memory limit: see docs/operations.md"));
+        return Err(io::Error::other(
+            "no control group could be made for the memory limit: see docs/operations.md",
+        ));
     }
     let mut child = start(arguments)?;
     // The program's own mask is that of before.
@@ -147,7 +149,9 @@ fn wait_for(pid: Pid) -> io::Result<(Option<i32>, Option<i32>)> {
     loop {
         match waitpid(None, None) {
             Ok(WaitStatus::Exited(ended, code)) if ended == pid => return Ok((Some(code), None)),
-            Ok(WaitStatus::Signaled(ended, signal, _)) if ended == pid => return Ok((None, Some(signal as i32))),
+            Ok(WaitStatus::Signaled(ended, signal, _)) if ended == pid => {
+                return Ok((None, Some(signal as i32)));
+            }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }

@@ -5,10 +5,11 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::job::Job;
-use crate::process::{Ended, Running};
+use crate::process::{Ended, Process, Running};
 use crate::programs;
 
 /// Known to the coordinator and whoever may speak to it.
@@ -17,51 +18,98 @@ const TOKEN: &str = "a-token-of-this-test";
 /// A running coordinator and its workers.
 pub struct Cluster {
     coordinator: Running,
-    workers: Vec<Running>,
+    workers: Vec<Worker>,
     url: String,
     metrics_urls: Vec<String>,
-    tmp: std::path::PathBuf,
+    dir: std::path::PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+/// A worker daemon, and how it was started.
+struct Worker {
+    name: String,
+    slots: u32,
+    running: Running,
+    /// Daemons before it: ranks of theirs may live.
+    former: Vec<Running>,
 }
 
 impl Cluster {
     /// Starts a coordinator with these many CPU slots on each worker, on free ports. `dir` is for
-    /// temporary files.
+    /// temporary files and state.
     pub fn start(dir: &Path, worker_slots: &[u32]) -> Self {
-        let tmp = dir.join("tmp");
-        let mut command = Command::new(programs::coordinator());
-        command.args(["serve", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]);
-        command.env("TUNEFLEET_TOKEN", TOKEN);
-        let coordinator = Running::start(command);
-        let line = coordinator.wait_for_line("listens on");
-        let urls: Vec<String> = line
-            .split(|c: char| c == ',' || c.is_whitespace())
-            .filter(|word| word.starts_with("http://"))
-            .map(str::to_owned)
-            .collect();
-        let [url, metrics_url] = urls.as_slice() else { panic!("no addresses in {line:?}") };
+        Cluster::start_with(dir, worker_slots, &[])
+    }
+
+    /// As [`Cluster::start`], with variables in the workers' environment.
+    pub fn start_with(dir: &Path, worker_slots: &[u32], environment: &[(&str, &str)]) -> Self {
+        let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0");
+        let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let mut cluster = Cluster {
             coordinator,
             workers: Vec::new(),
-            url: url.clone(),
-            metrics_urls: vec![metrics_url.clone()],
-            tmp,
+            url,
+            metrics_urls: vec![metrics_url],
+            dir: dir.to_owned(),
+            environment: environment.collect(),
         };
         for (index, slots) in worker_slots.iter().enumerate() {
-            cluster.add_worker(&format!("w{index}"), *slots);
+            let name = format!("w{index}");
+            let (running, metrics_url) = cluster.daemon(&name, *slots);
+            cluster.metrics_urls.push(metrics_url);
+            cluster.workers.push(Worker { name, slots: *slots, running, former: Vec::new() });
         }
         cluster
     }
 
-    fn add_worker(&mut self, name: &str, slots: u32) {
+    fn daemon(&self, name: &str, slots: u32) -> (Running, String) {
         let mut command = Command::new(programs::worker());
         command.args(["daemon", "--coordinator", &self.url, "--name", name, "--cpu"]);
         command.args(["--slots", &slots.to_string(), "--metrics", "127.0.0.1:0"]);
-        command.env("TUNEFLEET_TOKEN", TOKEN).env("TMPDIR", &self.tmp);
+        command.arg("--state-dir").arg(self.dir.join(name));
+        command.env("TUNEFLEET_TOKEN", TOKEN).env("TMPDIR", self.dir.join("tmp"));
+        command.envs(self.environment.iter().map(|(key, value)| (key, value)));
         let worker = Running::start(command);
         let line = worker.wait_for_line("metrics http://");
-        let url = line.split_whitespace().find(|word| word.starts_with("http://")).unwrap();
-        self.metrics_urls.push(url.to_owned());
-        self.workers.push(worker);
+        let url = line.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
+        (worker, url)
+    }
+
+    /// Kills the coordinator, with no chance to clean up.
+    pub fn kill_coordinator(&mut self) {
+        self.coordinator.kill_everything();
+    }
+
+    /// Starts a coordinator in the place of one that was killed: same state, same address.
+    pub fn restart_coordinator(&mut self) {
+        let address = self.url.strip_prefix("http://").unwrap().to_owned();
+        let (coordinator, url, metrics_url) = serve(&self.dir, &address);
+        assert_eq!(url, self.url);
+        self.coordinator = coordinator;
+        self.metrics_urls[0] = metrics_url;
+    }
+
+    /// Kills a worker's daemon, and nothing else.
+    pub fn kill_daemon(&mut self, index: usize) {
+        self.workers[index].running.kill_alone();
+    }
+
+    /// Sends a worker's daemon a signal.
+    pub fn signal_daemon(&self, index: usize, signal: Signal) {
+        self.workers[index].running.signal(signal);
+    }
+
+    /// Whether a worker's daemon has ended.
+    pub fn has_daemon_ended(&mut self, index: usize) -> bool {
+        self.workers[index].running.has_ended()
+    }
+
+    /// Starts a daemon in the place of one that has ended, with its state.
+    pub fn restart_daemon(&mut self, index: usize) {
+        let Worker { name, slots, .. } = &self.workers[index];
+        let (running, _) = self.daemon(name, *slots);
+        let worker = &mut self.workers[index];
+        worker.former.push(std::mem::replace(&mut worker.running, running));
     }
 
     /// Address of the coordinator.
@@ -95,13 +143,18 @@ impl Cluster {
 
     /// Waits until a job is in `state`.
     pub fn wait_for_state(&mut self, job: &str, state: &str) {
+        self.wait_for(&format!("{job} is {state}"), |status| status["state"] == state, job);
+    }
+
+    /// Waits until `condition` holds of a job's status.
+    pub fn wait_for(&mut self, what: &str, condition: impl Fn(&Value) -> bool, job: &str) {
         let url = self.url.clone();
         let status = || {
             let mut command = Command::new(programs::coordinator());
             command.args(["status", job, "--json", "--coordinator", &url]).env("TUNEFLEET_TOKEN", TOKEN);
             serde_json::from_str::<Value>(&Running::start(command).wait().expect(0).stdout).unwrap()
         };
-        self.coordinator.wait_until(&format!("{job} is {state}"), || status()["state"] == state);
+        self.coordinator.wait_until(what, || condition(&status()));
     }
 
     /// All that Prometheus would scrape: the coordinator's page, then each worker's.
@@ -109,10 +162,35 @@ impl Cluster {
         self.metrics_urls.iter().map(|url| get(url)).collect()
     }
 
-    /// Processes of ranks on all workers.
-    pub fn ranks(&self) -> usize {
-        self.workers.iter().map(|worker| worker.ranks().len()).sum()
+    /// Processes of ranks on all workers, whichever daemon has started them.
+    pub fn ranks(&self) -> Vec<Process> {
+        let of = |worker: &Worker| {
+            let former = worker.former.iter().flat_map(Running::ranks);
+            worker.running.ranks().into_iter().chain(former).collect::<Vec<_>>()
+        };
+        self.workers.iter().flat_map(of).collect()
     }
+
+    /// Processes of one worker, whichever daemon has started them, the present one left out.
+    pub fn left_of(&self, index: usize) -> Vec<Process> {
+        self.workers[index].former.iter().flat_map(Running::processes).collect()
+    }
+}
+
+/// Starts `coordinator serve`; its address and that of its metrics.
+fn serve(dir: &Path, address: &str) -> (Running, String, String) {
+    let mut command = Command::new(programs::coordinator());
+    command.args(["serve", "--listen", address, "--metrics", "127.0.0.1:0"]);
+    command.arg("--state").arg(dir.join("coordinator")).env("TUNEFLEET_TOKEN", TOKEN);
+    let coordinator = Running::start(command);
+    let line = coordinator.wait_for_line("listens on");
+    let urls: Vec<String> = line
+        .split(|c: char| c == ',' || c.is_whitespace())
+        .filter(|word| word.starts_with("http://"))
+        .map(str::to_owned)
+        .collect();
+    let [url, metrics_url] = urls.as_slice() else { panic!("no addresses in {line:?}") };
+    (coordinator, url.clone(), metrics_url.clone())
 }
 
 /// The body of a page.

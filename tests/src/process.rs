@@ -157,6 +157,12 @@ impl Running {
             .collect()
     }
 
+    /// Kills the program alone; what it started lives on.
+    pub fn kill_alone(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// Kills every process, with no chance to clean up, and waits until all are gone.
     pub fn kill_everything(&mut self) {
         let began = Instant::now();

@@ -9,7 +9,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 use tunefleet_proto::rpc::{
-    self, CoordinatorMessage, Heartbeat, Register, Token, WorkerMessage, coordinator_message, worker_message,
+    self, CoordinatorMessage, Heartbeat, Register, Registered, Token, WorkerMessage, coordinator_message,
+    worker_message,
 };
 
 use super::Error;
@@ -20,7 +21,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const LAST_RETRY: Duration = Duration::from_secs(5);
 /// Messages under way to the coordinator before ranks' reports have to wait in the outbox.
 const WINDOW: usize = 256;
-/// Slowest heartbeat that a coordinator can ask for, and the one before it has asked.
+/// How long the coordinator may take to answer a registration.
+const REGISTER_LIMIT: Duration = Duration::from_secs(10);
+/// Slowest heartbeat that a coordinator can ask for.
 const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
 /// Where to dial.
@@ -48,15 +51,14 @@ pub(super) async fn run(
     node: Node,
     metrics_url: String,
     ranks: Arc<Ranks>,
-    mut outbox: UnboundedReceiver<WorkerMessage>,
+    mut once: UnboundedReceiver<worker_message::Body>,
 ) -> Result<(), Error> {
     let mut retry = FIRST_RETRY;
-    let mut unsent = None;
     loop {
         let outcome = match endpoint.connect().await {
             Ok(channel) => {
                 let hello = register(&node, &metrics_url, &ranks);
-                session(channel, token.clone(), hello, &ranks, &mut outbox, &mut unsent, &mut retry).await
+                session(channel, token.clone(), hello, &ranks, &mut once, &mut retry).await
             }
             Err(error) => Err(Status::unavailable(error.to_string())),
         };
@@ -69,7 +71,11 @@ pub(super) async fn run(
             | Code::PermissionDenied
             | Code::AlreadyExists
             | Code::InvalidArgument
-            | Code::Unimplemented => return Err(Error::Refused(status.message().to_owned())),
+            | Code::Unimplemented
+                if ranks.tasks().is_empty() =>
+            {
+                return Err(Error::Refused(status.message().to_owned()));
+            }
             _ => tracing::warn!("no session to {}: {}; again in {retry:?}", endpoint.uri(), status.message()),
         }
         tokio::time::sleep(retry).await;
@@ -78,6 +84,7 @@ pub(super) async fn run(
 }
 
 fn register(node: &Node, metrics_url: &str, ranks: &Ranks) -> Register {
+    let identity = ranks.journal().identity().clone();
     Register {
         name: node.name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -89,8 +96,22 @@ fn register(node: &Node, metrics_url: &str, ranks: &Ranks) -> Register {
         metrics_url: metrics_url.to_owned(),
         running: ranks.tasks(),
         incarnation: node.incarnation.clone(),
-        ..Register::default()
+        journal: identity.journal,
+        protocol: rpc::PROTOCOL,
+        ranks: ranks.held(),
+        devices: Vec::new(),
+        generation: identity.generation,
+        cluster: identity.cluster,
     }
+}
+
+/// What a session is, once the coordinator has said so.
+struct Session {
+    epoch: u64,
+    /// Number of the last kept message that was sent over it.
+    sent: u64,
+    /// A coordinator that acknowledges nothing: what was sent is forgotten.
+    is_old: bool,
 }
 
 async fn session(
@@ -98,50 +119,81 @@ async fn session(
     token: Option<Token>,
     hello: Register,
     ranks: &Arc<Ranks>,
-    outbox: &mut UnboundedReceiver<WorkerMessage>,
-    unsent: &mut Option<WorkerMessage>,
+    once: &mut UnboundedReceiver<worker_message::Body>,
     retry: &mut Duration,
 ) -> Result<(), Status> {
     let (up, messages) = tokio::sync::mpsc::channel(WINDOW);
     let closed = || Status::unavailable("the session broke");
-    up.send(message(worker_message::Body::Register(hello))).await.map_err(|_| closed())?;
+    let hello =
+        WorkerMessage { body: Some(worker_message::Body::Register(hello)), ..WorkerMessage::default() };
+    up.send(hello).await.map_err(|_| closed())?;
     let mut client = rpc::workers_client(channel, token);
     let mut down = client.session(ReceiverStream::new(messages)).await?.into_inner();
-    let mut heartbeat = tokio::time::interval(MAX_HEARTBEAT);
+    let first = tokio::time::timeout(REGISTER_LIMIT, down.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("the coordinator does not answer"))??;
+    let Some(coordinator_message::Body::Registered(settings)) = first.and_then(|message| message.body) else {
+        return Err(closed());
+    };
+    let mut session = registered(&settings, ranks)?;
+    *retry = FIRST_RETRY;
+    let period = Duration::from_millis(settings.heartbeat_interval_ms.max(10));
+    let mut heartbeat = tokio::time::interval(period.min(MAX_HEARTBEAT));
+    heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sequence = 0;
     loop {
-        if let Some(message) = unsent.take()
-            && let Err(failed) = up.send(message).await
-        {
-            *unsent = Some(failed.0);
-            return Err(closed());
+        for mut message in ranks.kept_after(session.sent, WINDOW) {
+            session.sent = message.sequence;
+            message.epoch = session.epoch;
+            if session.is_old {
+                message.sequence = 0;
+            }
+            up.send(message).await.map_err(|_| closed())?;
         }
-        tokio::select! {
-            command = down.message() => match command? {
-                None => return Ok(()),
-                Some(CoordinatorMessage { body: Some(coordinator_message::Body::Registered(settings)) }) => {
-                    *retry = FIRST_RETRY;
-                    let period = Duration::from_millis(settings.heartbeat_interval_ms.max(10));
-                    heartbeat = tokio::time::interval(period.min(MAX_HEARTBEAT));
-                    heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        if session.is_old {
+            ranks.acknowledged(session.sent);
+        }
+        let body = tokio::select! {
+            command = down.message() => {
+                match command? {
+                    None => return Ok(()),
+                    Some(CoordinatorMessage { body: Some(command) }) => ranks.obey(command),
+                    Some(CoordinatorMessage { body: None }) => {}
                 }
-                Some(CoordinatorMessage { body: Some(command) }) => ranks.obey(command),
-                Some(CoordinatorMessage { body: None }) => {}
+                continue;
             },
-            message = outbox.recv() => match message {
-                Some(message) => *unsent = Some(message),
+            // More to send, above.
+            () = ranks.grown.notified() => continue,
+            body = once.recv() => match body {
+                Some(body) => body,
                 // The daemon is ending.
                 None => return Ok(()),
             },
             _ = heartbeat.tick() => {
                 sequence += 1;
-                let beat = worker_message::Body::Heartbeat(Heartbeat { sequence, ..Heartbeat::default() });
-                up.send(message(beat)).await.map_err(|_| closed())?;
+                worker_message::Body::Heartbeat(Heartbeat { sequence, ranks: ranks.beats() })
             }
-        }
+        };
+        let message = WorkerMessage { body: Some(body), epoch: session.epoch, sequence: 0 };
+        up.send(message).await.map_err(|_| closed())?;
     }
 }
 
-fn message(body: worker_message::Body) -> WorkerMessage {
-    WorkerMessage { body: Some(body), ..WorkerMessage::default() }
+/// What the coordinator's first message means.
+fn registered(settings: &Registered, ranks: &Arc<Ranks>) -> Result<Session, Status> {
+    let Registered { epoch, acknowledged, cluster, generation, .. } = settings;
+    let is_old = *epoch == 0;
+    if !is_old {
+        let obeyed = ranks.journal().obey(cluster, *generation);
+        match obeyed {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(Status::unavailable(format!(
+                    "generation {generation} of the coordinator is not obeyed: there was a later one"
+                )));
+            }
+            Err(error) => tracing::error!("{error}"),
+        }
+        ranks.acknowledged(*acknowledged);
+    }
+    Ok(Session { epoch: *epoch, sent: *acknowledged, is_old })
 }

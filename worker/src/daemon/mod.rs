@@ -1,11 +1,14 @@
 //! The node daemon: owns slots, dials the coordinator, runs ranks as child processes.
 //!
-//! `link` speaks to the coordinator, `ranks` knows the rank processes and carries out commands,
-//! `socket` is where ranks connect, `process` starts, watches and kills them, `node` is what is
-//! known of the machine.
+//! `link` speaks to the coordinator, `ranks` knows the ranks and carries out commands, `host` is the life of
+//! one, `socket` is where they connect, `process` starts and kills them, `journal` and `outbox` are what a daemon
+//! leaves to the next, `node` is what is known of the machine.
 
+mod host;
+mod journal;
 mod link;
 mod node;
+mod outbox;
 mod process;
 mod ranks;
 mod socket;
@@ -13,12 +16,19 @@ mod socket;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tunefleet_proto::rpc::{BadToken, TOKEN_VARIABLE, Token};
+use tunefleet_proto::rpc::{BadToken, Leaving, TOKEN_VARIABLE, Token, worker_message};
+
+pub(crate) use journal::leave_last_words;
 
 use crate::metrics;
+
+/// How long the last reports of a daemon that ends may take to reach the coordinator.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+const GIB: f64 = (1u64 << 30) as f64;
 
 /// Command line of `worker daemon`.
 #[derive(Debug, clap::Args)]
@@ -47,6 +57,15 @@ pub struct Args {
     /// Where Prometheus metrics are served.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     metrics: SocketAddr,
+    /// Directory of this worker's journal: a daemon that is started again finds its ranks there. Default:
+    /// $STATE_DIRECTORY, else $XDG_STATE_HOME/tunefleet/worker-NAME, else ~/.local/state/tunefleet/worker-NAME;
+    /// with --exit-with-parent, one that ends with the daemon.
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Memory that each rank may take of this machine, in GiB; one that takes more is killed alone, and the
+    /// machine goes on. Needs a control group that this user may write. Default: no limit.
+    #[arg(long, value_name = "GIB")]
+    rank_memory_gib: Option<f64>,
     /// Stop when stdin closes: the parent process is gone.
     #[arg(long)]
     exit_with_parent: bool,
@@ -78,6 +97,15 @@ pub enum Error {
     /// The coordinator does not want this worker.
     #[error("the coordinator refused this worker: {0}")]
     Refused(String),
+    /// Another process has the state directory.
+    #[error("{0} is in use: another daemon runs with it; give this one another --state-dir")]
+    StateTaken(PathBuf),
+    /// Nowhere to keep a journal.
+    #[error("no place for this worker's journal: pass --state-dir DIR")]
+    NoState,
+    /// Not an amount of memory.
+    #[error("--rank-memory-gib must be above 0, got {0}")]
+    Memory(f64),
     /// A second recorder.
     #[error("starting metrics: {0}")]
     Metrics(String),
@@ -108,20 +136,82 @@ async fn serve(args: Args) -> Result<(), Error> {
     metrics::start(node.slots);
     tracing::info!("worker {}: {} slots, {} GPUs, metrics {metrics_url}", node.name, node.slots, node.gpus);
 
-    let socket = socket::Socket::bind()?;
-    let (outbox, messages) = tokio::sync::mpsc::unbounded_channel();
-    let ranks = Arc::new(ranks::Ranks::new(&node, socket.path().to_owned(), outbox)?);
+    let state_dir =
+        if args.exit_with_parent { args.state_dir.clone() } else { Some(state_dir(&args, &node.name)?) };
+    let journal = journal::Journal::open(state_dir.as_deref())?;
+    let socket = socket::Socket::bind(journal.dir())?;
+    let (say_once, once) = tokio::sync::mpsc::unbounded_channel();
+    let ranks = ranks::Ranks::new(
+        &node,
+        socket.path().to_owned(),
+        journal,
+        args.exit_with_parent,
+        memory_limit(&args)?,
+        say_once,
+    )?;
+    let ranks = Arc::new(ranks);
+    ranks.adopt()?;
     let rank_service = tokio::spawn(socket.serve(Arc::clone(&ranks)));
-    let outcome = tokio::select! {
-        outcome = link::run(endpoint, token, node, metrics_url, Arc::clone(&ranks), messages) => outcome,
-        reason = told_to_stop(args.exit_with_parent) => {
-            tracing::info!("{}", reason?);
-            Ok(())
-        }
-    };
-    ranks.stop_all().await;
+    let link = link::run(endpoint, token, node, metrics_url, Arc::clone(&ranks), once);
+    let outcome = until_told(link, &ranks, args.exit_with_parent).await;
     rank_service.abort();
     outcome
+}
+
+/// Runs the link until something ends the daemon, and ends the ranks as that asks for.
+async fn until_told(
+    link: impl Future<Output = Result<(), Error>>,
+    ranks: &Arc<ranks::Ranks>,
+    exit_with_parent: bool,
+) -> Result<(), Error> {
+    let mut link = std::pin::pin!(link);
+    let told = tokio::select! {
+        outcome = &mut link => {
+            ranks.end_all("the coordinator does not want this worker").await;
+            return outcome;
+        }
+        told = told_to_stop(exit_with_parent) => told?,
+    };
+    tracing::info!("stopping: {}", told.reason());
+    // The coordinator is told meanwhile: the link goes on.
+    let end = async {
+        match told {
+            Told::HandOver => return,
+            Told::Orphaned => ranks.end_all("the parent process is gone").await,
+            Told::Stop(reason) => {
+                let leaving = Leaving { reason: reason.to_owned() };
+                ranks.say_once(worker_message::Body::Leaving(leaving));
+                ranks.leave().await;
+            }
+        }
+        let told = async {
+            while !ranks.is_told() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let limit = if exit_with_parent { Duration::ZERO } else { FLUSH_LIMIT };
+        let _ = tokio::time::timeout(limit, told).await;
+    };
+    tokio::select! {
+        () = end => Ok(()),
+        outcome = &mut link => outcome,
+    }
+}
+
+/// Where the journal is.
+fn state_dir(args: &Args, name: &str) -> Result<PathBuf, Error> {
+    let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || of("HOME").map(|home| home.join(".local/state"));
+    let own = || Some(of("XDG_STATE_HOME").or_else(home)?.join(format!("tunefleet/worker-{name}")));
+    args.state_dir.clone().or_else(|| of("STATE_DIRECTORY")).or_else(own).ok_or(Error::NoState)
+}
+
+fn memory_limit(args: &Args) -> Result<Option<u64>, Error> {
+    match args.rank_memory_gib {
+        Some(gib) if gib.is_finite() && gib > 0.0 => Ok(Some((gib * GIB) as u64)),
+        Some(gib) => Err(Error::Memory(gib)),
+        None => Ok(None),
+    }
 }
 
 fn token(file: Option<&std::path::Path>) -> Result<Option<Token>, Error> {
@@ -134,10 +224,32 @@ fn token(file: Option<&std::path::Path>) -> Result<Option<Token>, Error> {
     Ok(text.map(|text| Token::new(text.trim_end())).transpose()?)
 }
 
+/// What ends a daemon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// Its ranks save a checkpoint and stop.
+    Stop(&'static str),
+    /// Its ranks end with it.
+    Orphaned,
+    /// Its ranks go on, and wait for the next daemon.
+    HandOver,
+}
+
+impl Told {
+    fn reason(self) -> &'static str {
+        match self {
+            Told::Stop(reason) => reason,
+            Told::Orphaned => "the parent process is gone",
+            Told::HandOver => "SIGUSR1: the ranks go on, for the next daemon with this --state-dir",
+        }
+    }
+}
+
 /// Waits for a signal, or for the parent's end of stdin to close.
-async fn told_to_stop(exit_with_parent: bool) -> Result<&'static str, Error> {
+async fn told_to_stop(exit_with_parent: bool) -> Result<Told, Error> {
     let mut terminate = signal(SignalKind::terminate()).map_err(io("handling SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(io("handling SIGINT"))?;
+    let mut hand_over = signal(SignalKind::user_defined1()).map_err(io("handling SIGUSR1"))?;
     let (closed, mut parent_gone) = tokio::sync::mpsc::channel::<()>(1);
     if exit_with_parent {
         // A thread of its own: a blocking read would keep the runtime from ending.
@@ -147,14 +259,15 @@ async fn told_to_stop(exit_with_parent: bool) -> Result<&'static str, Error> {
         });
     }
     Ok(tokio::select! {
-        _ = terminate.recv() => "stopping: SIGTERM",
-        _ = interrupt.recv() => "stopping: SIGINT",
-        Some(()) = parent_gone.recv() => "stopping: the parent process is gone",
+        _ = terminate.recv() => Told::Stop("SIGTERM"),
+        _ = interrupt.recv() => Told::Stop("SIGINT"),
+        _ = hand_over.recv() => Told::HandOver,
+        Some(()) = parent_gone.recv() => Told::Orphaned,
     })
 }
 
 /// Says what was being done when an IO error came.
-fn io(what: &str) -> impl FnOnce(std::io::Error) -> Error {
+fn io(what: &str) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let what = what.to_owned();
     move |cause| Error::Io { what, cause }
 }

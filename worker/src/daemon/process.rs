@@ -1,17 +1,16 @@
-//! Rank processes: start, log, exit, kill. Each is the leader of its own process group, so that
-//! a signal meant for it reaches all that it started and nothing else.
+//! Rank processes: each is started, kept and buried by a keeper, which outlives this daemon.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
+use std::process::Stdio;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, Command};
-use tunefleet_proto::rpc::{Assignment, RankExited, Stage, TOKEN_VARIABLE};
+use tunefleet_keeper::{CHILD_FILE, EXIT_FILE, Exit, Process};
+use tunefleet_proto::rpc::{FailureKind, RankExited, Stage, TOKEN_VARIABLE};
 
 use crate::comm::nccl;
 
@@ -19,6 +18,21 @@ use crate::comm::nccl;
 const TAIL_BYTES: u64 = 16 * 1024;
 /// Lines of it that are reported.
 const TAIL_LINES: usize = 20;
+
+/// How a rank is started.
+pub(super) struct Launch<'a> {
+    /// The rank's directory in the journal.
+    pub dir: &'a Path,
+    /// Where it dials this daemon.
+    pub socket: &'a Path,
+    pub log_path: &'a Path,
+    /// Shown when it dials; it comes on stdin: neither arguments nor environment, which others may read.
+    pub token: &'a str,
+    pub threads: u32,
+    /// Nobody will come after this daemon.
+    pub ends_with_daemon: bool,
+    pub memory_limit_bytes: Option<u64>,
+}
 
 /// Makes MKL add up in one order, whatever else the machine does: now and then its threads share out
 /// their work differently, and a run does not repeat bit for bit. On CPUs of other makers MKL would
@@ -28,45 +42,54 @@ fn mkl_settings() -> Option<(&'static str, &'static str)> {
     cpu.contains("GenuineIntel").then_some(("MKL_CBWR", "AUTO"))
 }
 
-/// Starts `worker rank` for the assignment and hands it its token, through stdin: neither
-/// arguments nor environment, which other processes may read.
-pub(super) async fn start(
-    assignment: &Assignment,
-    socket: &Path,
-    token: &str,
-    log_path: &Path,
-) -> Result<Child, String> {
-    let log = open_log(log_path).map_err(|error| format!("log file {}: {error}", log_path.display()))?;
+/// Starts a keeper, and through it `worker rank`.
+pub(super) async fn start(launch: &Launch<'_>) -> Result<Child, String> {
     let program = std::env::current_exe().map_err(|error| format!("finding this program: {error}"))?;
-    let spawn = || -> std::io::Result<Child> {
-        Command::new(&program)
-            .arg("rank")
-            .arg("--socket")
-            .arg(socket)
-            .env_remove(TOKEN_VARIABLE)
-            .env("OMP_NUM_THREADS", assignment.threads.to_string())
-            .envs(nccl::SETTINGS)
-            .envs(mkl_settings())
-            .stdin(Stdio::piped())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-    };
-    let mut child = spawn().map_err(|error| format!("starting {}: {error}", program.display()))?;
+    let keeper = tunefleet_keeper::find().ok_or_else(|| {
+        let beside = program.parent().unwrap_or(Path::new("")).display().to_string();
+        format!("no program `keeper` in {beside} or on PATH: install it beside `worker`")
+    })?;
+    let mut command = Command::new(&keeper);
+    command.arg(launch.dir);
+    if launch.ends_with_daemon {
+        command.arg("--ends-with-parent");
+    }
+    if let Some(bytes) = launch.memory_limit_bytes {
+        command.arg("--memory-bytes").arg(bytes.to_string());
+    }
+    command.arg("--log").arg(launch.log_path).arg("--").arg(&program);
+    command.arg("rank").arg("--socket").arg(launch.socket);
+    let mut child = command
+        .env_remove(TOKEN_VARIABLE)
+        .env("OMP_NUM_THREADS", launch.threads.to_string())
+        .envs(nccl::SETTINGS)
+        .envs(mkl_settings())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        // What ends this daemon's group is not meant for it.
+        .process_group(0)
+        .spawn()
+        .map_err(|error| format!("starting {}: {error}", keeper.display()))?;
     if let Some(mut stdin) = child.stdin.take() {
-        // A child that died at once is noticed by its exit.
-        let _ = stdin.write_all(token.as_bytes()).await;
+        // One that died at once is noticed by its exit.
+        let _ = stdin.write_all(launch.token.as_bytes()).await;
     }
     Ok(child)
 }
 
-fn open_log(path: &Path) -> std::io::Result<File> {
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
-    OpenOptions::new().create(true).append(true).open(path)
+/// The keeper of the rank in `dir`, whoever started it.
+pub(super) fn keeper_of(dir: &Path) -> Option<Process> {
+    let wanted = dir.as_os_str().as_encoded_bytes();
+    let pids =
+        std::fs::read_dir("/proc").ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let pids = pids.filter_map(|name| name.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|byte| *byte == 0);
+        words.next().is_some_and(|program| program.ends_with(b"keeper")) && words.next() == Some(wanted)
+    })
+    .find_map(Process::of)
 }
 
 /// `<log_dir>/rank-R.log` while training, `<log_dir>/<stage>.log` for the tasks of one rank.
@@ -76,20 +99,38 @@ pub(super) fn log_path(log_dir: &str, stage: Stage, rank: u32) -> PathBuf {
     Path::new(log_dir).join(name)
 }
 
-/// Signals the process group of `pid`; one that is gone is no error.
-pub(super) fn signal_group(pid: u32, signal: Signal) {
-    if let Ok(raw) = i32::try_from(pid) {
-        let _ = killpg(Pid::from_raw(raw), signal);
+/// Kills the process of the rank in `dir` with its group, unless it is gone; its keeper buries it. `false` when there
+/// is none yet.
+pub(super) fn kill(dir: &Path) -> bool {
+    let Some(process) = tunefleet_keeper::read::<Process>(dir, CHILD_FILE) else { return false };
+    if process.is_alive() {
+        let _ = killpg(Pid::from_raw(process.pid), Signal::SIGKILL);
     }
+    true
 }
 
-/// What is told of a process that has ended.
-pub(super) fn exited(status: ExitStatus, log_path: &Path) -> RankExited {
+/// What is told of a rank whose keeper has ended.
+pub(super) fn exited(dir: &Path, log_path: &Path) -> RankExited {
+    let exit = tunefleet_keeper::read::<Exit>(dir, EXIT_FILE).unwrap_or_else(|| {
+        kill(dir);
+        let start_error = "its keeper was killed, and it was killed with it".to_owned();
+        Exit { code: None, signal: None, start_error, out_of_memory: false }
+    });
+    let was_kept = dir.join(EXIT_FILE).exists();
+    let kind = match &exit {
+        _ if !was_kept => FailureKind::Exit,
+        Exit { out_of_memory: true, signal: Some(_), .. } => FailureKind::HostOutOfMemory,
+        Exit { start_error, .. } if !start_error.is_empty() => FailureKind::Start,
+        Exit { signal: Some(_), .. } => FailureKind::Signal,
+        _ => FailureKind::Unspecified,
+    };
     RankExited {
-        exit_code: status.code(),
-        signal: status.signal(),
+        exit_code: exit.code,
+        signal: exit.signal,
+        start_error: exit.start_error,
         last_lines: tail(log_path).unwrap_or_default(),
         log_path: log_path.display().to_string(),
+        kind: kind.into(),
         ..RankExited::default()
     }
 }
@@ -109,17 +150,21 @@ fn tail(path: &Path) -> std::io::Result<Vec<String>> {
 mod tests {
     use super::*;
 
-    async fn run(script: &str) -> ExitStatus {
-        Command::new("sh").arg("-c").arg(script).status().await.unwrap()
-    }
-
-    #[tokio::test]
-    async fn exits_and_signals_are_told_apart() {
-        let none = Path::new("/nonexistent");
-        let exit = exited(run("exit 7").await, none);
-        assert_eq!((exit.exit_code, exit.signal), (Some(7), None));
-        let exit = exited(run("kill -9 $$").await, none);
-        assert_eq!((exit.exit_code, exit.signal), (None, Some(9)));
+    #[test]
+    fn exits_signals_and_a_lack_of_memory_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = Path::new("/nonexistent");
+        let of = |code, signal, out_of_memory| {
+            let exit = Exit { code, signal, start_error: String::new(), out_of_memory };
+            tunefleet_keeper::write(dir.path(), EXIT_FILE, &exit).unwrap();
+            let told = exited(dir.path(), log);
+            (told.exit_code, told.signal, told.kind())
+        };
+        assert_eq!(of(Some(7), None, false), (Some(7), None, FailureKind::Unspecified));
+        assert_eq!(of(None, Some(11), false), (None, Some(11), FailureKind::Signal));
+        assert_eq!(of(None, Some(9), true), (None, Some(9), FailureKind::HostOutOfMemory));
+        std::fs::remove_file(dir.path().join(EXIT_FILE)).unwrap();
+        assert!(exited(dir.path(), log).start_error.contains("keeper was killed"));
     }
 
     #[test]
@@ -133,8 +178,12 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_to_a_group_that_is_gone_does_nothing() {
-        signal_group(u32::MAX, Signal::SIGTERM);
-        signal_group(i32::MAX as u32, Signal::SIGTERM);
+    fn a_number_that_belongs_to_another_process_now_is_not_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!kill(dir.path()), "there is none yet");
+        let this = Process::of(std::process::id() as i32).unwrap();
+        let former = Process { started: this.started - 1, ..this };
+        tunefleet_keeper::write(dir.path(), CHILD_FILE, &former).unwrap();
+        assert!(kill(dir.path()));
     }
 }

@@ -5,6 +5,7 @@
 
 mod group;
 mod session;
+mod spool;
 mod task;
 
 use std::any::Any;
@@ -12,7 +13,7 @@ use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
-use tunefleet_proto::rpc::{BadToken, Token};
+use tunefleet_proto::rpc::{BadToken, FailureKind, Token};
 
 use crate::{checkpoint, train};
 use session::Session;
@@ -95,11 +96,41 @@ impl Error {
     }
 }
 
+impl Error {
+    /// What kind of thing went wrong, as far as this rank can know.
+    fn kind(&self) -> FailureKind {
+        let words = self.to_string();
+        let is_configuration = matches!(
+            self,
+            Error::Assignment(_)
+                | Error::Tokenizer(_)
+                | Error::InitModel(_)
+                | Error::Train(
+                    train::Error::Mismatch(_) | train::Error::Gradient { .. } | train::Error::Data(_)
+                )
+        );
+        if words.starts_with("out of memory") {
+            FailureKind::OutOfMemory
+        } else if words.contains("No space left on device") {
+            FailureKind::DiskFull
+        } else if matches!(self, Error::Train(train::Error::NonFinite { .. })) {
+            FailureKind::NotFinite
+        } else if is_configuration {
+            FailureKind::Configuration
+        } else {
+            FailureKind::Exit
+        }
+    }
+}
+
 /// Runs the assignment and reports how it went.
 ///
 /// # Errors
 /// See [`Error`].
 pub fn run(args: Args) -> Result<(), Error> {
+    // With its keeper gone, nobody would know how this process ends.
+    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+        .map_err(|error| Error::Stdin(error.into()))?;
     let mut text = String::new();
     std::io::stdin().take(MAX_TOKEN_BYTES).read_to_string(&mut text).map_err(Error::Stdin)?;
     let session = Session::open(args.socket, Token::new(text.trim_end())?)?;

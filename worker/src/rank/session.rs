@@ -3,26 +3,28 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use nix::sys::signal::{Signal, raise};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc::WeakUnboundedSender;
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
 use tunefleet_proto::rpc::rank_done::Outcome as Told;
 use tunefleet_proto::rpc::{
-    Assignment, Collectives, DaemonMessage, Evaluated, Finished, RankDone, RankEvent, RankFailed, Ready,
-    Saved, StartRanks, StepDone, Token, daemon_message, rank_event, ranks_client,
+    Assignment, Beat, Collectives, DaemonMessage, Evaluated, Finished, RankDone, RankEvent, RankFailed,
+    Ready, Saved, StartRanks, StepDone, Token, daemon_message, rank_event, ranks_client,
 };
 
 use super::Error;
+use super::spool::Spool;
 use crate::comm::Groups;
 use crate::comm::dump::Reporter;
 use crate::comm::recorder::Collective;
 use crate::comm::watchdog::{Alarm, Watchdog};
+use crate::daemon::leave_last_words;
 use crate::train::{Event, Host, Outcome};
 
 /// How long the main thread has to end by itself once the rank was aborted.
@@ -33,6 +35,15 @@ const ANSWER_GRACE: Duration = Duration::from_secs(120);
 /// How long the last events may take to reach the daemon.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long a rank trains on without a daemon. Then it saves a checkpoint and stops: nobody would know of it.
+const ALONE_LIMIT: Duration = Duration::from_secs(30 * 60);
+const FIRST_RETRY: Duration = Duration::from_millis(50);
+const LAST_RETRY: Duration = Duration::from_secs(2);
+/// How often the daemon is told how far this rank is.
+const BEAT: Duration = Duration::from_secs(1);
+/// Events under way to the daemon.
+const WINDOW: usize = 64;
+
 /// A live session and the assignment that it began with.
 pub(super) struct Session {
     /// What this rank is to do.
@@ -40,17 +51,15 @@ pub(super) struct Session {
     /// The daemon, as a task sees it.
     pub host: Daemon,
     start: mpsc::Receiver<StartRanks>,
-    ended: mpsc::Receiver<()>,
 }
 
 /// Forwards a task's events, and tells it when to stop.
 pub(super) struct Daemon {
-    outbox: tokio::sync::mpsc::UnboundedSender<RankEvent>,
+    spool: Arc<Spool>,
     shared: Arc<Shared>,
 }
 
 /// What both threads see.
-#[derive(Default)]
 struct Shared {
     stop_requested: AtomicBool,
     closing: AtomicBool,
@@ -58,8 +67,16 @@ struct Shared {
     abort: Mutex<Option<Ending>>,
     groups: Mutex<Option<Groups>>,
     reporter: Mutex<Option<Arc<Reporter>>>,
+    progress: Mutex<Progress>,
+}
+
+/// How far this rank is, and since when.
+#[derive(Clone, Copy)]
+struct Progress {
+    step: u64,
     /// Section of the training loop; empty before the first.
-    section: Mutex<&'static str>,
+    section: &'static str,
+    since: Instant,
 }
 
 /// Why a rank has to end.
@@ -72,7 +89,7 @@ struct Ending {
 
 /// Tells the daemon of a collective that has stalled. It keeps neither session nor groups alive.
 struct Stalled {
-    outbox: WeakUnboundedSender<RankEvent>,
+    spool: Arc<Spool>,
     shared: Arc<Shared>,
     reporter: Arc<Reporter>,
 }
@@ -80,14 +97,9 @@ struct Stalled {
 impl Session {
     /// Dials the daemon and waits for the assignment.
     pub fn open(socket: PathBuf, token: Token) -> Result<Self, Error> {
-        let (outbox, events) = tokio::sync::mpsc::unbounded_channel();
         let (assignment_sender, assignment) = mpsc::channel();
         let (start_sender, start) = mpsc::channel();
-        let (ended_sender, ended) = mpsc::channel();
-        let shared = Arc::new(Shared::default());
-        let for_thread = Arc::clone(&shared);
-        // Weak: the session ends when the rank has said its last word.
-        let answers = outbox.downgrade();
+        let (spool, shared) = (Arc::new(Spool::default()), Arc::new(Shared::new()));
         let error_at = {
             let socket = socket.clone();
             move |cause: String| Error::Session { socket, cause }
@@ -96,26 +108,20 @@ impl Session {
             Ok(runtime) => runtime,
             Err(error) => return Err(error_at(error.to_string())),
         };
-        let work = move || {
-            runtime.block_on(async {
-                match dial(&socket, token, events).await {
-                    Ok((first, inbound)) => {
-                        let _ = assignment_sender.send(Ok(first));
-                        let ending = listen(inbound, &for_thread, &start_sender, &answers).await;
-                        for_thread.end(ending, start_sender).await;
-                    }
-                    Err(cause) => {
-                        let _ = assignment_sender.send(Err(cause));
-                    }
-                }
-            });
-            let _ = ended_sender.send(());
+        let start_sender = Mutex::new(Some(start_sender));
+        let link = Link {
+            socket,
+            token,
+            spool: Arc::clone(&spool),
+            shared: Arc::clone(&shared),
+            start: start_sender,
         };
+        let work = move || runtime.block_on(link.run(assignment_sender));
         if let Err(error) = std::thread::Builder::new().name("session".to_owned()).spawn(work) {
             return Err(error_at(error.to_string()));
         }
         match assignment.recv() {
-            Ok(Ok(assignment)) => Ok(Session { assignment, host: Daemon { outbox, shared }, start, ended }),
+            Ok(Ok(assignment)) => Ok(Session { assignment, host: Daemon { spool, shared }, start }),
             Ok(Err(cause)) => Err(error_at(cause)),
             Err(_) => Err(error_at("its thread ended".to_owned())),
         }
@@ -135,12 +141,12 @@ impl Session {
         reporter: Reporter,
         timeout: Duration,
     ) -> Result<Watchdog, Error> {
-        let Daemon { outbox, shared } = &self.host;
+        let Daemon { spool, shared } = &self.host;
         let reporter = Arc::new(reporter);
         *lock(&shared.groups) = Some(groups);
         *lock(&shared.reporter) = Some(Arc::clone(&reporter));
         let record = Arc::clone(reporter.record());
-        let alarm = Stalled { outbox: outbox.downgrade(), shared: Arc::clone(shared), reporter };
+        let alarm = Stalled { spool: Arc::clone(spool), shared: Arc::clone(shared), reporter };
         Watchdog::start(record, timeout, ANSWER_GRACE, alarm).map_err(Error::Watchdog)
     }
 
@@ -161,10 +167,10 @@ impl Session {
             Err(error) => Told::Failed(RankFailed {
                 message: error.to_string(),
                 consequence: error.is_consequence(),
-                ..RankFailed::default()
+                kind: error.kind().into(),
             }),
         };
-        let Session { host, ended, .. } = self;
+        let Session { host, assignment, .. } = self;
         let done = rank_event::Body::Done(RankDone { outcome: Some(outcome) });
         let reporter = lock(&host.shared.reporter).take();
         let groups = lock(&host.shared.groups).take();
@@ -189,15 +195,21 @@ impl Session {
                 }
             }
         }
-        drop(host);
-        let _ = ended.recv_timeout(FLUSH_LIMIT);
+        host.spool.close();
+        let untold = host.spool.wait_until_taken(FLUSH_LIMIT);
+        let path = &assignment.last_words_path;
+        if !untold.is_empty()
+            && !path.is_empty()
+            && let Err(error) = leave_last_words(Path::new(path), &untold)
+        {
+            tracing::error!("{path}: {error}; {} events are lost", untold.len());
+        }
     }
 }
 
 impl Daemon {
     fn send(&self, body: rank_event::Body) {
-        // A closed channel means that the session is over: its thread ends this process.
-        let _ = self.outbox.send(RankEvent { body: Some(body), ..RankEvent::default() });
+        self.spool.tell(body);
     }
 }
 
@@ -205,7 +217,7 @@ impl Host for Daemon {
     fn report(&self, event: Event) {
         self.send(match event {
             Event::Section(name) => {
-                *lock(&self.shared.section) = name;
+                self.shared.progressed(|progress| progress.section = name);
                 rank_event::Body::Section(name.to_owned())
             }
             Event::Note(text) => rank_event::Body::Note(text),
@@ -225,6 +237,10 @@ impl Host for Daemon {
         });
     }
 
+    fn progress(&self, step: u64) {
+        self.shared.progressed(|progress| progress.step = step);
+    }
+
     fn stop_requested(&self) -> bool {
         self.shared.stop_requested.load(Ordering::Acquire)
     }
@@ -232,14 +248,10 @@ impl Host for Daemon {
 
 impl Alarm for Stalled {
     fn stalled(&mut self, collective: &Collective) {
-        let section = *lock(&self.shared.section);
-        let report = self.reporter.report(section);
+        let report = self.reporter.report(lock(&self.shared.progress).section);
         let about = self.reporter.record().about(collective.tag);
         tracing::error!("{about} (#{}) has not ended in time: see {}", collective.sequence, report.dump_path);
-        if let Some(outbox) = self.outbox.upgrade() {
-            let _ = outbox
-                .send(RankEvent { body: Some(rank_event::Body::Stalled(report)), ..RankEvent::default() });
-        }
+        self.spool.tell_once(rank_event::Body::Stalled(report));
     }
 
     fn unanswered(&mut self, collective: &Collective) {
@@ -252,6 +264,32 @@ impl Alarm for Stalled {
 }
 
 impl Shared {
+    fn new() -> Self {
+        Shared {
+            stop_requested: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            abort: Mutex::default(),
+            groups: Mutex::default(),
+            reporter: Mutex::default(),
+            progress: Mutex::new(Progress { step: 0, section: "", since: Instant::now() }),
+        }
+    }
+
+    fn progressed(&self, change: impl FnOnce(&mut Progress)) {
+        let mut progress = lock(&self.progress);
+        change(&mut progress);
+        progress.since = Instant::now();
+    }
+
+    fn beat(&self) -> rank_event::Body {
+        let Progress { step, section, since } = *lock(&self.progress);
+        rank_event::Body::Beat(Beat {
+            step,
+            section: section.to_owned(),
+            seconds: since.elapsed().as_secs_f64(),
+        })
+    }
+
     /// Why this rank has to end, as an error.
     fn aborted(&self) -> Error {
         match lock(&self.abort).clone() {
@@ -262,7 +300,7 @@ impl Shared {
     }
 
     /// The session is over. Unless the task is done, this process has no business any more.
-    async fn end(&self, ending: Ending, start: mpsc::Sender<StartRanks>) {
+    async fn end(&self, ending: Ending, start: Option<mpsc::Sender<StartRanks>>) {
         if self.closing.load(Ordering::Acquire) {
             return;
         }
@@ -282,7 +320,7 @@ impl Shared {
     /// Where this rank is among its collectives. Before it has met its peers there are none.
     fn collectives(&self) -> Collectives {
         let reporter = lock(&self.reporter).clone();
-        let section = *lock(&self.section);
+        let section = lock(&self.progress).section;
         match reporter {
             Some(reporter) => reporter.report(section),
             None => Collectives { section: section.to_owned(), ..Collectives::default() },
@@ -292,64 +330,153 @@ impl Shared {
 
 type Inbound = Streaming<DaemonMessage>;
 
-async fn dial(
-    socket: &Path,
+/// The session's thread: one connection after another, as daemons come and go.
+struct Link {
+    socket: PathBuf,
     token: Token,
-    events: tokio::sync::mpsc::UnboundedReceiver<RankEvent>,
-) -> Result<(Assignment, Inbound), String> {
-    let path = socket.to_owned();
-    let connector = tower::service_fn(move |_| {
-        let path = path.clone();
-        async move { UnixStream::connect(path).await.map(TokioIo::new) }
-    });
-    // The address is not used: the connector knows where to go.
-    let endpoint = Endpoint::from_static("http://daemon");
-    let channel = endpoint.connect_with_connector(connector).await.map_err(|e| chain(&e))?;
-    let mut client: ranks_client::RanksClient<_> = tunefleet_proto::rpc::ranks_client(channel, token);
-    let response = client.session(UnboundedReceiverStream::new(events)).await.map_err(|e| chain(&e))?;
-    let mut inbound = response.into_inner();
-    match inbound.message().await {
-        Ok(Some(DaemonMessage { body: Some(daemon_message::Body::Assignment(assignment)) })) => {
-            Ok((assignment, inbound))
+    spool: Arc<Spool>,
+    shared: Arc<Shared>,
+    /// To the main thread, until it may not start any more.
+    start: Mutex<Option<mpsc::Sender<StartRanks>>>,
+}
+
+impl Link {
+    async fn run(self, assignment: mpsc::Sender<Result<Assignment, String>>) {
+        self.stop_on_sigterm();
+        let (mut known, mut alone_since, mut retry) = (None, Instant::now(), FIRST_RETRY);
+        loop {
+            match self.connect().await {
+                Ok((first, inbound)) => {
+                    if known.is_none() {
+                        known = Some(first.ends_with_daemon);
+                        let _ = assignment.send(Ok(first));
+                    }
+                    retry = FIRST_RETRY;
+                    self.listen(inbound).await;
+                    alone_since = Instant::now();
+                }
+                Err(cause) if known.is_none() => {
+                    let _ = assignment.send(Err(cause));
+                    return;
+                }
+                Err(_) => {}
+            }
+            if self.shared.closing.load(Ordering::Acquire) {
+                return;
+            }
+            if known == Some(true) {
+                self.end(Ending { reason: "the daemon is gone".to_owned(), by_peer: false });
+            } else if alone_since.elapsed() > ALONE_LIMIT
+                && !self.shared.stop_requested.swap(true, Ordering::AcqRel)
+            {
+                let seconds = ALONE_LIMIT.as_secs();
+                tracing::error!("no daemon for {seconds} s: a checkpoint is saved, and then this rank ends");
+                // Before it has met its peers there is nothing to save.
+                drop(lock(&self.start).take());
+            }
+            tokio::time::sleep(retry).await;
+            retry = (retry * 2).min(LAST_RETRY);
         }
-        Ok(_) => Err("the daemon sent no assignment".to_owned()),
-        Err(status) => Err(chain(&status)),
+    }
+
+    /// Ends this rank, once; what it still tells goes to the daemon meanwhile.
+    fn end(&self, ending: Ending) {
+        let start = lock(&self.start).take();
+        if lock(&self.shared.abort).is_none() {
+            let shared = Arc::clone(&self.shared);
+            tokio::spawn(async move { shared.end(ending, start).await });
+        }
+    }
+
+    /// SIGTERM to this process alone stops the task, with all its ranks, at the next step and with a checkpoint.
+    fn stop_on_sigterm(&self) {
+        let shared = Arc::clone(&self.shared);
+        match signal(SignalKind::terminate()) {
+            Ok(mut terminate) => drop(tokio::spawn(async move {
+                while terminate.recv().await.is_some() {
+                    tracing::warn!("SIGTERM: stopping after this step, with a checkpoint");
+                    shared.stop_requested.store(true, Ordering::Release);
+                }
+            })),
+            Err(error) => tracing::warn!("handling SIGTERM: {error}"),
+        }
+    }
+
+    async fn connect(&self) -> Result<(Assignment, Inbound), String> {
+        let path = self.socket.clone();
+        let connector = tower::service_fn(move |_| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        // The address is not used: the connector knows where to go.
+        let endpoint = Endpoint::from_static("http://daemon");
+        let channel = endpoint.connect_with_connector(connector).await.map_err(|e| chain(&e))?;
+        let mut client: ranks_client::RanksClient<_> =
+            tunefleet_proto::rpc::ranks_client(channel, self.token.clone());
+        let (sender, events) = tokio::sync::mpsc::channel(WINDOW);
+        tokio::spawn(pump(Arc::clone(&self.spool), Arc::clone(&self.shared), sender));
+        let response = client.session(ReceiverStream::new(events)).await.map_err(|e| chain(&e))?;
+        let mut inbound = response.into_inner();
+        match inbound.message().await {
+            Ok(Some(DaemonMessage { body: Some(daemon_message::Body::Assignment(assignment)) })) => {
+                Ok((assignment, inbound))
+            }
+            Ok(_) => Err("the daemon sent no assignment".to_owned()),
+            Err(status) => Err(chain(&status)),
+        }
+    }
+
+    /// Handles commands until the daemon is gone.
+    async fn listen(&self, mut inbound: Inbound) {
+        while let Ok(Some(message)) = inbound.message().await {
+            match message.body {
+                Some(daemon_message::Body::Start(peers)) => {
+                    if let Some(start) = &*lock(&self.start) {
+                        let _ = start.send(peers);
+                    }
+                }
+                Some(daemon_message::Body::StopAtCheckpoint(_)) => {
+                    self.shared.stop_requested.store(true, Ordering::Release);
+                }
+                Some(daemon_message::Body::ReportCollectives(_)) => {
+                    // On this thread, so that it is told while the main thread is stuck.
+                    self.spool.tell_once(rank_event::Body::Collectives(self.shared.collectives()));
+                }
+                Some(daemon_message::Body::Acknowledged(ack)) => self.spool.taken(ack.through),
+                Some(daemon_message::Body::Abort(abort)) => {
+                    self.end(Ending { reason: abort.reason, by_peer: abort.by_peer });
+                }
+                // Sent once, before; or by a newer daemon.
+                Some(daemon_message::Body::Assignment(_)) | None => {}
+            }
+        }
     }
 }
 
-/// Handles commands until there are no more; tells why.
-async fn listen(
-    mut inbound: Inbound,
-    shared: &Shared,
-    start: &mpsc::Sender<StartRanks>,
-    outbox: &WeakUnboundedSender<RankEvent>,
-) -> Ending {
+/// Sends what there is to tell over one connection, all that no daemon has taken yet first.
+async fn pump(spool: Arc<Spool>, shared: Arc<Shared>, sender: tokio::sync::mpsc::Sender<RankEvent>) {
+    let (mut sent, mut beat) = (0, tokio::time::interval(BEAT));
+    spool.forget_once();
     loop {
-        let body = match inbound.message().await {
-            Ok(Some(message)) => message.body,
-            Ok(None) | Err(_) => {
-                return Ending { reason: "the daemon is gone".to_owned(), by_peer: false };
+        let (events, more) = spool.next(sent);
+        for event in events {
+            sent = sent.max(event.sequence);
+            if sender.send(event).await.is_err() {
+                return;
             }
-        };
-        match body {
-            Some(daemon_message::Body::Start(peers)) => {
-                let _ = start.send(peers);
-            }
-            Some(daemon_message::Body::StopAtCheckpoint(_)) => {
-                shared.stop_requested.store(true, Ordering::Release);
-            }
-            Some(daemon_message::Body::ReportCollectives(_)) => {
-                // On this thread, so that it is told while the main thread is stuck.
-                let body = Some(rank_event::Body::Collectives(shared.collectives()));
-                if let Some(outbox) = outbox.upgrade() {
-                    let _ = outbox.send(RankEvent { body, ..RankEvent::default() });
+        }
+        if !more {
+            return;
+        }
+        tokio::select! {
+            () = spool.grown.notified() => {}
+            () = sender.closed() => return,
+            _ = beat.tick() => {
+                let event = RankEvent { body: Some(shared.beat()), sequence: 0 };
+                if sender.send(event).await.is_err() {
+                    return;
                 }
             }
-            Some(daemon_message::Body::Abort(abort)) => {
-                return Ending { reason: abort.reason, by_peer: abort.by_peer };
-            }
-            // Sent once, before; or by a newer daemon.
-            Some(daemon_message::Body::Assignment(_) | daemon_message::Body::Acknowledged(_)) | None => {}
         }
     }
 }

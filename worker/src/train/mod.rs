@@ -94,6 +94,10 @@ pub struct StepReport {
 pub trait Host: Sync {
     /// Forward this; must not block.
     fn report(&self, event: Event);
+    /// The work goes on, with so many updates done: who watches knows that it does not hang. Called often.
+    fn progress(&self, step: u64) {
+        let _ = step;
+    }
     /// Whether to save and stop at the next step boundary. All ranks agree on the step among themselves.
     fn stop_requested(&self) -> bool;
 }
@@ -246,6 +250,7 @@ impl<'a> Run<'a> {
             {
                 self.check(step, &status)?;
             }
+            host.progress(self.step);
             let (status, asked) = self.one_step(learning_rate, host.stop_requested())?;
             self.step += 1;
             let stop = stop_asked.replace(asked).is_some_and(|asked| asked.double_value(&[]) > 0.0);
