@@ -4,9 +4,11 @@
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{collect, convert, dataset, init, jobs, launch, plan, serve, store_verb, validate};
+use crate::{
+    collect, convert, dataset, events, init, jobs, launch, plan, serve, store_verb, validate, workers,
+};
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
@@ -41,12 +43,27 @@ enum Verb {
     List(jobs::ListArgs),
     /// Shows one job.
     Status(jobs::StatusArgs),
+    /// Shows what happened to a job.
+    Events(events::Args),
     /// Prints the logs of a job's ranks.
     Logs(jobs::LogsArgs),
     /// Stops a job, with a checkpoint where it trains.
     Cancel(jobs::CancelArgs),
+    /// Stops a job with a checkpoint, until it is resumed.
+    Suspend(jobs::SuspendArgs),
     /// Starts a job again from its newest checkpoint.
     Resume(jobs::ResumeArgs),
+    /// Shows the workers of a coordinator.
+    Workers(workers::ListArgs),
+    /// Places nothing more on a worker.
+    Drain(workers::DrainArgs),
+    /// Lets a worker have ranks again.
+    Undrain(workers::UndrainArgs),
+    /// Prints a script that completes verbs and flags in a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Exit codes; clap's own usage errors exit with 2.
@@ -93,7 +110,16 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Status(args) => jobs::status(args),
         Verb::Logs(args) => jobs::logs(args),
         Verb::Cancel(args) => jobs::cancel(args),
+        Verb::Suspend(args) => jobs::suspend(args),
         Verb::Resume(args) => jobs::resume(args),
+        Verb::Events(args) => events::run(args),
+        Verb::Workers(args) => workers::list(args),
+        Verb::Drain(args) => workers::drain(args),
+        Verb::Undrain(args) => workers::undrain(args),
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut std::io::stdout());
+            ExitCode::SUCCESS
+        }
     }
 }
 

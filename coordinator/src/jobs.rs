@@ -5,10 +5,15 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use tunefleet_proto::rpc::{CancelRequest, JobStatus, ListRequest, ResumeRequest, Stage, StatusRequest};
+use tunefleet_proto::rpc::{
+    AttemptStatus, CancelRequest, JobState, JobStatus, ListRequest, ResumeRequest, Stage, StatusRequest,
+    SuspendRequest,
+};
 
 use crate::cli::exit;
 use crate::connect::{self, Connect, Failure};
+use crate::events::time;
+use crate::launch::screen::{duration, grouped};
 
 /// Seconds that saving a checkpoint may take after `coordinator cancel`, where it says nothing else.
 pub const CANCEL_GRACE_SECONDS: u32 = 600;
@@ -43,6 +48,18 @@ pub struct CancelArgs {
     #[command(flatten)]
     connect: Connect,
     /// Seconds that saving a checkpoint may take; 0 stops at once, with none.
+    #[arg(long, value_name = "SECONDS", default_value_t = CANCEL_GRACE_SECONDS)]
+    grace: u32,
+}
+
+/// Command line of `coordinator suspend`.
+#[derive(Debug, clap::Args)]
+pub struct SuspendArgs {
+    /// Name of the job.
+    job: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// Seconds that saving a checkpoint may take.
     #[arg(long, value_name = "SECONDS", default_value_t = CANCEL_GRACE_SECONDS)]
     grace: u32,
 }
@@ -87,7 +104,7 @@ pub fn status(args: StatusArgs) -> ExitCode {
     connect::block_on(async {
         let request = StatusRequest { job: args.job };
         let status = args.connect.client().await?.status(request).await?.into_inner();
-        if args.json { show(&to_json(&status)) } else { table(&[status]) }
+        if args.json { show(&to_json(&status)) } else { page(&status) }
     })
 }
 
@@ -96,6 +113,15 @@ pub fn cancel(args: CancelArgs) -> ExitCode {
     connect::block_on(async {
         let request = CancelRequest { job: args.job, grace_ms: u64::from(args.grace) * 1000 };
         let status = args.connect.client().await?.cancel(request).await?.into_inner();
+        table(&[status])
+    })
+}
+
+/// Runs `coordinator suspend`.
+pub fn suspend(args: SuspendArgs) -> ExitCode {
+    connect::block_on(async {
+        let request = SuspendRequest { job: args.job, grace_ms: u64::from(args.grace) * 1000 };
+        let status = args.connect.client().await?.suspend(request).await?.into_inner();
         table(&[status])
     })
 }
@@ -153,7 +179,80 @@ fn to_json(status: &JobStatus) -> Value {
         "tokens_per_second": status.tokens_per_second,
         "output": status.output,
         "detail": status.detail,
+        "priority": status.priority,
+        "submitted_unix_ms": status.submitted_unix_ms,
+        "remaining_seconds": status.remaining_seconds,
+        "goodput_ratio": status.goodput_ratio,
+        "workers": status.workers,
+        "attempts": status.attempts.iter().map(attempt_json).collect::<Vec<_>>(),
     })
+}
+
+fn attempt_json(attempt: &AttemptStatus) -> Value {
+    json!({
+        "attempt": attempt.attempt,
+        "state": attempt.state().name(),
+        "began_unix_ms": attempt.began_unix_ms,
+        "ended_unix_ms": (attempt.ended_unix_ms > 0).then_some(attempt.ended_unix_ms),
+        "step": attempt.step,
+        "kind": attempt.kind().name(),
+        "cause": attempt.cause,
+    })
+}
+
+/// All that is known of one job, and what to type next.
+fn page(status: &JobStatus) -> Result<u8, Failure> {
+    let mut text = format!("{}  {}  attempt {}\n", status.job, status.state().name(), status.attempt);
+    let mut line = |name: &str, value: String| {
+        if !value.is_empty() {
+            text += &format!("  {name:<10} {value}\n");
+        }
+    };
+    line("detail", status.detail.clone());
+    line(
+        "stage",
+        if status.stage() == Stage::Unspecified { String::new() } else { status.stage().name().to_owned() },
+    );
+    let left = if status.remaining_seconds > 0.0 {
+        format!(", {} left", duration(status.remaining_seconds))
+    } else {
+        String::new()
+    };
+    line("step", format!("{} of {}{left}", status.step, status.steps));
+    line("loss", if status.loss.is_nan() { String::new() } else { format!("{:.4}", status.loss) });
+    let rate = status.tokens_per_second;
+    line("speed", if rate > 0.0 { format!("{} tokens/s", grouped(rate)) } else { String::new() });
+    let goodput = status.goodput_ratio;
+    line("goodput", if goodput > 0.0 { format!("{:.1}%", 100.0 * goodput) } else { String::new() });
+    line("workers", status.workers.join(", "));
+    line("priority", status.priority.to_string());
+    line("submitted", format!("{} UTC", time(status.submitted_unix_ms)));
+    line("output", status.output.clone());
+    text += "attempts\n";
+    for attempt in &status.attempts {
+        let end = if attempt.ended_unix_ms == 0 {
+            "lives".to_owned()
+        } else {
+            format!("{}: {}", attempt.state().name(), attempt.cause)
+        };
+        text += &format!(
+            "  a{}  {}  step {}  {end}\n",
+            attempt.attempt,
+            time(attempt.began_unix_ms),
+            attempt.step
+        );
+    }
+    let job = &status.job;
+    text += &match status.state() {
+        JobState::Failed | JobState::Stopped | JobState::Suspended => {
+            format!("next: coordinator logs {job}; coordinator resume {job}\n")
+        }
+        JobState::Completed | JobState::Cancelled | JobState::Unspecified => String::new(),
+        _ => format!("next: coordinator events {job} -f; coordinator cancel {job}\n"),
+    };
+    // A reader that has gone away wants no more.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    Ok(0)
 }
 
 fn show(value: &Value) -> Result<u8, Failure> {

@@ -13,6 +13,8 @@ mod convert;
 mod control;
 /// Segments, their manifest, and what is in them.
 mod dataset;
+/// `coordinator events`: what happened to a job.
+mod events;
 /// What this machine has.
 mod hardware;
 /// `coordinator init`: a job file for the user's own code.
@@ -37,6 +39,8 @@ mod serve;
 mod store_verb;
 /// `coordinator validate`: what is wrong with a job file.
 mod validate;
+/// `coordinator workers`, `drain`, `undrain`.
+mod workers;
 
 fn main() -> std::process::ExitCode {
     cli::main()

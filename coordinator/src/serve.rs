@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,6 +31,16 @@ pub struct Args {
     /// ~/.local/state/tunefleet/coordinator.
     #[arg(long, value_name = "DIR", env = "TUNEFLEET_STATE")]
     state: Option<PathBuf>,
+    /// Seconds of silence after which a worker is suspect.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    suspect_after: f64,
+    /// Seconds of silence after which a worker is lost: nothing is placed there, and its ranks are left alone.
+    #[arg(long, value_name = "SECONDS", default_value_t = 15.0)]
+    lost_after: f64,
+    /// Seconds of silence after which the ranks of a worker count as gone, and their jobs go on elsewhere. A worker
+    /// that is only cut off trains on until then.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0)]
+    give_up_after: f64,
 }
 
 impl From<StartError> for Failure {
@@ -57,6 +68,7 @@ pub fn run(args: Args) -> ExitCode {
 
 async fn serve(args: Args) -> Result<u8, Failure> {
     let token = connect::token(args.token_file.as_deref())?;
+    let settings = settings(&args)?;
     let dir = state_dir(args.state)?;
     let (store, history) = store::open(&dir)?;
     let server = Server::bind(args.listen, token).await?;
@@ -69,13 +81,40 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
     let mut terminate = stop(SignalKind::terminate())?;
     let mut interrupt = stop(SignalKind::interrupt())?;
-    let plane = Plane::start(store, history, Settings::default())?;
+    let plane = Plane::start(store, history, settings)?;
     tokio::select! {
         served = server.serve(plane) => served?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     Ok(0)
+}
+
+/// How patient it is with workers, which must make sense in its order.
+fn settings(args: &Args) -> Result<Settings, Failure> {
+    let seconds = [args.suspect_after, args.lost_after, args.give_up_after];
+    let durations = seconds.map(Duration::try_from_secs_f64);
+    let [Ok(suspect_after), Ok(lost_after), Ok(give_up_after)] = durations else {
+        return Err(Failure::new(
+            exit::USAGE,
+            "--suspect-after, --lost-after and --give-up-after are seconds",
+        ));
+    };
+    let settings = Settings { suspect_after, lost_after, give_up_after, ..Settings::default() };
+    let shortest = 2 * settings.heartbeat;
+    if suspect_after < shortest || lost_after <= suspect_after || give_up_after <= lost_after {
+        let message = format!(
+            "--suspect-after {}, --lost-after {} and --give-up-after {}: each must be longer than the one before, and the \
+             first at least {} s, since workers speak every {} s",
+            args.suspect_after,
+            args.lost_after,
+            args.give_up_after,
+            shortest.as_secs_f64(),
+            settings.heartbeat.as_secs_f64()
+        );
+        return Err(Failure::new(exit::USAGE, message));
+    }
+    Ok(settings)
 }
 
 /// Where the state is kept.

@@ -23,6 +23,7 @@ pub struct Cluster {
     metrics_urls: Vec<String>,
     dir: std::path::PathBuf,
     environment: Vec<(String, String)>,
+    arguments: Vec<String>,
 }
 
 /// A worker daemon, and how it was started.
@@ -38,11 +39,16 @@ impl Cluster {
     /// Starts a coordinator with these many CPU slots on each worker, on free ports. `dir` is for
     /// temporary files and state.
     pub fn start(dir: &Path, worker_slots: &[u32]) -> Self {
-        Cluster::start_with(dir, worker_slots, &[])
+        Cluster::start_with(dir, worker_slots, &[], &[])
     }
 
-    /// As [`Cluster::start`], with variables in the workers' environment.
-    pub fn start_with(dir: &Path, worker_slots: &[u32], environment: &[(&str, &str)]) -> Self {
+    /// As [`Cluster::start`], with variables in the workers' environment, and arguments of theirs.
+    pub fn start_with(
+        dir: &Path,
+        worker_slots: &[u32],
+        environment: &[(&str, &str)],
+        arguments: &[&str],
+    ) -> Self {
         let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0");
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let mut cluster = Cluster {
@@ -52,6 +58,7 @@ impl Cluster {
             metrics_urls: vec![metrics_url],
             dir: dir.to_owned(),
             environment: environment.collect(),
+            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
         };
         for (index, slots) in worker_slots.iter().enumerate() {
             let name = format!("w{index}");
@@ -66,7 +73,7 @@ impl Cluster {
         let mut command = Command::new(programs::worker());
         command.args(["daemon", "--coordinator", &self.url, "--name", name, "--cpu"]);
         command.args(["--slots", &slots.to_string(), "--metrics", "127.0.0.1:0"]);
-        command.arg("--state-dir").arg(self.dir.join(name));
+        command.arg("--state-dir").arg(self.dir.join(name)).args(&self.arguments);
         command.env("TUNEFLEET_TOKEN", TOKEN).env("TMPDIR", self.dir.join("tmp"));
         command.envs(self.environment.iter().map(|(key, value)| (key, value)));
         let worker = Running::start(command);
@@ -164,11 +171,13 @@ impl Cluster {
 
     /// Processes of ranks on all workers, whichever daemon has started them.
     pub fn ranks(&self) -> Vec<Process> {
-        let of = |worker: &Worker| {
-            let former = worker.former.iter().flat_map(Running::ranks);
-            worker.running.ranks().into_iter().chain(former).collect::<Vec<_>>()
-        };
-        self.workers.iter().flat_map(of).collect()
+        (0..self.workers.len()).flat_map(|index| self.ranks_of(index)).collect()
+    }
+
+    /// Ranks of one worker, whichever daemon has started them.
+    pub fn ranks_of(&self, index: usize) -> Vec<Process> {
+        let worker = &self.workers[index];
+        worker.running.ranks().into_iter().chain(worker.former.iter().flat_map(Running::ranks)).collect()
     }
 
     /// Processes of one worker, whichever daemon has started them, the present one left out.

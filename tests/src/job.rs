@@ -27,6 +27,7 @@ pub struct Builder {
     steps: u64,
     checkpoint_every: u64,
     train: String,
+    learning_rate: String,
     restart: String,
     more: String,
 }
@@ -42,6 +43,7 @@ impl Job {
             steps: 6,
             checkpoint_every: 0,
             train: String::new(),
+            learning_rate: "1e-3".to_owned(),
             // What a failure looks like is seen best when nothing follows it.
             restart: "max_restarts: 0".to_owned(),
             more: String::new(),
@@ -176,6 +178,12 @@ impl Builder {
         self
     }
 
+    /// Sets the learning rate.
+    pub fn learning_rate(mut self, rate: &str) -> Self {
+        rate.clone_into(&mut self.learning_rate);
+        self
+    }
+
     /// Replaces what the `restart` section says: that nothing is started again.
     pub fn restart(mut self, yaml: &str) -> Self {
         yaml.clone_into(&mut self.restart);
@@ -192,13 +200,23 @@ impl Builder {
     pub fn build(self) -> Job {
         let job = Job::fresh();
         repositories(&job.path);
-        let Builder { dataset, tokenizer, model, ranks, steps, checkpoint_every, train, restart, more } =
-            self;
+        let Builder {
+            dataset,
+            tokenizer,
+            model,
+            ranks,
+            steps,
+            checkpoint_every,
+            train,
+            learning_rate,
+            restart,
+            more,
+        } = self;
         let text = format!(
             "name: test\noutput: output\n{dataset}\n{tokenizer}\n{model}\n{more}restart: {{ {restart} }}\n\
              data: {{ sequence_tokens: 64 }}\n\
              train:\n  ranks: {ranks}\n  device: cpu\n  precision: fp32\n  steps: {steps}\n  \
-             learning_rate: 1e-3\n  log_every_steps: 1\n  checkpoint_every_steps: {checkpoint_every}\n{train}\
+             learning_rate: {learning_rate}\n  log_every_steps: 1\n  checkpoint_every_steps: {checkpoint_every}\n{train}\
              workers: {{ threads_per_rank: 1 }}\n"
         );
         std::fs::write(&job.config, text).unwrap();

@@ -1,5 +1,6 @@
 //! Faults on demand, to test what becomes of the other ranks: `TUNEFLEET_FAULT` in the environment of
-//! a debug build, e.g. `rank=1,step=3,phase=reduce,do=kill`. Other builds do not know it.
+//! a debug build, e.g. `rank=1,step=3,phase=reduce,do=kill`, with `attempt=1` in that attempt alone. Other builds
+//! do not know it.
 
 /// Where in a rank's work a fault may strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +17,14 @@ pub enum Phase {
     Update,
     /// Before the rank writes its part of a checkpoint.
     Save,
+}
+
+/// The attempt that this process belongs to.
+pub fn attempt(attempt: u32) {
+    #[cfg(debug_assertions)]
+    armed::attempt(attempt);
+    #[cfg(not(debug_assertions))]
+    let _ = attempt;
 }
 
 /// This thread is about to do `step` of `rank`.
@@ -38,7 +47,8 @@ pub fn point(phase: Phase) {
 mod armed {
     use std::cell::Cell;
     use std::sync::OnceLock;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::time::Duration;
 
     use nix::sys::signal::{Signal, raise};
 
@@ -53,13 +63,22 @@ mod armed {
         ("update", Phase::Update),
         ("save", Phase::Save),
     ];
-    const ACTIONS: [(&str, Action); 5] = [
+    const ACTIONS: [(&str, Action); 12] = [
         ("kill", Action::Kill),
         ("exit", Action::Exit),
         ("stop", Action::Stop),
         ("oom", Action::Oom),
         ("stall", Action::Stall),
+        ("segv", Action::Signal(Signal::SIGSEGV)),
+        ("abort", Action::Signal(Signal::SIGABRT)),
+        ("term", Action::Signal(Signal::SIGTERM)),
+        ("panic", Action::Panic),
+        ("loop", Action::Loop),
+        ("slow", Action::Slow),
+        ("leak", Action::Leak),
     ];
+    /// How late [`Action::Slow`] makes each point.
+    const SLOW: Duration = Duration::from_millis(300);
     /// Exit code of [`Action::Exit`].
     const EXIT_CODE: i32 = 3;
 
@@ -75,6 +94,16 @@ mod armed {
         Oom,
         /// This thread sleeps for ever; the others go on.
         Stall,
+        /// Gets this signal.
+        Signal(Signal),
+        /// Fails as a bug would.
+        Panic,
+        /// This thread computes for ever.
+        Loop,
+        /// Each point from there on takes longer.
+        Slow,
+        /// Takes memory until the kernel minds.
+        Leak,
     }
 
     #[derive(Debug, PartialEq, Eq)]
@@ -83,11 +112,12 @@ mod armed {
         step: u64,
         phase: Phase,
         action: Action,
+        attempt: Option<u32>,
     }
 
     impl Fault {
         pub(super) fn parse(text: &str) -> Result<Self, String> {
-            let [mut rank, mut step, mut phase, mut action] = [None; 4];
+            let [mut rank, mut step, mut phase, mut action, mut attempt] = [None; 5];
             for part in text.split(',') {
                 let (key, value) =
                     part.split_once('=').ok_or_else(|| format!("{part:?} is not KEY=VALUE"))?;
@@ -96,7 +126,12 @@ mod armed {
                     "step" => step = Some(value),
                     "phase" => phase = Some(value),
                     "do" => action = Some(value),
-                    _ => return Err(format!("unknown key {key:?}; there are rank, step, phase and do")),
+                    "attempt" => attempt = Some(value),
+                    _ => {
+                        return Err(format!(
+                            "unknown key {key:?}; there are rank, step, phase, do and attempt"
+                        ));
+                    }
                 }
             }
             let number = |key: &str, value: Option<&str>| -> Result<u64, String> {
@@ -108,6 +143,12 @@ mod armed {
                 step: number("step", step)?,
                 phase: named("phase", phase, &PHASES)?,
                 action: named("do", action, &ACTIONS)?,
+                attempt: match attempt {
+                    Some(_) => {
+                        Some(u32::try_from(number("attempt", attempt)?).map_err(|error| error.to_string())?)
+                    }
+                    None => None,
+                },
             })
         }
     }
@@ -124,6 +165,13 @@ mod armed {
         static HERE: Cell<(u32, u64)> = const { Cell::new((0, 0)) };
     }
 
+    static ATTEMPT: AtomicU32 = AtomicU32::new(0);
+    static IS_SLOW: AtomicBool = AtomicBool::new(false);
+
+    pub(super) fn attempt(attempt: u32) {
+        ATTEMPT.store(attempt, Ordering::Release);
+    }
+
     pub(super) fn at(rank: u32, step: u64) {
         HERE.set((rank, step));
     }
@@ -137,7 +185,11 @@ mod armed {
             Some(Fault::parse(&text).unwrap_or_else(|error| panic!("{VARIABLE}={text}: {error}")))
         });
         let Some(fault) = asked else { return };
-        let here = (fault.rank, fault.step) == HERE.get() && fault.phase == phase;
+        if IS_SLOW.load(Ordering::Acquire) {
+            std::thread::sleep(SLOW);
+        }
+        let now = fault.attempt.is_none_or(|attempt| attempt == ATTEMPT.load(Ordering::Acquire));
+        let here = now && (fault.rank, fault.step) == HERE.get() && fault.phase == phase;
         if here && !STRUCK.swap(true, Ordering::AcqRel) {
             tracing::warn!("{VARIABLE} strikes: {fault:?}");
             strike(fault.action);
@@ -157,6 +209,21 @@ mod armed {
             Action::Stall => loop {
                 std::thread::park();
             },
+            Action::Signal(signal) => {
+                let _ = raise(signal);
+            }
+            Action::Panic => panic!("a fault that was asked for"),
+            Action::Loop => loop {
+                std::hint::spin_loop();
+            },
+            Action::Slow => IS_SLOW.store(true, Ordering::Release),
+            Action::Leak => {
+                let mut all: Vec<Vec<u8>> = Vec::new();
+                loop {
+                    // Written to, or it would only be promised.
+                    all.push(vec![1; 16 << 20]);
+                }
+            }
         }
     }
 
@@ -166,17 +233,18 @@ mod armed {
 
         #[test]
         fn a_fault_is_read_in_any_order_of_its_keys() {
-            let fault = Fault { rank: 1, step: 3, phase: Phase::Reduce, action: Action::Kill };
+            let fault = Fault { rank: 1, step: 3, phase: Phase::Reduce, action: Action::Kill, attempt: None };
             assert_eq!(Fault::parse("rank=1,step=3,phase=reduce,do=kill"), Ok(fault));
-            let fault = Fault { rank: 0, step: 0, phase: Phase::Start, action: Action::Stall };
-            assert_eq!(Fault::parse("do=stall,phase=start,step=0,rank=0"), Ok(fault));
+            let fault =
+                Fault { rank: 0, step: 0, phase: Phase::Start, action: Action::Stall, attempt: Some(2) };
+            assert_eq!(Fault::parse("do=stall,phase=start,attempt=2,step=0,rank=0"), Ok(fault));
         }
 
         #[test]
         fn what_is_not_a_fault_is_refused_by_name() {
             for (text, said) in [
                 ("", "not KEY=VALUE"),
-                ("rank=1,step=3,phase=reduce", "do must be one of kill, exit, stop, oom, stall"),
+                ("rank=1,step=3,phase=reduce", "do must be one of kill, exit, stop, oom, stall, segv"),
                 ("rank=1,step=3,phase=forward,do=kill", "phase must be one of start, gather"),
                 ("rank=-1,step=3,phase=reduce,do=kill", "rank=-1"),
                 ("rank=1,phase=reduce,do=kill", "step is missing"),

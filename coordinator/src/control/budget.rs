@@ -11,6 +11,9 @@ use tunefleet_proto::rpc::Beat;
 /// So many times the longest that it ever took is too long.
 const TIMES_THE_LONGEST: f64 = 10.0;
 
+/// The section in which ranks make steps.
+const STEP_SECTION: &str = "step";
+
 /// What was learnt.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -45,6 +48,14 @@ impl Budget {
         let progressed = (step, &section) != (beat.step, &beat.section) || beat.seconds < seconds;
         if progressed {
             let longest = self.longest.entry(section).or_insert(0.0);
+            *longest = longest.max(seconds);
+        }
+    }
+
+    /// A step of the training loop took so long.
+    pub fn stepped(&mut self, seconds: f64) {
+        if seconds.is_finite() && seconds > 0.0 {
+            let longest = self.longest.entry(STEP_SECTION.to_owned()).or_insert(0.0);
             *longest = longest.max(seconds);
         }
     }
@@ -118,6 +129,15 @@ mod tests {
         assert!(overdue("save", 81.0).is_some());
         assert_eq!(overdue("evaluate", 599.0), None, "never seen before");
         assert!(overdue("evaluate", 601.0).unwrap().to_string().contains("never ended before"));
+    }
+
+    #[test]
+    fn steps_that_were_too_quick_for_a_beat_are_learnt_from_their_reports() {
+        let mut budget = Budget::default();
+        budget.stepped(f64::NAN);
+        assert_eq!(budget.overdue(&spec(), [(0, 2, "step", 40.0)].into_iter()), None);
+        budget.stepped(0.02);
+        assert!(budget.overdue(&spec(), [(0, 2, "step", 40.0)].into_iter()).is_some());
     }
 
     #[test]

@@ -250,6 +250,7 @@ impl Entry {
                 let new = step.step.saturating_sub(record.furthest_step);
                 record.furthest_step += new;
                 record.productive_seconds += new as f64 * step.step_seconds;
+                record.budget.stepped(step.step_seconds);
             }
             Body::Saved(saved) => record.saved_step = record.saved_step.max(saved.step),
             _ => {}

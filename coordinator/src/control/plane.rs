@@ -145,7 +145,6 @@ pub enum StartError {
 pub struct Plane {
     messages: mpsc::Sender<Message>,
     history: Arc<dyn History>,
-    settings: Settings,
 }
 
 impl Plane {
@@ -176,12 +175,7 @@ impl Plane {
         };
         state.reopen()?;
         tokio::spawn(state.run(inbox));
-        Ok(Plane { messages, history, settings })
-    }
-
-    /// How patient it is.
-    pub(super) fn settings(&self) -> Settings {
-        self.settings
+        Ok(Plane { messages, history })
     }
 
     /// What is kept.

@@ -125,6 +125,42 @@ struct Service {
     plane: Plane,
 }
 
+impl Service {
+    /// Notes who asked for a change, and what became of it.
+    async fn noted<T>(
+        &self,
+        who: &Asker,
+        action: &str,
+        target: &str,
+        done: Result<T, Status>,
+    ) -> Result<T, Status> {
+        let record = AuditRecord {
+            unix_ms: super::events::unix_ms(),
+            actor: who.actor.clone(),
+            peer: who.peer.clone(),
+            action: action.to_owned(),
+            target: target.chars().take(MAX_NAME).collect(),
+            refused: done.as_ref().err().map(|status| status.message().to_owned()).unwrap_or_default(),
+        };
+        self.plane.tell(Message::Audit(record)).await?;
+        done
+    }
+}
+
+/// Who calls.
+struct Asker {
+    actor: String,
+    peer: String,
+}
+
+impl Asker {
+    fn of<T>(request: &Request<T>) -> Self {
+        let actor = if rpc::shown(request.metadata()).is_some() { "token" } else { "anybody" };
+        let peer = request.remote_addr().map(|address| address.to_string()).unwrap_or_default();
+        Asker { actor: actor.to_owned(), peer }
+    }
+}
+
 type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 #[tonic::async_trait]
@@ -132,6 +168,7 @@ impl Control for Service {
     type WatchStream = Events<JobEvent>;
 
     async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
+        let who = Asker::of(&request);
         let request = request.into_inner();
         let continuation = request.continuation();
         let spec: JobSpec = serde_json::from_str(&request.spec_json)
@@ -139,7 +176,7 @@ impl Control for Service {
         let spec = Box::new(within_budget(check(spec)?)?);
         let (job, request) = (spec.name.clone(), request.request);
         let submit = |reply| Message::Submit { spec, continuation, request, reply };
-        let attempt = self.plane.ask(submit).await?;
+        let attempt = self.noted(&who, "submit", &job, self.plane.ask(submit).await).await?;
         Ok(Response::new(SubmitResponse { job, attempt: attempt.0 }))
     }
 
@@ -184,20 +221,29 @@ impl Control for Service {
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<JobStatus>, Status> {
+        let who = Asker::of(&request);
         let CancelRequest { job, grace_ms } = request.into_inner();
         let grace = Duration::from_millis(grace_ms);
-        Ok(Response::new(self.plane.ask(|reply| Message::Cancel { job, grace, reply }).await?))
+        let target = job.clone();
+        let done = self.plane.ask(|reply| Message::Cancel { job, grace, reply }).await;
+        Ok(Response::new(self.noted(&who, "cancel", &target, done).await?))
     }
 
     async fn suspend(&self, request: Request<SuspendRequest>) -> Result<Response<JobStatus>, Status> {
+        let who = Asker::of(&request);
         let SuspendRequest { job, grace_ms } = request.into_inner();
         let grace = Duration::from_millis(grace_ms);
-        Ok(Response::new(self.plane.ask(|reply| Message::Suspend { job, grace, reply }).await?))
+        let target = job.clone();
+        let done = self.plane.ask(|reply| Message::Suspend { job, grace, reply }).await;
+        Ok(Response::new(self.noted(&who, "suspend", &target, done).await?))
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<JobStatus>, Status> {
+        let who = Asker::of(&request);
         let job = request.into_inner().job;
-        Ok(Response::new(self.plane.ask(|reply| Message::Resume { job, reply }).await?))
+        let target = job.clone();
+        let done = self.plane.ask(|reply| Message::Resume { job, reply }).await;
+        Ok(Response::new(self.noted(&who, "resume", &target, done).await?))
     }
 
     type LogsStream = Events<rpc::LogLines>;
@@ -215,13 +261,19 @@ impl Control for Service {
     }
 
     async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<WorkerStatus>, Status> {
+        let who = Asker::of(&request);
         let DrainRequest { worker, preempt } = request.into_inner();
-        Ok(Response::new(self.plane.ask(|reply| Message::Drain { worker, preempt, reply }).await?))
+        let target = worker.clone();
+        let done = self.plane.ask(|reply| Message::Drain { worker, preempt, reply }).await;
+        Ok(Response::new(self.noted(&who, "drain", &target, done).await?))
     }
 
     async fn undrain(&self, request: Request<UndrainRequest>) -> Result<Response<WorkerStatus>, Status> {
+        let who = Asker::of(&request);
         let worker = request.into_inner().worker;
-        Ok(Response::new(self.plane.ask(|reply| Message::Undrain { worker, reply }).await?))
+        let target = worker.clone();
+        let done = self.plane.ask(|reply| Message::Undrain { worker, reply }).await;
+        Ok(Response::new(self.noted(&who, "undrain", &target, done).await?))
     }
 
     type ExamineStream = Events<rpc::Finding>;

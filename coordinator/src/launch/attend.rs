@@ -1,10 +1,13 @@
 //! Watches a job until it ends, and passes on what the user asks by Ctrl-C.
 
+use std::time::Duration;
+
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tonic::Streaming;
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    CancelRequest, ControlClient, JobState, StateChanged, SubmitResponse, Waiting, WatchRequest,
+    CancelRequest, ControlClient, JobEvent, JobState, StateChanged, SubmitResponse, Waiting, WatchRequest,
 };
 
 use super::screen::Screen;
@@ -15,6 +18,9 @@ use crate::job_file::JobArgs;
 
 /// How long a checkpoint may take once the job was asked to stop.
 pub const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
+
+/// Between two tries to reach a coordinator that was there before.
+const DIAL_AGAIN: Duration = Duration::from_millis(500);
 
 /// Whose the coordinator is.
 pub enum Owner {
@@ -57,11 +63,11 @@ impl<'a> Attendance<'a> {
         let mut interrupt = handle(SignalKind::interrupt())?;
         let mut terminate = handle(SignalKind::terminate())?;
         let mut asked: Option<u8> = None;
-        let request = WatchRequest { job: self.job.clone(), ..WatchRequest::default() };
-        let mut events = self.client.watch(request).await?.into_inner();
+        let mut sequence = 0;
+        let mut events = self.watch(sequence).await?;
         loop {
             let event = tokio::select! {
-                event = events.message() => event.map_err(|status| self.lost(&status))?,
+                event = events.message() => event,
                 code = told_to_stop(&mut interrupt, &mut terminate) => {
                     if let Owner::Remote { url } = &self.owner {
                         self.screen.close();
@@ -74,13 +80,35 @@ impl<'a> Attendance<'a> {
                     continue;
                 }
             };
-            let Some(event) = event else {
-                return Err(Failure::new(exit::UNREACHABLE, "the coordinator ended the stream of events"));
+            let event = match (event, &self.owner) {
+                (Ok(Some(event)), _) => event,
+                (Ok(None), Owner::Embedded) => {
+                    return Err(Failure::new(
+                        exit::UNREACHABLE,
+                        "the coordinator ended the stream of events",
+                    ));
+                }
+                (Err(status), Owner::Embedded) => return Err(self.lost(&status)),
+                (broken, Owner::Remote { .. }) => {
+                    let status =
+                        broken.err().unwrap_or_else(|| tonic::Status::unavailable("it closed the stream"));
+                    tokio::select! {
+                        again = self.reconnect(&status, sequence) => events = again?,
+                        _ = told_to_stop(&mut interrupt, &mut terminate) => return Err(self.lost(&status)),
+                    }
+                    continue;
+                }
             };
-            if event.attempt != self.attempt {
+            sequence = event.sequence;
+            if event.attempt < self.attempt {
                 continue;
             }
             match event.body {
+                Some(Body::State(state)) if state.state() == JobState::Suspended => {
+                    self.screen.close();
+                    eprintln!("{} is suspended; coordinator resume {} lets it go on", self.job, self.job);
+                    return Ok(exit::OK);
+                }
                 Some(Body::State(state)) if state.state().is_end() => return Ok(self.ended(&state, asked)),
                 // The only worker is on its way, or it is all there will ever be.
                 Some(Body::Waiting(waiting))
@@ -91,6 +119,35 @@ impl<'a> Attendance<'a> {
                 Some(Body::Waiting(_)) if matches!(self.owner, Owner::Embedded) => {}
                 Some(body) => self.screen.show(body),
                 None => {}
+            }
+        }
+    }
+
+    async fn watch(&mut self, after: u64) -> Result<Streaming<JobEvent>, tonic::Status> {
+        let request = WatchRequest { job: self.job.clone(), from_sequence: after + 1, only_past: false };
+        Ok(self.client.watch(request).await?.into_inner())
+    }
+
+    /// Dials again until the coordinator is back; the job goes on meanwhile.
+    async fn reconnect(
+        &mut self,
+        status: &tonic::Status,
+        after: u64,
+    ) -> Result<Streaming<JobEvent>, Failure> {
+        let job = &self.job;
+        self.screen.say(&format!(
+            "the coordinator is out of reach ({}); {job} goes on, and so does this, when it is back",
+            status.message()
+        ));
+        loop {
+            tokio::time::sleep(DIAL_AGAIN).await;
+            match self.watch(after).await {
+                Ok(events) => {
+                    self.screen.say("the coordinator is back");
+                    return Ok(events);
+                }
+                Err(status) if status.code() == tonic::Code::Unavailable => {}
+                Err(status) => return Err(self.lost(&status)),
             }
         }
     }

@@ -5,7 +5,7 @@
 
 mod attend;
 mod embedded;
-mod screen;
+pub mod screen;
 mod summary;
 
 use std::io::Write;
@@ -74,7 +74,8 @@ async fn launch(args: Args) -> Result<u8, Failure> {
     };
     let spec_json =
         serde_json::to_string(&spec).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
-    let submit = SubmitRequest { spec_json, continuation: continuation.into(), ..SubmitRequest::default() };
+    let request = tunefleet_proto::hex(&rand::random::<[u8; 16]>());
+    let submit = SubmitRequest { spec_json, continuation: continuation.into(), request };
     match remote {
         Some(url) => attached(&args, &url, &spec, submit).await,
         None if args.detach => {
@@ -89,7 +90,12 @@ async fn launch(args: Args) -> Result<u8, Failure> {
 async fn attached(args: &Args, url: &str, spec: &JobSpec, submit: SubmitRequest) -> Result<u8, Failure> {
     let token = connect::token(args.token_file.as_deref())?;
     let mut client = rpc::control_client(connect::channel(url).await?, token);
-    let submitted = client.submit(submit).await?.into_inner();
+    let submitted = match client.submit(submit.clone()).await {
+        // Whether it has arrived is not known: the same request again is one job in any case.
+        Err(status) if status.code() == tonic::Code::Unavailable => client.submit(submit).await?,
+        submitted => submitted?,
+    };
+    let submitted = submitted.into_inner();
     if args.detach {
         let _ = writeln!(std::io::stdout(), "{}", submitted.job);
         return Ok(exit::OK);

@@ -10,6 +10,8 @@ use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::stage_changed::What;
 use tunefleet_proto::rpc::{Stage, StageChanged, StepDone};
 
+use crate::events::blamed;
+
 /// Without a terminal, a line about training comes this often at most.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -77,7 +79,12 @@ impl Screen {
             }
             // Ends are told by who attends; the other states are seen from the stages.
             Body::State(_) => {}
-            Body::AttemptEnded(ended) => self.say(&ended.decision),
+            Body::AttemptEnded(ended) => {
+                self.close();
+                let failure = ended.failure.clone().unwrap_or_default();
+                self.say(&format!("the attempt ended: {}", blamed(&failure)));
+                self.say(&format!("    {}", ended.decision));
+            }
             Body::Worker(seen) => self.say(&format!("worker {}: {}", seen.worker, seen.detail)),
         }
     }

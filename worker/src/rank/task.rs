@@ -33,6 +33,7 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
 
     // For the log, beside what the plan said.
     memory::count(device).map_err(train::Error::from)?;
+    fault::attempt(assignment.task.as_ref().map_or(0, |task| task.attempt));
     let listener = Listener::open(assignment)?;
     let start = session.wait_for_start(listener.address())?;
     match stage {

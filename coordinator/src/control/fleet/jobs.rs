@@ -377,6 +377,10 @@ impl Fleet {
             failure.kind = FailureKind::Preempted.into();
         }
         let Some(entry) = self.jobs.get_mut(id) else { return };
+        if let Some(row) = entry.attempts.last_mut() {
+            row.kind = failure.kind();
+            self.out.writes.push(Write::Attempt(row.clone()));
+        }
         let record = &mut entry.record;
         let decision = record.restarts.decide(
             &entry.spec.restart,

@@ -96,11 +96,6 @@ impl Fleet {
         }
     }
 
-    /// Whether that session is the worker's present one.
-    pub fn is_present(&self, name: &WorkerName, epoch: Epoch) -> bool {
-        self.workers.get(name).is_some_and(|worker| worker.session == Some(epoch))
-    }
-
     /// Commands that a broken session may have lost; none of them harms when it comes twice.
     fn tell_again(&mut self, name: &WorkerName, now: Now) {
         let Some(worker) = self.workers.get(name) else { return };
