@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mesh = Mesh { world: &Solo, shards: &Solo, replicas: None };
     let mut medians = Vec::new();
     for asynchronous in [false, true] {
-        let settings = Settings { dir: dir.clone(), keep: 1, keep_best: false, asynchronous };
+        let settings = Settings { dir: dir.clone(), keep: 1, keep_best: false, asynchronous, fence: None };
         let mut saver = Saver::new(settings);
         let (mut pauses, mut wholes) = (Vec::new(), Vec::new());
         // The first one takes memory that the others find.

@@ -16,6 +16,8 @@ pub mod model_dir;
 pub mod base_digest;
 /// A directory gets its name whole.
 pub mod place;
+/// An old attempt finishes no checkpoint.
+pub mod fence;
 /// One checkpoint, written by all ranks.
 pub mod save;
 /// Which checkpoints stay.

@@ -21,6 +21,7 @@ use tunefleet_proto::checkpoint::{
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::Error;
+use super::fence::Fence;
 use super::place;
 use super::retain;
 use super::safetensors::{Entry, WriteDtype, Writer};
@@ -62,6 +63,26 @@ pub struct Settings {
     pub keep_best: bool,
     /// Whether training goes on while one is written.
     pub asynchronous: bool,
+    /// Keeps an old attempt from writing.
+    pub fence: Option<Fence>,
+}
+
+impl Settings {
+    /// Where a checkpoint is written before it takes its place: each attempt has its own.
+    fn incomplete(&self, target: &Path) -> Result<PathBuf, Error> {
+        match &self.fence {
+            Some(fence) => {
+                let mut name = target.as_os_str().to_owned();
+                name.push(format!(".a{}", fence.attempt()));
+                place::incomplete(Path::new(&name))
+            }
+            None => place::incomplete(target),
+        }
+    }
+
+    fn may_write(&self) -> Result<(), Error> {
+        self.fence.as_ref().map_or(Ok(()), Fence::check)
+    }
 }
 
 /// A checkpoint that exists.
@@ -130,9 +151,10 @@ impl Saver {
     ) -> Result<(), Error> {
         let began = Instant::now();
         let target = self.settings.dir.join(proto::dir_name(state.step));
-        let incomplete = place::incomplete(&target)?;
+        let incomplete = self.settings.incomplete(&target)?;
         let world = mesh.world.rank();
-        let prepared = if world.rank == 0 { prepare(&self.settings.dir, &incomplete) } else { Ok(()) };
+        let prepare = || self.settings.may_write().and_then(|()| prepare(&self.settings.dir, &incomplete));
+        let prepared = if world.rank == 0 { prepare() } else { Ok(()) };
         agree(mesh, device, state.step, prepared.map_err(|error| error.to_string()))?;
         if mesh.copy() > 0 {
             return Ok(());
@@ -234,7 +256,7 @@ impl Saver {
         let under_way = self.under_way.take()?;
         under_way.cancelled.store(true, Ordering::Release);
         let _ = under_way.thread.join();
-        place::incomplete(&under_way.saved.path).ok()
+        self.settings.incomplete(&under_way.saved.path).ok()
     }
 }
 
@@ -353,6 +375,7 @@ impl Job {
         for synced in [path.as_path(), &self.incomplete] {
             place::sync(synced)?;
         }
+        self.settings.may_write()?;
         place::place(&self.incomplete, &self.target)?;
         retain::prune(&self.settings.dir, self.settings.keep, self.settings.keep_best, step);
         Ok(())

@@ -57,6 +57,7 @@ pub(super) struct Session {
 pub(super) struct Daemon {
     spool: Arc<Spool>,
     shared: Arc<Shared>,
+    attempt: Option<u32>,
 }
 
 /// What both threads see.
@@ -121,7 +122,10 @@ impl Session {
             return Err(error_at(error.to_string()));
         }
         match assignment.recv() {
-            Ok(Ok(assignment)) => Ok(Session { assignment, host: Daemon { spool, shared }, start }),
+            Ok(Ok(assignment)) => {
+                let attempt = assignment.task.as_ref().map(|task| task.attempt);
+                Ok(Session { assignment, host: Daemon { spool, shared, attempt }, start })
+            }
             Ok(Err(cause)) => Err(error_at(cause)),
             Err(_) => Err(error_at("its thread ended".to_owned())),
         }
@@ -141,7 +145,7 @@ impl Session {
         reporter: Reporter,
         timeout: Duration,
     ) -> Result<Watchdog, Error> {
-        let Daemon { spool, shared } = &self.host;
+        let Daemon { spool, shared, .. } = &self.host;
         let reporter = Arc::new(reporter);
         *lock(&shared.groups) = Some(groups);
         *lock(&shared.reporter) = Some(Arc::clone(&reporter));
@@ -239,6 +243,10 @@ impl Host for Daemon {
 
     fn progress(&self, step: u64) {
         self.shared.progressed(|progress| progress.step = step);
+    }
+
+    fn attempt(&self) -> Option<u32> {
+        self.attempt
     }
 
     fn stop_requested(&self) -> bool {

@@ -98,6 +98,10 @@ pub trait Host: Sync {
     fn progress(&self, step: u64) {
         let _ = step;
     }
+    /// The attempt that this is, which a newer one supersedes; absent where nothing counts attempts.
+    fn attempt(&self) -> Option<u32> {
+        None
+    }
     /// Whether to save and stop at the next step boundary. All ranks agree on the step among themselves.
     fn stop_requested(&self) -> bool;
 }

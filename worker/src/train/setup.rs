@@ -17,6 +17,7 @@ use super::rng::Seeds;
 use super::walk::{Walk, WalkOptions};
 use super::{Error, Event, Host, Run, schedule, units};
 use crate::base::{Base, cache};
+use crate::checkpoint::fence::Fence;
 use crate::checkpoint::save::{self, Saver};
 use crate::checkpoint::{self, hugging_face, load};
 use crate::comm::{Communicator, Mesh, Tag};
@@ -112,6 +113,7 @@ impl<'a> Run<'a> {
                 keep: spec.train.keep_checkpoints as usize,
                 keep_best: spec.train.keep_best,
                 asynchronous: spec.train.checkpoints_async,
+                fence: host.attempt().map(|attempt| Fence::new(&spec.output, attempt)),
             }),
             found,
             found_at: found.and_then(|found| found.loss).map(|_| step),

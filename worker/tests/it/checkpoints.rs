@@ -172,7 +172,8 @@ fn the_best_checkpoint_stays_beside_the_newest_and_is_the_result() {
     let (dir, model) = model();
     let dir = dir.path().join("checkpoints");
     let walk = walk(&model, Precision::Fp32, SOLO, RECOMPUTE, |_| ());
-    let settings = save::Settings { dir: dir.clone(), keep: 1, keep_best: true, asynchronous: false };
+    let settings =
+        save::Settings { dir: dir.clone(), keep: 1, keep_best: true, asynchronous: false, fence: None };
     let mut saver = save::Saver::new(settings);
     let mut found = None;
     for (step, loss) in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5)] {

@@ -129,7 +129,7 @@ pub fn checkpoint_of(model: &Path, checkpoints: &Path) {
 /// Writes the checkpoints in `dir`, and keeps so many.
 pub fn saver(dir: &Path, keep: usize) -> save::Saver {
     let dir = dir.to_owned();
-    save::Saver::new(save::Settings { dir, keep, keep_best: false, asynchronous: true })
+    save::Saver::new(save::Settings { dir, keep, keep_best: false, asynchronous: true, fence: None })
 }
 
 /// What a checkpoint says after so many updates, all of them.
