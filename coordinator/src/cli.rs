@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
-    collect, convert, dataset, events, init, jobs, launch, plan, serve, store_verb, validate, workers,
+    collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb, validate, workers,
 };
 
 /// Collects code, plans and runs training jobs, and shows how they do.
@@ -46,7 +46,7 @@ enum Verb {
     /// Shows what happened to a job.
     Events(events::Args),
     /// Prints the logs of a job's ranks.
-    Logs(jobs::LogsArgs),
+    Logs(logs::Args),
     /// Stops a job, with a checkpoint where it trains.
     Cancel(jobs::CancelArgs),
     /// Stops a job with a checkpoint, until it is resumed.
@@ -108,7 +108,7 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Store(args) => store_verb::run(args),
         Verb::List(args) => jobs::list(args),
         Verb::Status(args) => jobs::status(args),
-        Verb::Logs(args) => jobs::logs(args),
+        Verb::Logs(args) => logs::run(args),
         Verb::Cancel(args) => jobs::cancel(args),
         Verb::Suspend(args) => jobs::suspend(args),
         Verb::Resume(args) => jobs::resume(args),

@@ -1,7 +1,6 @@
-//! The verbs that ask a running coordinator about its jobs: `list`, `status`, `cancel`, `resume`, `logs`.
+//! The verbs that ask a running coordinator about its jobs: `list`, `status`, `cancel`, `suspend`, `resume`.
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
@@ -10,7 +9,6 @@ use tunefleet_proto::rpc::{
     SuspendRequest,
 };
 
-use crate::cli::exit;
 use crate::connect::{self, Connect, Failure};
 use crate::events::time;
 use crate::launch::screen::{duration, grouped};
@@ -73,21 +71,6 @@ pub struct ResumeArgs {
     connect: Connect,
 }
 
-/// Command line of `coordinator logs`.
-#[derive(Debug, clap::Args)]
-pub struct LogsArgs {
-    /// Name of the job.
-    job: String,
-    #[command(flatten)]
-    connect: Connect,
-    /// Rank whose log is shown; the logs of all when absent.
-    #[arg(long)]
-    rank: Option<u32>,
-    /// Attempt whose logs are shown; the last when absent.
-    #[arg(long)]
-    attempt: Option<u32>,
-}
-
 /// Runs `coordinator list`.
 pub fn list(args: ListArgs) -> ExitCode {
     connect::block_on(async {
@@ -132,38 +115,6 @@ pub fn resume(args: ResumeArgs) -> ExitCode {
         let request = ResumeRequest { job: args.job };
         let status = args.connect.client().await?.resume(request).await?.into_inner();
         table(&[status])
-    })
-}
-
-/// Runs `coordinator logs`.
-pub fn logs(args: LogsArgs) -> ExitCode {
-    connect::block_on(async {
-        let request = StatusRequest { job: args.job };
-        let status = args.connect.client().await?.status(request).await?.into_inner();
-        let attempt = args.attempt.unwrap_or(status.attempt);
-        let dir = Path::new(&status.output).join("logs").join(format!("attempt-{attempt}"));
-        let missing = |error| {
-            let hint = "a job's logs are in its output directory, on the machines that its workers run on";
-            Failure::new(exit::NOT_FOUND, format!("{}: {error}; {hint}", dir.display()))
-        };
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(&dir).map_err(missing)? {
-            files.push(entry.map_err(missing)?.path());
-        }
-        if let Some(rank) = args.rank {
-            files.retain(|path| path.ends_with(format!("rank-{rank}.log")));
-        }
-        if files.is_empty() {
-            return Err(Failure::new(exit::NOT_FOUND, format!("{}: no such log", dir.display())));
-        }
-        files.sort();
-        let mut out = std::io::stdout().lock();
-        for path in files {
-            let text = std::fs::read(&path).map_err(missing)?;
-            let _ = writeln!(out, "==> {} <==", path.display());
-            let _ = out.write_all(&text);
-        }
-        Ok(0)
     })
 }
 

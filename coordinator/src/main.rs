@@ -25,6 +25,8 @@ mod job_file;
 mod jobs;
 /// `coordinator launch`: a job from repositories to an exported model.
 mod launch;
+/// `coordinator logs`: what ranks wrote.
+mod logs;
 /// What the coordinator shows to Prometheus.
 mod metrics;
 /// `coordinator plan`: what a job needs, before anything runs.

@@ -271,3 +271,25 @@ fn who_attends_a_job_goes_on_when_the_coordinator_is_back() {
     cluster.restart_coordinator();
     launch.wait().expect(0).says(&["the coordinator is back", "test is complete"]);
 }
+
+#[test]
+fn logs_come_from_the_workers_and_follow_an_attempt_to_its_end() {
+    let job = job().build();
+    let mut cluster = Cluster::start(job.dir(), &[1, 1]);
+    until_step(&mut cluster, &job, 5);
+    let followed = cluster.ask(&["logs", "test", "-f"]).expect(0);
+    cluster.wait_for_state("test", "completed");
+    for (worker, rank) in [("w0", 0), ("w1", 1)] {
+        let prefix = [format!("[{worker}/{rank}] "), format!("[{}/{rank}] ", if worker == "w0" { "w1" } else { "w0" })];
+        let shown = followed.stdout.lines().filter(|line| prefix.iter().any(|prefix| line.starts_with(prefix)));
+        let shown: Vec<&str> = shown.collect();
+        assert!(shown.iter().any(|line| line.contains("tensors took")), "{}", followed.output);
+        let path = job.output().join(format!("logs/attempt-1/rank-{rank}.log"));
+        assert_eq!(shown.len(), std::fs::read_to_string(path).unwrap().lines().count(), "each line once");
+    }
+    let one = cluster.ask(&["logs", "test", "--rank", "1", "--tail", "1"]).expect(0).stdout;
+    assert_eq!(one.lines().count(), 1, "{one}");
+    let none = cluster.ask(&["logs", "test", "--since", "0s"]).expect(0).stdout;
+    assert_eq!(none, "");
+    cluster.ask(&["logs", "nothing"]).expect(4);
+}

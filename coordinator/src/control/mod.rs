@@ -4,7 +4,7 @@
 //! `hang` (whom the others wait for); `entry` (a job over its attempts), `restart` (whether another is worth it),
 //! `budget` (how long a rank may take), `workers`, `placement` and `queue` (where ranks run), all in the `fleet`:
 //! none of these does IO. `store` keeps what the fleet says, `plane` is the one task that owns both and does what
-//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it.
+//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it; `relay` passes on what workers answer in pieces.
 
 mod budget;
 mod entry;
@@ -18,6 +18,7 @@ mod placement;
 mod plane;
 mod queue;
 mod rank;
+mod relay;
 mod restart;
 mod service;
 mod settings;

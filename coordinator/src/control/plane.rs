@@ -12,8 +12,8 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, CoordinatorMessage, JobEvent, JobStatus, PROTOCOL, Register, Registered,
-    WorkerMessage, WorkerStatus,
+    AuditRecord, Continuation, CoordinatorMessage, JobEvent, JobStatus, LogsRequest, PROTOCOL, ReadLog,
+    Register, Registered, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::events::EventLog;
@@ -22,6 +22,7 @@ use super::job::Input;
 use super::output::{self, Output, OutputError};
 use super::placement::WorkerName;
 use super::rank::Exit;
+use super::relay::{Lines, Relay};
 use super::settings::{Now, Settings};
 use super::store::{History, Store, StoreError, Write};
 use super::work;
@@ -111,6 +112,12 @@ pub(super) enum Message {
         input: Input,
     },
     Audit(AuditRecord),
+    /// Lines of logs, from all workers that have them.
+    Logs {
+        what: LogsRequest,
+        lines: Lines,
+        reply: Reply<()>,
+    },
 }
 
 /// Why a control plane does not start.
@@ -171,6 +178,7 @@ impl Plane {
             logs: BTreeMap::new(),
             sessions: BTreeMap::new(),
             messages: messages.downgrade(),
+            relay: Relay::default(),
             replies: Vec::new(),
         };
         state.reopen()?;
@@ -237,6 +245,7 @@ struct State {
     sessions: BTreeMap<WorkerName, (Epoch, mpsc::UnboundedSender<CoordinatorMessage>)>,
     /// For answers of work done outside; weak, so that the task ends with its last handle.
     messages: mpsc::WeakSender<Message>,
+    relay: Relay,
     /// To be sent once what they tell is kept.
     replies: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -281,6 +290,7 @@ impl State {
                     }
                     looked = Instant::now();
                     self.fleet.tick(now);
+                    self.forget_forsaken();
                     metrics::workers(self.sessions.len());
                     metrics::jobs(self.fleet.jobs().map(|(_, entry)| entry.state()));
                 }
@@ -397,9 +407,26 @@ impl State {
                 self.fleet.left(&worker, epoch);
                 if self.sessions.get(&worker).is_some_and(|(session, _)| *session == epoch) {
                     self.sessions.remove(&worker);
+                    self.relay.left(&worker);
                 }
             }
-            Message::Said { worker, epoch, message } => self.fleet.said(&worker, epoch, message, now),
+            Message::Said { worker, epoch, message } => {
+                if let Some(worker_message::Body::Log(chunk)) = &message.body {
+                    let request = chunk.request;
+                    if self.relay.take(&worker, chunk.clone()) && !chunk.last {
+                        self.send(
+                            &worker,
+                            epoch,
+                            Command::ReadLog(ReadLog { request, ..ReadLog::default() }),
+                        );
+                    }
+                }
+                self.fleet.said(&worker, epoch, message, now);
+            }
+            Message::Logs { what, lines, reply } => {
+                let answer = self.logs_of(what, lines);
+                self.reply(reply, answer);
+            }
             Message::Happened { job, attempt, input } => self.fleet.happened(&job, attempt, input, now),
             Message::Audit(record) => self.fleet.audit(record),
         }
@@ -477,6 +504,34 @@ impl State {
         let _ = commands.send(CoordinatorMessage { body: Some(Command::Registered(registered)) });
         self.sessions.insert(name, (joined.epoch, commands));
         Ok(joined.epoch)
+    }
+
+    /// Asks all workers for the logs of an attempt.
+    fn logs_of(&mut self, what: LogsRequest, lines: Lines) -> Result<(), Status> {
+        let id = JobId(what.job.clone());
+        let missing = || Status::not_found(format!("there is no job {id}"));
+        let entry = self.fleet.job(&id).ok_or_else(missing)?;
+        let attempt = if what.attempt == 0 { entry.record.attempt } else { Attempt(what.attempt) };
+        let log_dir = output::attempt_dir(&entry.spec.output, attempt).display().to_string();
+        if self.sessions.is_empty() {
+            return Err(Status::unavailable(
+                "no worker is connected: logs are on the machines of the workers",
+            ));
+        }
+        let request = self.relay.open(lines, self.sessions.keys().cloned().collect());
+        for (worker, (epoch, _)) in &self.sessions {
+            let ask = ReadLog { request, what: Some(what.clone()), log_dir: log_dir.clone() };
+            self.send(worker, *epoch, Command::ReadLog(ask));
+        }
+        Ok(())
+    }
+
+    fn forget_forsaken(&mut self) {
+        for request in self.relay.forsaken() {
+            for (worker, (epoch, _)) in &self.sessions {
+                self.send(worker, *epoch, Command::ReadLog(ReadLog { request, ..ReadLog::default() }));
+            }
+        }
     }
 
     // --------------------------------------------------------------------------------- actions

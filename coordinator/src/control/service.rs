@@ -12,14 +12,15 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::control_server::Control;
 use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
-    self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DrainRequest, JobEvent, JobStatus,
-    ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest, StatusRequest,
-    SubmitRequest, SubmitResponse, SuspendRequest, Token, UndrainRequest, VersionRequest, VersionResponse,
-    WatchRequest, WorkerMessage, WorkerStatus, worker_message,
+    self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DrainRequest, JobEvent, JobState,
+    JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest,
+    StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, Token, UndrainRequest, VersionRequest,
+    VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::placement::WorkerName;
 use super::plane::{Message, Plane};
+use super::relay;
 use crate::job_file;
 use crate::plan::{self, Place};
 
@@ -29,6 +30,8 @@ const REGISTER_LIMIT: Duration = Duration::from_secs(5);
 const WATCH_WINDOW: usize = 64;
 /// Records of the audit that one call returns at most.
 const MAX_AUDIT: usize = 10_000;
+/// Between two looks at whether an attempt whose logs are followed lives.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Longest name of a worker.
 const MAX_NAME: usize = 100;
 /// Most sequences of a micro-batch, and micro-batches of a step.
@@ -248,8 +251,38 @@ impl Control for Service {
 
     type LogsStream = Events<rpc::LogLines>;
 
-    async fn logs(&self, _request: Request<rpc::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
-        Err(Status::unimplemented("logs"))
+    async fn logs(&self, request: Request<rpc::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let what = request.into_inner();
+        let (follow, job, mut asked) = (what.follow, what.job.clone(), what.attempt);
+        if asked == 0 {
+            let job = job.clone();
+            asked = self.plane.ask(|reply| Message::Status { job, reply }).await?.attempt;
+        }
+        let (lines, mut received) = tokio::sync::mpsc::channel(relay::WINDOW);
+        self.plane.ask(|reply| Message::Logs { what, lines, reply }).await?;
+        let (sender, shown) = tokio::sync::mpsc::channel(WATCH_WINDOW);
+        let plane = self.plane.clone();
+        tokio::spawn(async move {
+            let mut over = std::pin::pin!(async {
+                while !follow || lives(&plane, &job, asked).await {
+                    tokio::time::sleep(LOOK_AGAIN).await;
+                }
+                // What it wrote last is on its way.
+                tokio::time::sleep(LOOK_AGAIN).await;
+            });
+            loop {
+                let line = tokio::select! {
+                    line = received.recv() => line,
+                    () = &mut over => return,
+                    () = sender.closed() => return,
+                };
+                let Some(line) = line else { return };
+                if sender.send(line).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(shown))))
     }
 
     async fn list_workers(
@@ -305,6 +338,17 @@ impl Control for Service {
             cluster,
         }))
     }
+}
+
+/// Whether that attempt of a job may still write logs.
+async fn lives(plane: &Plane, job: &str, attempt: u32) -> bool {
+    let job = job.to_owned();
+    let status = plane.ask(|reply| Message::Status { job, reply }).await;
+    status.is_ok_and(|status| {
+        let state = status.state();
+        let rests = state.is_end() || matches!(state, JobState::Suspended | JobState::Restarting);
+        status.attempt == attempt && !rests
+    })
 }
 
 /// `spec` with what its memory budget leaves open chosen, unless that was done where it was read.

@@ -2,11 +2,12 @@
 //!
 //! `link` speaks to the coordinator, `ranks` knows the ranks and carries out commands, `host` is the life of
 //! one, `socket` is where they connect, `process` starts and kills them, `journal` and `outbox` are what a daemon
-//! leaves to the next, `node` is what is known of the machine.
+//! leaves to the next, `logs` shows what ranks wrote, `node` is what is known of the machine.
 
 mod host;
 mod journal;
 mod link;
+mod logs;
 mod node;
 mod outbox;
 mod process;

@@ -14,6 +14,7 @@ use tunefleet_proto::rpc::{
 };
 
 use super::journal::{Journal, LAST_WORDS_FILE, RankFile};
+use super::logs::Readers;
 use super::node::Node;
 use super::outbox::{Key, Outbox};
 use super::{Error, process};
@@ -59,6 +60,7 @@ pub(super) struct Ranks {
     /// What is worth saying once, to whoever is connected.
     once: UnboundedSender<worker_message::Body>,
     live: Mutex<BTreeMap<Key, Rank>>,
+    readers: Readers,
     /// Signalled whenever a rank is gone.
     pub gone: tokio::sync::Notify,
 }
@@ -84,6 +86,7 @@ impl Ranks {
             grown: tokio::sync::Notify::new(),
             once,
             live: Mutex::default(),
+            readers: Readers::default(),
             gone: tokio::sync::Notify::new(),
         })
     }
@@ -134,9 +137,8 @@ impl Ranks {
             }
             coordinator_message::Body::Abort(abort) => self.abort(abort),
             coordinator_message::Body::Acknowledged(ack) => self.acknowledged(ack.through),
-            coordinator_message::Body::Registered(_)
-            | coordinator_message::Body::ReadLog(_)
-            | coordinator_message::Body::Probe(_) => {}
+            coordinator_message::Body::ReadLog(asked) => self.readers.read(self, asked),
+            coordinator_message::Body::Registered(_) | coordinator_message::Body::Probe(_) => {}
         }
     }
 
