@@ -8,6 +8,7 @@ use std::process::Command;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::hosts::Hosts;
 use crate::job::Job;
 use crate::process::{Ended, Process, Running};
 use crate::programs;
@@ -24,7 +25,12 @@ pub struct Cluster {
     dir: std::path::PathBuf,
     environment: Vec<(String, String)>,
     arguments: Vec<String>,
+    /// Makes each program one of a host; absent on one machine.
+    place: Option<Place>,
 }
+
+/// What runs a program on a host: "control", "a", "b" and so on.
+type Place = Box<dyn Fn(&str, Command) -> Command>;
 
 /// A worker daemon, and how it was started.
 struct Worker {
@@ -49,7 +55,7 @@ impl Cluster {
         environment: &[(&str, &str)],
         arguments: &[&str],
     ) -> Self {
-        let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0");
+        let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0", &[], None);
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
         let mut cluster = Cluster {
             coordinator,
@@ -59,14 +65,47 @@ impl Cluster {
             dir: dir.to_owned(),
             environment: environment.collect(),
             arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+            place: None,
         };
+        cluster.add_workers(worker_slots);
+        cluster
+    }
+
+    /// A coordinator on the host "control" with these arguments, and a worker on each of "a", "b" and so on.
+    pub fn on_hosts(hosts: &Hosts, dir: &Path, worker_slots: &[u32], serve_arguments: &[&str]) -> Self {
+        let spaces = hosts.spaces();
+        let place: Place = Box::new(move |host, command| spaces.command(host, command));
+        let address = format!("{}:7070", hosts.address("control"));
+        let (coordinator, url, metrics_url) = serve(dir, &address, serve_arguments, Some(&place));
+        let mut cluster = Cluster {
+            coordinator,
+            workers: Vec::new(),
+            url,
+            metrics_urls: vec![metrics_url],
+            dir: dir.to_owned(),
+            environment: Vec::new(),
+            arguments: Vec::new(),
+            place: Some(place),
+        };
+        cluster.add_workers(worker_slots);
+        cluster
+    }
+
+    fn add_workers(&mut self, worker_slots: &[u32]) {
         for (index, slots) in worker_slots.iter().enumerate() {
             let name = format!("w{index}");
-            let (running, metrics_url) = cluster.daemon(&name, *slots);
-            cluster.metrics_urls.push(metrics_url);
-            cluster.workers.push(Worker { name, slots: *slots, running, former: Vec::new() });
+            let (running, metrics_url) = self.daemon(&name, *slots);
+            self.metrics_urls.push(metrics_url);
+            self.workers.push(Worker { name, slots: *slots, running, former: Vec::new() });
         }
-        cluster
+    }
+
+    /// A program that speaks to the coordinator, where it can be reached.
+    fn near_coordinator(&self, command: Command) -> Command {
+        match &self.place {
+            Some(place) => place("control", command),
+            None => command,
+        }
     }
 
     fn daemon(&self, name: &str, slots: u32) -> (Running, String) {
@@ -76,6 +115,13 @@ impl Cluster {
         command.arg("--state-dir").arg(self.dir.join(name)).args(&self.arguments);
         command.env("TUNEFLEET_TOKEN", TOKEN).env("TMPDIR", self.dir.join("tmp"));
         command.envs(self.environment.iter().map(|(key, value)| (key, value)));
+        let command = match &self.place {
+            Some(place) => {
+                let host = if name == "w0" { "a" } else { "b" };
+                place(host, command)
+            }
+            None => command,
+        };
         let worker = Running::start(command);
         let line = worker.wait_for_line("metrics http://");
         let url = line.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
@@ -90,7 +136,7 @@ impl Cluster {
     /// Starts a coordinator in the place of one that was killed: same state, same address.
     pub fn restart_coordinator(&mut self) {
         let address = self.url.strip_prefix("http://").unwrap().to_owned();
-        let (coordinator, url, metrics_url) = serve(&self.dir, &address);
+        let (coordinator, url, metrics_url) = serve(&self.dir, &address, &[], self.place.as_ref());
         assert_eq!(url, self.url);
         self.coordinator = coordinator;
         self.metrics_urls[0] = metrics_url;
@@ -128,7 +174,7 @@ impl Cluster {
     pub fn launch(&self, job: &Job, arguments: &[&str]) -> Running {
         let mut command = job.command("launch", &["--coordinator", &self.url]);
         command.args(arguments).env("TUNEFLEET_TOKEN", TOKEN);
-        Running::start(command)
+        Running::start(self.near_coordinator(command))
     }
 
     /// A verb that asks the coordinator.
@@ -140,7 +186,7 @@ impl Cluster {
     pub fn ask_with_token(&self, arguments: &[&str], token: &str) -> Ended {
         let mut command = Command::new(programs::coordinator());
         command.args(arguments).args(["--coordinator", &self.url]).env("TUNEFLEET_TOKEN", token);
-        Running::start(command).wait()
+        Running::start(self.near_coordinator(command)).wait()
     }
 
     /// What `coordinator status --json` says of a job.
@@ -155,10 +201,14 @@ impl Cluster {
 
     /// Waits until `condition` holds of a job's status.
     pub fn wait_for(&mut self, what: &str, condition: impl Fn(&Value) -> bool, job: &str) {
-        let url = self.url.clone();
+        let (url, place) = (self.url.clone(), &self.place);
         let status = || {
             let mut command = Command::new(programs::coordinator());
             command.args(["status", job, "--json", "--coordinator", &url]).env("TUNEFLEET_TOKEN", TOKEN);
+            let command = match place {
+                Some(place) => place("control", command),
+                None => command,
+            };
             serde_json::from_str::<Value>(&Running::start(command).wait().expect(0).stdout).unwrap()
         };
         self.coordinator.wait_until(what, || condition(&status()));
@@ -187,10 +237,14 @@ impl Cluster {
 }
 
 /// Starts `coordinator serve`; its address and that of its metrics.
-fn serve(dir: &Path, address: &str) -> (Running, String, String) {
+fn serve(dir: &Path, address: &str, arguments: &[&str], place: Option<&Place>) -> (Running, String, String) {
     let mut command = Command::new(programs::coordinator());
     command.args(["serve", "--listen", address, "--metrics", "127.0.0.1:0"]);
-    command.arg("--state").arg(dir.join("coordinator")).env("TUNEFLEET_TOKEN", TOKEN);
+    command.arg("--state").arg(dir.join("coordinator")).args(arguments).env("TUNEFLEET_TOKEN", TOKEN);
+    let command = match place {
+        Some(place) => place("control", command),
+        None => command,
+    };
     let coordinator = Running::start(command);
     let line = coordinator.wait_for_line("listens on");
     let urls: Vec<String> = line

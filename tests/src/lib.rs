@@ -5,6 +5,8 @@
 
 /// A control plane of its own processes.
 pub mod cluster;
+/// Hosts of a test on one machine.
+pub mod hosts;
 /// A job file, its repositories and what the job makes of them.
 pub mod job;
 /// What a job logged: `<output>/metrics.jsonl`.

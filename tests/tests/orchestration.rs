@@ -280,8 +280,12 @@ fn logs_come_from_the_workers_and_follow_an_attempt_to_its_end() {
     let followed = cluster.ask(&["logs", "test", "-f"]).expect(0);
     cluster.wait_for_state("test", "completed");
     for (worker, rank) in [("w0", 0), ("w1", 1)] {
-        let prefix = [format!("[{worker}/{rank}] "), format!("[{}/{rank}] ", if worker == "w0" { "w1" } else { "w0" })];
-        let shown = followed.stdout.lines().filter(|line| prefix.iter().any(|prefix| line.starts_with(prefix)));
+        let prefix = [
+            format!("[{worker}/{rank}] "),
+            format!("[{}/{rank}] ", if worker == "w0" { "w1" } else { "w0" }),
+        ];
+        let shown =
+            followed.stdout.lines().filter(|line| prefix.iter().any(|prefix| line.starts_with(prefix)));
         let shown: Vec<&str> = shown.collect();
         assert!(shown.iter().any(|line| line.contains("tensors took")), "{}", followed.output);
         let path = job.output().join(format!("logs/attempt-1/rank-{rank}.log"));

@@ -11,6 +11,8 @@ use tunefleet_proto::rpc::Beat;
 /// So many times the longest that it ever took is too long.
 const TIMES_THE_LONGEST: f64 = 10.0;
 
+/// What took longer teaches nothing: a machine slept, or a number is wrong.
+const MAX_LEARNT_SECONDS: f64 = 6.0 * 3600.0;
 /// The section in which ranks make steps.
 const STEP_SECTION: &str = "step";
 
@@ -46,7 +48,7 @@ impl Budget {
         let now = (beat.step, beat.section.clone(), beat.seconds);
         let Some((step, section, seconds)) = self.newest.insert(rank, now) else { return };
         let progressed = (step, &section) != (beat.step, &beat.section) || beat.seconds < seconds;
-        if progressed {
+        if progressed && seconds < MAX_LEARNT_SECONDS {
             let longest = self.longest.entry(section).or_insert(0.0);
             *longest = longest.max(seconds);
         }
@@ -143,7 +145,7 @@ mod tests {
     #[test]
     fn the_rank_that_is_stuck_longest_is_named_and_numbers_that_are_none_are_ignored() {
         let mut budget = Budget::default();
-        for seconds in [f64::NAN, f64::INFINITY, -1.0] {
+        for seconds in [f64::NAN, f64::INFINITY, -1.0, 1e300] {
             budget.learn(0, &beat(1, "step", seconds));
         }
         budget.learn(0, &beat(1, "step", 1.0));

@@ -31,11 +31,17 @@ pub fn place_all(
 ) -> BTreeMap<JobId, Vec<WorkerName>> {
     let mut order: Vec<&Waiting> = waiting.iter().collect();
     order.sort_by_key(|one| (std::cmp::Reverse(one.priority), one.submitted_unix_ms, one.job.clone()));
-    let mut rooms = rooms.clone();
+    let (all, mut rooms) = (rooms, rooms.clone());
     let mut placed = BTreeMap::new();
     for one in order {
-        let usable = usable(one, &rooms);
+        // Which workers it may use does not depend on who came before; their free slots do.
+        let mut usable = usable(one, all);
         let total: u64 = usable.values().map(|room| u64::from(room.total)).sum();
+        let names: Vec<WorkerName> = usable.keys().cloned().collect();
+        usable.retain(|worker, _| rooms.contains_key(worker));
+        for (worker, room) in &mut usable {
+            room.free = rooms.get(worker).map_or(0, |room| room.free);
+        }
         match place(&usable, one.world, one.needs_gpu) {
             Some(ranks) => {
                 for worker in &ranks {
@@ -47,7 +53,7 @@ pub fn place_all(
             }
             // It waits for slots of these workers: they are nobody else's before it has them.
             None if total >= u64::from(one.world) => {
-                rooms.retain(|worker, _| !usable.contains_key(worker));
+                rooms.retain(|worker, _| !names.contains(worker));
             }
             // The workers that there are could never hold it.
             None => {}
@@ -112,6 +118,17 @@ mod tests {
         one.excluded.insert(WorkerName::from("bad"));
         assert!(placed(&[one.clone()], &rooms(&[("bad", 2, 2), ("good", 0, 2)])).is_empty());
         assert_eq!(placed(&[one], &rooms(&[("bad", 2, 2), ("good", 1, 1)])), ["one"]);
+    }
+
+    #[test]
+    fn slots_that_are_kept_for_another_do_not_open_an_excluded_worker() {
+        let mut gpu = task("gpu", 50, 1, 2);
+        gpu.needs_gpu = true;
+        let mut one = task("one", 50, 2, 1);
+        one.excluded.insert(WorkerName::from("bad"));
+        let mut rooms = rooms(&[("bad", 2, 2), ("good", 1, 2)]);
+        rooms.get_mut(&WorkerName::from("good")).unwrap().has_gpu = true;
+        assert!(placed(&[gpu, one], &rooms).is_empty());
     }
 
     proptest! {

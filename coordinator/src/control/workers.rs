@@ -22,6 +22,8 @@ pub struct Worker {
     pub acknowledged: u64,
     /// As `acknowledged`, when it was last told.
     pub told: u64,
+    /// Whether something numbered was heard over the present session.
+    pub has_spoken: bool,
     /// A person wants nothing placed here.
     pub draining: bool,
     /// The daemon has said that it is about to end.
@@ -43,6 +45,7 @@ impl Worker {
         Worker {
             acknowledged: same.map_or(0, |known| known.acknowledged),
             told: same.map_or(0, |known| known.acknowledged),
+            has_spoken: false,
             draining: known.is_some_and(|known| known.draining),
             leaving: false,
             session: Some(session),
@@ -60,6 +63,7 @@ impl Worker {
             register,
             acknowledged: row.acknowledged,
             told: row.acknowledged,
+            has_spoken: false,
             draining: row.draining,
             leaving: false,
             session: None,

@@ -152,11 +152,17 @@ impl Fleet {
                 return;
             }
             sequence if sequence == worker.acknowledged + 1 => worker.acknowledged = sequence,
+            sequence if !worker.has_spoken => {
+                // It has forgotten what a former state had acknowledged: this one was restored from a copy.
+                tracing::warn!("worker {name}: what it said up to message {sequence} is not in this state");
+                worker.acknowledged = sequence;
+            }
             sequence => {
                 let refused = format!("message {sequence} after {}", worker.acknowledged);
                 return self.end_session(name, session, "message", refused, now);
             }
         }
+        worker.has_spoken |= message.sequence > 0;
         self.show_worker(name, WorkerState::Ready, now);
         match message.body {
             Some(worker_message::Body::Heartbeat(heartbeat)) => self.beat(name, heartbeat.ranks, now),

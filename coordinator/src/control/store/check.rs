@@ -30,8 +30,7 @@ pub fn check(dir: &Path) -> Result<Vec<Finding>, StoreError> {
         if is_whole { "whole".to_owned() } else { said.join("; ") },
     ));
     let sql = "SELECT job || ': ' || count(*) || ' events up to number ' || max(sequence) FROM events \
-               GROUP BY job \
-               HAVING max(sequence) <> count(*) AND max(sequence) <= 200000";
+               GROUP BY job HAVING max(sequence) <> count(*) AND max(sequence) <= 200000";
     let gaps: Vec<String> = column(&connection, sql).map_err(at)?;
     findings.push(finding("events", gaps.is_empty(), described(&gaps, "numbered without a gap")));
     let wrong = not_as_told(&connection).map_err(at)?;
@@ -46,12 +45,19 @@ fn not_as_told(connection: &Connection) -> rusqlite::Result<Vec<String>> {
     let mut wrong = Vec::new();
     for row in rows {
         let (job, state) = row?;
-        let told = match sqlite::told_state(connection, &job)?.and_then(|event| event.body) {
-            Some(Body::State(changed)) => changed.state(),
-            _ => JobState::Queued,
+        let told = match sqlite::told_state(connection, &job)? {
+            None => Some(JobState::Queued),
+            Some(event) => match event.and_then(|event| event.body) {
+                Some(Body::State(changed)) => Some(changed.state()),
+                _ => None,
+            },
         };
-        if told.name() != state {
-            wrong.push(format!("{job} is {state} and its events say {}", told.name()));
+        match told {
+            None => wrong.push(format!("{job}: the event that tells its state cannot be read")),
+            Some(told) if told.name() != state => {
+                wrong.push(format!("{job} is {state} and its events say {}", told.name()));
+            }
+            Some(_) => {}
         }
     }
     Ok(wrong)
@@ -71,28 +77,44 @@ pub fn backup(dir: &Path, to: &Path) -> Result<(), StoreError> {
 }
 
 /// Puts the copy `from` in the place of the state in `dir`, which no coordinator may be using. The former state
-/// stays beside it.
+/// stays beside it; at no moment is there none.
 ///
 /// # Errors
-/// When the copy is damaged, or the directory is in use.
+/// When the copy is damaged or something else, or the directory is in use.
 pub fn restore(from: &Path, dir: &Path) -> Result<(), StoreError> {
     let copy = read_only(from)?;
-    let said: Vec<String> =
-        column(&copy, "PRAGMA integrity_check(1)").map_err(|cause| StoreError::sqlite(from, cause))?;
+    let at = |cause| StoreError::sqlite(from, cause);
+    let said: Vec<String> = column(&copy, "PRAGMA integrity_check(1)").map_err(at)?;
     if said != ["ok"] {
         return Err(StoreError::Damaged { path: from.to_owned(), cause: said.join("; ") });
+    }
+    if sqlite::identify(&copy, from)? == 0 {
+        return Err(StoreError::Foreign(from.to_owned()));
     }
     let io = |cause| StoreError::Io { what: "restoring", dir: dir.to_owned(), cause };
     std::fs::create_dir_all(dir).map_err(io)?;
     let _lock = sqlite::lock(dir)?;
-    let path = dir.join(sqlite::FILE);
-    for suffix in ["", "-wal", "-shm"] {
-        let old = dir.join(format!("{}{suffix}", sqlite::FILE));
-        if old.exists() {
-            std::fs::rename(&old, dir.join(format!("{}{suffix}.replaced", sqlite::FILE))).map_err(io)?;
+    let (path, begun) = (dir.join(sqlite::FILE), dir.join("state.db.begun"));
+    let _ = std::fs::remove_file(&begun);
+    sqlite::copy_to(&copy, from, &begun)?;
+    let restored = Connection::open(&begun).map_err(at)?;
+    // Workers obey no start of the coordinator that is older than one they have obeyed.
+    restored.execute("UPDATE identity SET generation = generation + 1000000", []).map_err(at)?;
+    drop(restored);
+    std::fs::File::open(&begun).and_then(|file| file.sync_all()).map_err(io)?;
+    if path.exists() {
+        // With what its log still holds.
+        let replaced = dir.join(format!("state-{}.replaced.db", crate::control::events::unix_ms()));
+        sqlite::copy_to(&read_only(&path)?, &path, &replaced)?;
+    }
+    std::fs::rename(&begun, &path).map_err(io)?;
+    for suffix in ["-wal", "-shm"] {
+        match std::fs::remove_file(dir.join(format!("{}{suffix}", sqlite::FILE))) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
         }
     }
-    sqlite::copy_to(&copy, from, &path)
+    Ok(())
 }
 
 /// What is in the state: a name and a number for each kind of row.

@@ -1,5 +1,5 @@
-//! A store that ends with its process: for a job with a coordinator of its own, and for tests, where a copy
-//! is what a crash leaves.
+//! A store that ends with its process: for a job with a coordinator of its own, and for tests, where another
+//! coordinator may go on with it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -49,7 +49,17 @@ impl Store for Memory {
             match write {
                 Write::Job(row) => drop(rows.jobs.insert(row.id.clone(), row)),
                 Write::Attempt(row) => drop(rows.attempts.insert((row.job.clone(), row.attempt), row)),
-                Write::Event(event) => rows.events.entry(JobId(event.job.clone())).or_default().push(event),
+                Write::Event(event) => {
+                    let events = rows.events.entry(JobId(event.job.clone())).or_default();
+                    let next = events.last().map_or(0, |last| last.sequence) + 1;
+                    if event.sequence != next {
+                        return Err(StoreError::Reader(format!(
+                            "event {} where {next} comes",
+                            event.sequence
+                        )));
+                    }
+                    events.push(event);
+                }
                 Write::Worker(row) => drop(rows.workers.insert(row.name.clone(), row)),
                 Write::Audit(record) => rows.audit.push(record),
             }

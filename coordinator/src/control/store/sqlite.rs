@@ -51,6 +51,10 @@ pub fn open(dir: &Path) -> Result<(Sqlite, Reader), StoreError> {
     let lock = lock(dir)?;
     let path = dir.join(FILE);
     let mut connection = connect(&path, OpenFlags::default())?;
+    identify(&connection, &path)?;
+    let at = |cause| StoreError::sqlite(&path, cause);
+    connection.pragma_update(None, "journal_mode", "WAL").map_err(at)?;
+    connection.pragma_update(None, "synchronous", "FULL").map_err(at)?;
     migrate(&mut connection, &path)?;
     let reader = connect(&path, OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
     let reader = Reader { connection: Mutex::new(reader), path: path.clone() };
@@ -81,28 +85,30 @@ pub(super) fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Store
     let at = |cause| StoreError::sqlite(path, cause);
     let connection = Connection::open_with_flags(path, flags).map_err(at)?;
     connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(at)?;
-    connection.pragma_update(None, "foreign_keys", true).map_err(at)?;
-    if !flags.contains(OpenFlags::SQLITE_OPEN_READ_ONLY) {
-        connection.pragma_update(None, "journal_mode", "WAL").map_err(at)?;
-        connection.pragma_update(None, "synchronous", "FULL").map_err(at)?;
-    }
     Ok(connection)
 }
 
-/// Brings an older file up to date, after a copy of it was made, and refuses a newer one.
-fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+/// The version of the state in this file, 0 for a file that was just made; refuses what is somebody else's or newer.
+pub(super) fn identify(connection: &Connection, path: &Path) -> Result<usize, StoreError> {
     let at = |cause| StoreError::sqlite(path, cause);
-    let pragma = |connection: &Connection, name: &str| -> rusqlite::Result<i64> {
-        connection.pragma_query_value(None, name, |row| row.get(0))
-    };
-    let version = usize::try_from(pragma(connection, "user_version").map_err(at)?).unwrap_or(usize::MAX);
-    let application = pragma(connection, "application_id").map_err(at)?;
-    if version > 0 && application != i64::from(APPLICATION_ID) {
+    let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).map_err(at);
+    let version = usize::try_from(number("PRAGMA user_version")?).unwrap_or(usize::MAX);
+    let application = number("PRAGMA application_id")?;
+    let is_empty = number("SELECT count(*) FROM sqlite_schema")? == 0;
+    let is_new = version == 0 && application == 0 && is_empty;
+    if !is_new && application != i64::from(APPLICATION_ID) {
         return Err(StoreError::Foreign(path.to_owned()));
     }
     if version > MIGRATIONS.len() {
         return Err(StoreError::Newer { path: path.to_owned(), found: version, known: MIGRATIONS.len() });
     }
+    Ok(version)
+}
+
+/// Brings an older file up to date, after a copy of it was made.
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let at = |cause| StoreError::sqlite(path, cause);
+    let version = identify(connection, path)?;
     if version > 0 && version < MIGRATIONS.len() {
         let copy = path.with_file_name(format!("state-v{version}.db"));
         copy_to(connection, path, &copy)?;
@@ -233,9 +239,11 @@ fn apply(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
             ])?;
         }
         Write::Event(event) => {
+            // A gap would go unnoticed until somebody looks for what is missing.
             let sql = "INSERT INTO events (job, sequence, unix_ms, attempt, kind, event) \
-                       VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
-            transaction.prepare_cached(sql)?.execute(params![
+                       SELECT ?1, ?2, ?3, ?4, ?5, ?6 WHERE ?2 = \
+                       1 + coalesce((SELECT max(sequence) FROM events WHERE job = ?1), 0)";
+            let added = transaction.prepare_cached(sql)?.execute(params![
                 event.job,
                 event.sequence as i64,
                 event.unix_ms as i64,
@@ -243,6 +251,9 @@ fn apply(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
                 kind_of(event),
                 event.encode_to_vec()
             ])?;
+            if added == 0 {
+                return Err(rusqlite::Error::StatementChangedRows(0));
+            }
             if event.sequence.is_multiple_of(PRUNE_EVERY) {
                 prune(transaction, event)?;
             }
@@ -355,9 +366,9 @@ impl History for Reader {
     }
 }
 
-/// Whether there is a table row of a job, its state, and the newest event that tells a state; for checks.
-pub(super) fn told_state(connection: &Connection, job: &str) -> rusqlite::Result<Option<JobEvent>> {
+/// The newest event of a job that tells a state, if there is one; `None` inside when it cannot be read.
+pub(super) fn told_state(connection: &Connection, job: &str) -> rusqlite::Result<Option<Option<JobEvent>>> {
     let sql = "SELECT event FROM events WHERE job = ?1 AND kind = 'state' ORDER BY sequence DESC LIMIT 1";
     let bytes: Option<Vec<u8>> = connection.query_row(sql, [job], |row| row.get(0)).optional()?;
-    Ok(bytes.and_then(|bytes| JobEvent::decode(bytes.as_slice()).ok()))
+    Ok(bytes.map(|bytes| JobEvent::decode(bytes.as_slice()).ok()))
 }

@@ -154,7 +154,12 @@ fn the_check_finds_gaps_and_rows_that_are_not_as_told() {
         check(dir.path()).unwrap().iter().map(|finding| (finding.check.clone(), finding.verdict())).collect()
     };
     assert!(verdicts().iter().all(|(_, verdict)| *verdict == Verdict::Ok), "{:?}", verdicts());
-    store.commit(&[event("j", 3, Body::Note(String::new()))]).unwrap();
+    assert!(store.commit(&[event("j", 3, Body::Note(String::new()))]).is_err(), "a gap is not written");
+    store
+        .commit(&[event("j", 2, Body::Note(String::new())), event("j", 3, Body::Note(String::new()))])
+        .unwrap();
+    let other = rusqlite::Connection::open(dir.path().join(sqlite::FILE)).unwrap();
+    other.execute("DELETE FROM events WHERE sequence = 2", []).unwrap();
     assert!(verdicts().contains(&("events".to_owned(), Verdict::Critical)));
     store.commit(&[job("j", JobState::Completed)]).unwrap();
     assert!(verdicts().contains(&("jobs".to_owned(), Verdict::Critical)));
@@ -175,9 +180,45 @@ fn a_backup_made_while_it_is_written_is_whole_and_can_be_restored() {
     let (mut restored, _history) = open(&elsewhere).unwrap();
     assert_eq!(restored.load().unwrap().jobs.len(), 1);
     drop(restored);
-    // Once more, over what is there: that stays beside it.
+    // Once more, over what is there: that stays beside it, and workers obey the restored one.
     restore(&copy, &elsewhere).unwrap();
-    assert!(elsewhere.join("state.db.replaced").exists());
+    let names =
+        std::fs::read_dir(&elsewhere).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert_eq!(names.filter(|name| name.contains("replaced")).count(), 1);
+    assert!(open(&elsewhere).unwrap().0.load().unwrap().generation > 1_000_000);
+    let foreign = dir.path().join("foreign.db");
+    rusqlite::Connection::open(&foreign).unwrap().execute("CREATE TABLE t (x)", []).unwrap();
+    let refused = restore(&foreign, &elsewhere).unwrap_err().to_string();
+    assert!(refused.contains("not a coordinator's state"), "{refused}");
+}
+
+#[test]
+fn a_database_of_another_program_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(sqlite::FILE);
+    rusqlite::Connection::open(&path).unwrap().execute("CREATE TABLE t (x)", []).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let refused = open(dir.path()).err().unwrap().to_string();
+    assert!(refused.contains("not a coordinator's state"), "{refused}");
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[test]
+fn ten_thousand_events_are_read_in_a_second_and_a_commit_takes_milliseconds() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut store, history) = open(dir.path()).unwrap();
+    let began = std::time::Instant::now();
+    for hundred in 0..100 {
+        let writes: Vec<Write> =
+            (1..=100).map(|number| event("j", 100 * hundred + number, Body::Note("n".to_owned()))).collect();
+        store.commit(&writes).unwrap();
+    }
+    let commit = began.elapsed() / 100;
+    let began = std::time::Instant::now();
+    assert_eq!(history.events(&JobId("j".to_owned()), 0, 10_000).unwrap().len(), 10_000);
+    let read = began.elapsed();
+    eprintln!("a commit of 100 events: {commit:.1?}; 10,000 events read: {read:.1?}");
+    assert!(read.as_secs_f64() < 1.0, "{read:?}");
 }
 
 /// Set for the process that commits until it is killed.
