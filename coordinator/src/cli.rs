@@ -7,16 +7,29 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
-    collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb, validate, workers,
+    audit, collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb, validate,
+    version, workers,
 };
 
 /// Collects code, plans and runs training jobs, and shows how they do.
 #[derive(Debug, Parser)]
-#[command(name = "coordinator", version, about, propagate_version = true)]
+#[command(name = "coordinator", version, about, propagate_version = true, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
 }
+
+/// Below the verbs of `--help`. A test holds it to [`exit`].
+const EXIT_CODES: &str = "Exit codes:
+  0    all is well
+  1    the job or command failed
+  2    the command line makes no sense
+  3    the job does not fit the machines there are
+  4    there is no such job
+  5    the coordinator cannot be reached, or refuses the token
+  78   the job file is wrong
+  130  interrupted by the user
+  143  told to stop by the system, with a checkpoint saved";
 
 /// In the order of a job's life.
 #[derive(Debug, Subcommand)]
@@ -59,6 +72,10 @@ enum Verb {
     Drain(workers::DrainArgs),
     /// Lets a worker have ranks again.
     Undrain(workers::UndrainArgs),
+    /// Shows who asked a coordinator for what, and what was refused.
+    Audit(audit::Args),
+    /// Shows the version of this program and of a coordinator.
+    Version(version::Args),
     /// Prints a script that completes verbs and flags in a shell.
     Completions {
         /// Which shell.
@@ -116,6 +133,8 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Workers(args) => workers::list(args),
         Verb::Drain(args) => workers::drain(args),
         Verb::Undrain(args) => workers::undrain(args),
+        Verb::Audit(args) => audit::run(args),
+        Verb::Version(args) => version::run(args),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut std::io::stdout());
             ExitCode::SUCCESS
@@ -129,4 +148,36 @@ fn start_log() {
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colour).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_lists_every_exit_code() {
+        let listed: Vec<u8> = EXIT_CODES
+            .lines()
+            .skip(1)
+            .map(|line| line.split_whitespace().next().unwrap().parse().unwrap())
+            .collect();
+        let all = [
+            exit::OK,
+            exit::FAILED,
+            exit::USAGE,
+            exit::NO_CAPACITY,
+            exit::NOT_FOUND,
+            exit::UNREACHABLE,
+            exit::BAD_CONFIG,
+            exit::INTERRUPTED,
+            exit::PREEMPTED,
+        ];
+        assert_eq!(listed, all);
+        assert!(Cli::command().render_help().to_string().contains(EXIT_CODES));
+    }
+
+    #[test]
+    fn no_verb_has_flags_that_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
 }

@@ -1,6 +1,8 @@
 //! `coordinator`: the command line, the control plane, repositories and datasets. No torch.
 #![forbid(unsafe_code)]
 
+/// `coordinator audit`: who asked for what.
+mod audit;
 /// Verbs and exit codes.
 mod cli;
 /// `coordinator collect`: repositories to a dataset.
@@ -41,6 +43,8 @@ mod serve;
 mod store_verb;
 /// `coordinator validate`: what is wrong with a job file.
 mod validate;
+/// `coordinator version`: which programs speak to each other.
+mod version;
 /// `coordinator workers`, `drain`, `undrain`.
 mod workers;
 
