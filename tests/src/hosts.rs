@@ -43,14 +43,17 @@ impl Hosts {
         // The bridge has a namespace of its own: nothing of it touches the machine's network.
         let bridge = self.space("bridge");
         ip(&["netns", "add", &bridge])?;
-        inside(&bridge, &["link", "add", "br", "type", "bridge"])?;
-        inside(&bridge, &["link", "set", "br", "up"])?;
+        inside(&bridge, &["link", "add", "name", "bridge0", "type", "bridge"])?;
+        inside(&bridge, &["link", "set", "bridge0", "up"])?;
         for (index, name) in self.names.iter().enumerate() {
             let space = self.space(name);
             let port = format!("p{index}");
             ip(&["netns", "add", &space])?;
-            inside(&bridge, &["link", "add", &port, "type", "veth", "peer", "name", "eth", "netns", &space])?;
-            inside(&bridge, &["link", "set", &port, "master", "br", "up"])?;
+            inside(
+                &bridge,
+                &["link", "add", "name", &port, "type", "veth", "peer", "name", "eth", "netns", &space],
+            )?;
+            inside(&bridge, &["link", "set", &port, "master", "bridge0", "up"])?;
             inside(&space, &["link", "set", "lo", "up"])?;
             inside(&space, &["addr", "add", &format!("{}/24", self.address(name)), "dev", "eth"])?;
             inside(&space, &["link", "set", "eth", "up"])?;
@@ -90,7 +93,7 @@ impl Hosts {
     /// Puts it back.
     pub fn mend(&self, name: &str) {
         let port = format!("p{}", self.index(name));
-        inside(&self.space("bridge"), &["link", "set", &port, "master", "br", "up"]).unwrap();
+        inside(&self.space("bridge"), &["link", "set", &port, "master", "bridge0", "up"]).unwrap();
     }
 }
 

@@ -78,7 +78,7 @@ mod armed {
         ("leak", Action::Leak),
     ];
     /// How late [`Action::Slow`] makes each point.
-    const SLOW: Duration = Duration::from_millis(300);
+    const SLOW: Duration = Duration::from_millis(30);
     /// Exit code of [`Action::Exit`].
     const EXIT_CODE: i32 = 3;
 

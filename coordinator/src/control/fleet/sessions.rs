@@ -143,6 +143,15 @@ impl Fleet {
             let refused = format!("epoch {} in session {}", message.epoch, session.0);
             return self.end_session(name, session, "message", refused, now);
         }
+        if worker.given_up {
+            // What became of its ranks was decided without it: it registers anew, and is told.
+            self.left(name, session);
+            self.out.actions.push(Action::EndSession(name.clone(), session));
+            return;
+        }
+        if worker.state(&self.settings, now) != WorkerState::Ready {
+            self.may_place = true;
+        }
         worker.heard(now);
         match message.sequence {
             0 => {}

@@ -47,6 +47,8 @@ pub struct Daemon {
     /// When it dials again.
     pub dials_at: u64,
     pub epoch: u64,
+    /// It has said that it ends.
+    pub has_left: bool,
     sequence: u64,
     sent: u64,
     outbox: VecDeque<WorkerMessage>,
@@ -63,6 +65,7 @@ impl Daemon {
             cut_off_until: 0,
             dials_at: 0,
             epoch: 0,
+            has_left: false,
             sequence: 0,
             sent: 0,
             outbox: VecDeque::new(),

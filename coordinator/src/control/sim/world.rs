@@ -571,6 +571,7 @@ impl World {
             return;
         };
         daemon.ranks.values_mut().for_each(|rank| rank.stop = true);
+        daemon.has_left = true;
         let body = Some(worker_message::Body::Leaving(Leaving { reason: "SIGTERM".to_owned() }));
         link.send_up(self.now_ms, &mut self.random, WorkerMessage { body, epoch: daemon.epoch, sequence: 0 });
     }
@@ -582,8 +583,12 @@ impl World {
             daemon.cut_off_until = 0;
             daemon.dials_at = daemon.dials_at.min(self.now_ms);
         }
-        // Whoever left is connected anew, as after its restart.
-        self.links.iter_mut().flatten().for_each(|link| link.closed_below = true);
+        // Who has left is started again; with the others the sessions simply go on.
+        for (daemon, link) in self.daemons.iter_mut().zip(&mut self.links) {
+            if let Some(link) = link.as_mut().filter(|_| std::mem::take(&mut daemon.has_left)) {
+                link.closed_below = true;
+            }
+        }
         self.coordinator_up_at = self.coordinator_up_at.min(self.now_ms);
         self.run_coordinator();
         let names: Vec<_> =
@@ -598,8 +603,11 @@ impl World {
                 fleet.resume(&id, 0, now).unwrap();
             }
             for name in names {
-                // Not all have ever registered.
-                let _ = fleet.undrain(&name);
+                let drained =
+                    fleet.worker_status(&name, now).is_ok_and(|worker| worker.detail.contains("drained"));
+                if drained {
+                    fleet.undrain(&name).unwrap();
+                }
             }
         }
         self.settle();
