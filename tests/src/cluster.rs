@@ -5,16 +5,20 @@ use std::net::TcpStream;
 use std::path::Path;
 use std::process::Command;
 
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use tonic::transport::Endpoint;
+use tunefleet_proto::rpc::{self, Continuation, SubmitRequest, Token};
 
 use crate::hosts::Hosts;
 use crate::job::Job;
-use crate::process::{Ended, Process, Running};
+use crate::process::{Ended, LIMIT, Process, Running};
 use crate::programs;
 
 /// Known to the coordinator and whoever may speak to it.
-const TOKEN: &str = "a-token-of-this-test";
+pub const TOKEN: &str = "a-token-of-this-test";
 
 /// A running coordinator and its workers.
 pub struct Cluster {
@@ -126,6 +130,30 @@ impl Cluster {
         let line = worker.wait_for_line("metrics http://");
         let url = line.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
         (worker, url)
+    }
+
+    /// Process of the coordinator.
+    pub fn coordinator_pid(&self) -> u32 {
+        self.coordinator.pid()
+    }
+
+    /// Submits a job afresh over gRPC; how long it takes until `happened`.
+    pub fn submit_and_wait(&self, spec_json: &str, happened: &dyn Fn() -> bool) -> Duration {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let channel = Endpoint::from_shared(self.url.clone()).unwrap().connect().await.unwrap();
+            let mut client = rpc::control_client(channel, Some(Token::new(TOKEN).unwrap()));
+            let continuation = Continuation::Fresh.into();
+            let request =
+                SubmitRequest { spec_json: spec_json.to_owned(), continuation, ..SubmitRequest::default() };
+            let began = Instant::now();
+            client.submit(request).await.unwrap();
+            while !happened() {
+                assert!(began.elapsed() < LIMIT, "nothing happens");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            began.elapsed()
+        })
     }
 
     /// Kills the coordinator, with no chance to clean up.

@@ -157,6 +157,11 @@ impl Running {
             .collect()
     }
 
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kills the program alone; what it started lives on.
     pub fn kill_alone(&mut self) {
         self.child.kill().unwrap();
