@@ -14,7 +14,7 @@ use crate::events::time;
 use crate::launch::screen::{duration, grouped};
 
 /// Seconds that saving a checkpoint may take after `coordinator cancel`, where it says nothing else.
-pub const CANCEL_GRACE_SECONDS: u32 = 600;
+const CANCEL_GRACE_SECONDS: u32 = 600;
 
 /// Command line of `coordinator list`.
 #[derive(Debug, clap::Args)]

@@ -85,7 +85,7 @@ fn soak(duration: Duration, mean_pause: Duration) {
         (open_files(cluster.coordinator_pid()), resident_kib(cluster.coordinator_pid()) >> 10);
     cluster.ask(&["cancel", "test"]).expect(0);
     cluster.wait_for_state("test", "stopped");
-    println!(
+    eprintln!(
         "{:.0?}: {} kills {kills:?}, {} attempts, step {}, goodput {:.1}%, coordinator {files} files, {memory} MiB",
         began.elapsed(),
         kills.iter().sum::<u32>(),

@@ -309,15 +309,6 @@ impl Control for Service {
         Ok(Response::new(self.noted(&who, "undrain", &target, done).await?))
     }
 
-    type ExamineStream = Events<rpc::Finding>;
-
-    async fn examine(
-        &self,
-        _request: Request<rpc::ExamineRequest>,
-    ) -> Result<Response<Self::ExamineStream>, Status> {
-        Err(Status::unimplemented("examine"))
-    }
-
     type AuditStream = Events<AuditRecord>;
 
     async fn audit(&self, request: Request<AuditRequest>) -> Result<Response<Self::AuditStream>, Status> {

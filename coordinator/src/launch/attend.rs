@@ -17,7 +17,7 @@ use crate::connect::Failure;
 use crate::job_file::JobArgs;
 
 /// How long a checkpoint may take once the job was asked to stop.
-pub const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
+const STOP_GRACE_MS: u64 = 60 * 60 * 1000;
 
 /// Between two tries to reach a coordinator that was there before.
 const DIAL_AGAIN: Duration = Duration::from_millis(500);

@@ -20,7 +20,6 @@ use crate::connect::{self, Failure};
 use crate::hardware::Hardware;
 use crate::job_file::{self, JobArgs};
 use crate::plan::{self, Place};
-pub use attend::STOP_GRACE_MS;
 use attend::{Attendance, Owner};
 use embedded::Embedded;
 pub use embedded::find_worker;

@@ -7,8 +7,6 @@ use tunefleet_proto::job::{DeviceKind, JobSpec, Offload};
 use super::disk::Disk;
 use super::print::{seconds, size};
 use super::time::Times;
-use crate::jobs::CANCEL_GRACE_SECONDS;
-use crate::launch::STOP_GRACE_MS;
 
 /// Exposed traffic above this share of a step is worth a word.
 const EXPOSED: f64 = 0.2;
@@ -48,16 +46,16 @@ pub fn warnings(spec: &JobSpec, times: Option<&Times>, disk: &Disk, on_gpu: bool
     }
     let Some(times) = times else { return found };
     let stop = times.step_seconds + times.pause_seconds + times.write_seconds;
-    if stop > f64::from(CANCEL_GRACE_SECONDS) {
+    let grace = spec.restart.stop_grace_seconds as f64;
+    if stop > grace {
         let all = (stop.ceil() as u64).next_multiple_of(60);
-        let by_hand = if stop > STOP_GRACE_MS as f64 / 1000.0 { "; Ctrl-C allows an hour" } else { "" };
         warn(
             "grace",
             format!(
-                "to stop takes a step and a checkpoint, {}, but `coordinator cancel` allows {} before it stops \
-                 without one{by_hand}: cancel with --grace {all}",
+                "to stop takes a step and a checkpoint, {}, but restart.stop_grace_seconds allows {} before ranks are \
+                 killed without one: set it to {all}, and cancel with --grace {all}",
                 seconds(stop),
-                seconds(f64::from(CANCEL_GRACE_SECONDS)),
+                seconds(grace),
             ),
         );
     }

@@ -219,7 +219,7 @@ mod tests {
         write!(file, "one\ntwo\nhal").unwrap();
         let mut log = log(&path);
         assert_eq!(all(&mut log, 0), ["one", "two"]);
-        write!(file, "f\n").unwrap();
+        writeln!(file, "f").unwrap();
         assert_eq!(all(&mut log, 0), ["half"]);
         fs::write(&path, "new\n").unwrap();
         assert_eq!(all(&mut log, 0), ["new"]);

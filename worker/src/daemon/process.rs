@@ -46,7 +46,7 @@ fn mkl_settings() -> Option<(&'static str, &'static str)> {
 pub(super) async fn start(launch: &Launch<'_>) -> Result<Child, String> {
     let program = std::env::current_exe().map_err(|error| format!("finding this program: {error}"))?;
     let keeper = tunefleet_keeper::find().ok_or_else(|| {
-        let beside = program.parent().unwrap_or(Path::new("")).display().to_string();
+        let beside = program.parent().unwrap_or_else(|| Path::new("")).display().to_string();
         format!("no program `keeper` in {beside} or on PATH: install it beside `worker`")
     })?;
     let mut command = Command::new(&keeper);

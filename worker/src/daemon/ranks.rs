@@ -138,7 +138,7 @@ impl Ranks {
             coordinator_message::Body::Abort(abort) => self.abort(abort),
             coordinator_message::Body::Acknowledged(ack) => self.acknowledged(ack.through),
             coordinator_message::Body::ReadLog(asked) => self.readers.read(self, asked),
-            coordinator_message::Body::Registered(_) | coordinator_message::Body::Probe(_) => {}
+            coordinator_message::Body::Registered(_) => {}
         }
     }
 

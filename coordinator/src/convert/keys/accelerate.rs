@@ -144,7 +144,7 @@ pub const LAUNCH: &[Key] = &[
     needless(
         "--max_restarts",
         Anything,
-        "a job whose rank failed is started again by the control plane or by --resume",
+        "restart.max_restarts says how often a job whose rank failed is started again",
     ),
     needless("--monitor_interval", Anything, "daemons are told when a rank ends"),
     needless("--log_dir", Anything, "a job's logs are in its output directory: coordinator logs"),
