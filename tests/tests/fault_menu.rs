@@ -128,11 +128,13 @@ mod long {
 
     #[test]
     fn times_until_the_end_of_a_rank_is_known() {
-        let sample = std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty());
+        if std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty()) {
+            println!("left out of a sample of the long tests: each case runs once in the others");
+            return;
+        }
         let (template, undisturbed) = template();
         for case in &CASES {
-            let mut times: Vec<Duration> =
-                (0..if sample { 1 } else { 20 }).map(|_| strike(case, &undisturbed, &template)).collect();
+            let mut times: Vec<Duration> = (0..20).map(|_| strike(case, &undisturbed, &template)).collect();
             times.sort();
             let (p50, p99) = (times[times.len() / 2], times[times.len() - 1]);
             println!("{}: p50 {p50:.2?}, longest of {} {p99:.2?}", case.fault, times.len());

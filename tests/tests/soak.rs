@@ -120,6 +120,6 @@ mod long {
     #[test]
     fn half_an_hour_with_a_kill_every_20_seconds() {
         let sample = std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty());
-        soak(Duration::from_secs(if sample { 60 } else { 1800 }), MEAN_PAUSE);
+        soak(Duration::from_secs(if sample { 30 } else { 1800 }), MEAN_PAUSE);
     }
 }

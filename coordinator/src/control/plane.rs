@@ -16,9 +16,11 @@ use tunefleet_proto::rpc::{
     Register, Registered, WorkerMessage, WorkerStatus, worker_message,
 };
 
+use super::entry::Entry;
 use super::events::EventLog;
 use super::fleet::{Action, Fleet, Refused, Start, Submission};
 use super::job::Input;
+use super::metrics_log::{self, MetricsLog};
 use super::output::{self, Output, OutputError};
 use super::placement::WorkerName;
 use super::rank::Exit;
@@ -37,6 +39,10 @@ const BATCH: usize = 512;
 const TICK: Duration = Duration::from_millis(100);
 /// A tick that is so late was held up: the process was stopped, or its disk.
 const STOOD_STILL: Duration = Duration::from_secs(3);
+/// A job that has ended since may have events that its coordinator could not log any more.
+const RECENTLY: Duration = Duration::from_secs(3600);
+/// Events that are read at once.
+const PAGE: usize = 512;
 /// Until a disk that cannot be written is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
 
@@ -221,6 +227,28 @@ impl From<OutputError> for Status {
     }
 }
 
+/// Events that were kept, and whose coordinator ended before they were in the job's log, are added to it.
+fn catch_up(
+    log: &mut MetricsLog,
+    id: &JobId,
+    entry: &Entry,
+    history: &dyn History,
+) -> Result<(), StartError> {
+    let dir = &entry.spec.output;
+    let at =
+        |cause| StartError::Output { job: id.clone(), cause: OutputError::Io { dir: dir.clone(), cause } };
+    let first = entry.attempts.first().map_or(entry.record.attempt, |row| row.attempt);
+    let mut newest = metrics_log::newest_event(dir, first).map_err(at)?;
+    loop {
+        let missing = history.events(id, newest, PAGE)?;
+        let Some(last) = missing.last() else { return Ok(()) };
+        newest = last.sequence;
+        for event in &missing {
+            log.append(event).map_err(at)?;
+        }
+    }
+}
+
 type Commit = (Vec<Write>, oneshot::Sender<Result<(), StoreError>>);
 
 /// The thread that alone writes the state.
@@ -262,9 +290,25 @@ impl State {
             );
             self.logs.insert(id.clone(), Arc::new(log));
         }
+        let recently = self.now().unix_ms.saturating_sub(RECENTLY.as_millis() as u64);
+        let ended = |entry: &Entry| entry.attempts.last().map_or(0, |last| last.ended_unix_ms);
+        for (id, entry) in
+            self.fleet.jobs().filter(|(_, entry)| !entry.is_active() && ended(entry) > recently)
+        {
+            let dir = &entry.spec.output;
+            let caught_up = MetricsLog::open(dir)
+                .map_err(|cause| OutputError::Io { dir: dir.clone(), cause })
+                .map_err(|cause| StartError::Output { job: id.clone(), cause })
+                .and_then(|mut log| catch_up(&mut log, id, entry, self.history.as_ref()));
+            if let Err(error) = caught_up {
+                // It may have been deleted since.
+                tracing::warn!("{error}");
+            }
+        }
         for (id, entry) in self.fleet.active() {
-            let output = Output::open(&entry.spec.output)
-                .map_err(|cause| StartError::Output { job: id.clone(), cause })?;
+            let at = |cause| StartError::Output { job: id.clone(), cause };
+            let mut output = Output::open(&entry.spec.output).map_err(at)?;
+            catch_up(&mut output.log, id, entry, self.history.as_ref())?;
             self.outputs.insert(id.clone(), output);
             metrics::attempt(&id.0, entry.spec.train.steps);
         }
@@ -617,8 +661,8 @@ impl State {
             }
             _ => {}
         }
-        if let (Some(output), Some(body)) = (self.outputs.get_mut(id), &event.body)
-            && let Err(error) = output.log.append(event.attempt, event.unix_ms, body)
+        if let Some(output) = self.outputs.get_mut(id)
+            && let Err(error) = output.log.append(&event)
         {
             tracing::warn!("job {id}: {}: {error}", super::METRICS_LOG_FILE);
         }
