@@ -1,14 +1,18 @@
 //! Verbs and exit codes of `coordinator`. A verb is a module with `Args` and
 //! `run(Args) -> ExitCode`, one variant of [`Verb`] and one arm of [`run`].
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+use tunefleet_proto::flags_file;
+
 use crate::{
-    audit, collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb, validate,
-    version, workers,
+    audit, certs, collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb,
+    tokens, validate, version, workers,
 };
 
 /// Collects code, plans and runs training jobs, and shows how they do.
@@ -18,6 +22,9 @@ struct Cli {
     #[command(subcommand)]
     verb: Verb,
 }
+
+/// The verb that has a file of flags.
+const SERVE: &str = "serve";
 
 /// Below the verbs of `--help`. A test holds it to [`exit`].
 const EXIT_CODES: &str = "Exit codes:
@@ -72,6 +79,10 @@ enum Verb {
     Drain(workers::DrainArgs),
     /// Lets a worker have ranks again.
     Undrain(workers::UndrainArgs),
+    /// Makes, shows and revokes the tokens of a coordinator's users.
+    Tokens(tokens::Args),
+    /// Makes, shows and revokes the certificates of a coordinator and its workers.
+    Certs(certs::Args),
     /// Shows who asked a coordinator for what, and what was refused.
     Audit(audit::Args),
     /// Shows the version of this program and of a coordinator.
@@ -107,9 +118,41 @@ pub mod exit {
 
 /// Parses the command line and runs the verb.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
     start_log();
-    run(cli.verb)
+    match arguments(std::env::args_os().collect()) {
+        Ok(arguments) => run(Cli::parse_from(arguments).verb),
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(exit::BAD_CONFIG)
+        }
+    }
+}
+
+/// What was typed, with the flags of the file of `serve`.
+fn arguments(typed: Vec<OsString>) -> Result<Vec<OsString>, flags_file::Error> {
+    if typed.get(1).is_none_or(|verb| verb != SERVE) {
+        return Ok(typed);
+    }
+    let command = Cli::command();
+    match command.find_subcommand(SERVE) {
+        Some(verb) => flags_file::complete(verb, typed),
+        None => Ok(typed),
+    }
+}
+
+/// Checks a file of the flags of `serve`, as far as that can be done without serving.
+///
+/// # Errors
+/// All that is wrong in it.
+pub fn check_serve(config: &Path) -> Result<(), String> {
+    let typed = vec!["coordinator".into(), SERVE.into(), "--config".into(), config.into()];
+    let at = |error: &dyn std::fmt::Display| format!("{}: {error}", config.display());
+    let arguments = arguments(typed).map_err(|error| error.to_string())?;
+    let cli = Cli::try_parse_from(arguments).map_err(|error| at(&error))?;
+    match &cli.verb {
+        Verb::Serve(args) => serve::check(args).map_err(|failure| at(&failure.message)),
+        _ => Ok(()),
+    }
 }
 
 fn run(verb: Verb) -> ExitCode {
@@ -133,6 +176,8 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Workers(args) => workers::list(args),
         Verb::Drain(args) => workers::drain(args),
         Verb::Undrain(args) => workers::undrain(args),
+        Verb::Tokens(args) => tokens::run(args),
+        Verb::Certs(args) => certs::run(args),
         Verb::Audit(args) => audit::run(args),
         Verb::Version(args) => version::run(args),
         Verb::Completions { shell } => {

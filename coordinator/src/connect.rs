@@ -1,12 +1,10 @@
 //! How verbs reach a coordinator, and what they exit with when they do not.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
-use tunefleet_proto::rpc::{self, ControlClient, TOKEN_VARIABLE, Token};
+use tunefleet_proto::dial::{Credentials, DialError, chain};
+use tunefleet_proto::rpc::{self, ControlClient};
 
 use crate::cli::exit;
 
@@ -16,9 +14,8 @@ pub struct Connect {
     /// The coordinator's address.
     #[arg(long, value_name = "URL", env = "TUNEFLEET_COORDINATOR", default_value = "http://127.0.0.1:7070")]
     pub coordinator: String,
-    /// File that holds the coordinator's token; else it is taken from TUNEFLEET_TOKEN.
-    #[arg(long, value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
+    #[command(flatten)]
+    pub credentials: Credentials,
 }
 
 /// Why a verb ends early, and the exit code that tells it to scripts.
@@ -43,53 +40,49 @@ impl From<Status> for Failure {
             Code::NotFound => exit::NOT_FOUND,
             Code::Unavailable | Code::Unauthenticated | Code::PermissionDenied => exit::UNREACHABLE,
             Code::ResourceExhausted => exit::NO_CAPACITY,
+            // Not the coordinator's word, but that of the way to it.
+            _ if std::error::Error::source(&status).is_some() => exit::UNREACHABLE,
             _ => exit::FAILED,
         };
-        Failure::new(exit_code, status.message())
+        Failure::new(exit_code, explained(&status))
+    }
+}
+
+impl From<DialError> for Failure {
+    fn from(error: DialError) -> Self {
+        Failure::new(exit::USAGE, error.to_string())
+    }
+}
+
+/// What a coordinator, or the way to it, has said.
+fn explained(status: &Status) -> String {
+    let message = status.message();
+    match std::error::Error::source(status).map(chain) {
+        Some(cause) if cause.starts_with(message) => cause,
+        Some(cause) => format!("{message}: {cause}"),
+        None => message.to_owned(),
     }
 }
 
 impl Connect {
     /// A client of that coordinator.
     pub async fn client(&self) -> Result<ControlClient, Failure> {
-        let token = token(self.token_file.as_deref())?;
-        Ok(rpc::control_client(channel(&self.coordinator).await?, token))
+        client(&self.coordinator, &self.credentials).await
     }
 }
 
-/// A channel to `url`.
-pub async fn channel(url: &str) -> Result<Channel, Failure> {
-    let unreachable = |cause: &dyn std::fmt::Display| {
-        let hint = "is a `coordinator serve` running there?";
+/// A client of the coordinator at `url`.
+pub async fn client(url: &str, credentials: &Credentials) -> Result<ControlClient, Failure> {
+    let (endpoint, token) = credentials.endpoint(url)?;
+    let channel = endpoint.connect().await.map_err(|error| {
+        let cause = chain(&error);
+        let hint = match cause.contains("certificate") {
+            true => "name the authority that signed it by --ca FILE",
+            false => "is a `coordinator serve` running there?",
+        };
         Failure::new(exit::UNREACHABLE, format!("no coordinator at {url}: {cause}; {hint}"))
-    };
-    if !url.starts_with("http://") {
-        return Err(Failure::new(
-            exit::USAGE,
-            format!("coordinator {url}: the address must be http://host:port"),
-        ));
-    }
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| unreachable(&error))?;
-    endpoint
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .connect()
-        .await
-        .map_err(|error| unreachable(&error))
-}
-
-/// The token in a file, or else in the environment.
-pub fn token(file: Option<&std::path::Path>) -> Result<Option<Token>, Failure> {
-    let text = match file {
-        Some(path) => {
-            let at = |error| Failure::new(exit::USAGE, format!("--token-file {}: {error}", path.display()));
-            Some(std::fs::read_to_string(path).map_err(at)?)
-        }
-        None => std::env::var(TOKEN_VARIABLE).ok(),
-    };
-    text.map(|text| Token::new(text.trim_end()).map_err(|error| Failure::new(exit::USAGE, error.to_string())))
-        .transpose()
+    })?;
+    Ok(rpc::control_client(channel, token))
 }
 
 /// Runs a verb to its end and prints its error.

@@ -3,6 +3,8 @@
 
 /// `coordinator audit`: who asked for what.
 mod audit;
+/// `coordinator certs`: certificates of a coordinator and its workers.
+mod certs;
 /// Verbs and exit codes.
 mod cli;
 /// `coordinator collect`: repositories to a dataset.
@@ -41,6 +43,8 @@ mod repos;
 mod serve;
 /// `coordinator store`: the state as a file.
 mod store_verb;
+/// `coordinator tokens`: who may ask for what.
+mod tokens;
 /// `coordinator validate`: what is wrong with a job file.
 mod validate;
 /// `coordinator version`: which programs speak to each other.

@@ -1,28 +1,48 @@
 //! `coordinator serve`: the control plane as a program of its own.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use tunefleet_proto::dial::Credentials;
+
 use crate::cli::exit;
 use crate::connect::{self, Failure};
 use crate::control::store::{self, StoreError};
-use crate::control::{self, Plane, ServeError, Server, Settings, StartError};
+use crate::control::{
+    self, Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles,
+};
 use crate::metrics;
 
 /// Command line of `coordinator serve`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// YAML file with these flags, e.g. `suspect_after: 10`; the command line wins over the environment, and that
+    /// over the file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Address to listen on; port 0 takes any free one.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7070")]
     listen: SocketAddr,
-    /// File that holds the token which every caller must show; needed unless --listen is a loopback
-    /// address. TUNEFLEET_TOKEN does the same.
+    /// File with a token that may do all, beside those of `coordinator tokens`. TUNEFLEET_TOKEN does the same.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Certificate of this coordinator (PEM), and those between it and its authority: speak TLS. It is read again
+    /// when it changes.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The private key (PEM) of that certificate.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Who may have signed the certificates of workers (PEM): each must show one for its name.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    client_ca: Option<PathBuf>,
+    /// Listen on other than a loopback address without TLS: who can listen in sees tokens and logs.
+    #[arg(long, env = "TUNEFLEET_INSECURE")]
+    insecure: bool,
     /// Where Prometheus metrics are served.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     metrics: SocketAddr,
@@ -55,6 +75,12 @@ impl From<StoreError> for Failure {
     }
 }
 
+impl From<AccessError> for Failure {
+    fn from(error: AccessError) -> Self {
+        Failure::new(exit::FAILED, error.to_string())
+    }
+}
+
 impl From<ServeError> for Failure {
     fn from(error: ServeError) -> Self {
         Failure::new(exit::FAILED, error.to_string())
@@ -67,15 +93,14 @@ pub fn run(args: Args) -> ExitCode {
 }
 
 async fn serve(args: Args) -> Result<u8, Failure> {
-    let token = connect::token(args.token_file.as_deref())?;
     let settings = settings(&args)?;
-    let dir = state_dir(args.state)?;
+    let dir = state_dir(args.state.clone())?;
     let (store, history) = store::open(&dir)?;
-    let server = Server::bind(args.listen, token).await?;
+    let server = Server::bind(args.listen, door(&args, &dir)?).await?;
     let metrics_url = serve_metrics(args.metrics).await?;
     eprintln!(
-        "coordinator listens on http://{}, metrics on {metrics_url}, state in {}",
-        server.address(),
+        "coordinator listens on {}, metrics on {metrics_url}, state in {}",
+        server.url(),
         dir.display()
     );
     let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
@@ -88,6 +113,31 @@ async fn serve(args: Args) -> Result<u8, Failure> {
         _ = interrupt.recv() => {}
     }
     Ok(0)
+}
+
+/// What is wrong with these arguments, where that can be seen without serving.
+///
+/// # Errors
+/// The first fault.
+pub fn check(args: &Args) -> Result<(), Failure> {
+    settings(args)?;
+    let dir = state_dir(args.state.clone())?;
+    door(args, &dir)?.check(args.listen)?;
+    Ok(())
+}
+
+/// Who may reach it, and how.
+fn door(args: &Args, dir: &Path) -> Result<Door, Failure> {
+    let credentials = Credentials { token_file: args.token_file.clone(), ..Credentials::default() };
+    let shared = credentials.token()?.map(|token| token.sha256().to_owned());
+    let access = Access::open(Some(dir.to_owned()), shared)?;
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(cert), Some(key)) => {
+            Some(TlsFiles { cert: cert.clone(), key: key.clone(), client_ca: args.client_ca.clone() })
+        }
+        _ => None,
+    };
+    Ok(Door { access, tls, insecure: args.insecure })
 }
 
 /// How patient it is with workers, which must make sense in its order.
@@ -118,7 +168,10 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
 }
 
 /// Where the state is kept.
-fn state_dir(told: Option<PathBuf>) -> Result<PathBuf, Failure> {
+///
+/// # Errors
+/// When nothing says where.
+pub fn state_dir(told: Option<PathBuf>) -> Result<PathBuf, Failure> {
     let of = |variable: &str| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     let home = || of("HOME").map(|home| home.join(".local/state"));
     told.or_else(|| of("STATE_DIRECTORY"))

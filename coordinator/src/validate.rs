@@ -1,4 +1,4 @@
-//! `coordinator validate`: what is wrong with a job file.
+//! `coordinator validate`: what is wrong with a job file, or with a file of the flags of `serve`.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use tunefleet_proto::job::{ManualEntry, manual};
 
-use crate::cli::exit;
+use crate::cli::{self, exit};
 use crate::job_file::{self, JobArgs};
 
 /// Width of the manual's lines.
@@ -16,8 +16,11 @@ const WIDTH: usize = 96;
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The job file.
-    #[arg(long, value_name = "JOB", required_unless_present = "keys")]
+    #[arg(long, value_name = "JOB", required_unless_present_any = ["keys", "serve"])]
     config: Option<PathBuf>,
+    /// A file of the flags of `coordinator serve`.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "keys", "set"])]
+    serve: Option<PathBuf>,
     /// Set a key of the job file before it is checked, e.g. train.steps=100.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -29,6 +32,15 @@ pub struct Args {
 /// Prints `ok`, or every fault.
 pub fn run(args: Args) -> ExitCode {
     let stdout = &mut io::stdout().lock();
+    if let Some(config) = args.serve {
+        if let Err(error) = cli::check_serve(&config) {
+            eprintln!("{error}");
+            return ExitCode::from(exit::BAD_CONFIG);
+        }
+        // A reader that has gone away wants no more.
+        let _ = writeln!(stdout, "ok");
+        return ExitCode::SUCCESS;
+    }
     let printed = match args.config {
         Some(config) if !args.keys => {
             let job = JobArgs { config, set: args.set };

@@ -1,13 +1,13 @@
 //! `coordinator version`: the version of this program and of a coordinator that runs.
 
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
+use tunefleet_proto::dial::Credentials;
 use tunefleet_proto::rpc::{OLDEST_PROTOCOL, PROTOCOL, VersionRequest, VersionResponse};
 
 use crate::cli::exit;
-use crate::connect::{self, Connect};
+use crate::connect;
 
 /// Command line of `coordinator version`.
 #[derive(Debug, clap::Args)]
@@ -15,9 +15,8 @@ pub struct Args {
     /// Asks the coordinator at this address as well.
     #[arg(long, value_name = "URL")]
     coordinator: Option<String>,
-    /// File that holds the coordinator's token; else it is taken from TUNEFLEET_TOKEN.
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    credentials: Credentials,
 }
 
 /// Runs the verb.
@@ -27,8 +26,8 @@ pub fn run(args: Args) -> ExitCode {
         // A reader that has gone away wants no more.
         let _ = writeln!(std::io::stdout(), "{own}");
         if let Some(coordinator) = args.coordinator {
-            let connect = Connect { coordinator, token_file: args.token_file };
-            let answer = connect.client().await?.version(VersionRequest {}).await?.into_inner();
+            let mut client = connect::client(&coordinator, &args.credentials).await?;
+            let answer = client.version(VersionRequest {}).await?.into_inner();
             let _ = writeln!(std::io::stdout(), "{}", theirs(&answer));
         }
         Ok(exit::OK)

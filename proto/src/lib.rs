@@ -1,5 +1,5 @@
 //! What two Tunefleet processes must agree on: on the wire (gRPC) and on disk
-//! (job file, dataset, checkpoint). No IO beyond encode and decode, no torch.
+//! (job file, dataset, checkpoint). No IO beyond encode, decode and the files that are named on a command line, no torch.
 //!
 //! The modules stand in the order in which data flows through the product.
 #![forbid(unsafe_code)]
@@ -22,6 +22,10 @@ pub mod base_plan;
 pub mod measure;
 /// gRPC messages, clients and servers.
 pub mod rpc;
+/// How a coordinator is dialled: TLS, tokens.
+pub mod dial;
+/// The flags of a daemon from a file.
+pub mod flags_file;
 /// Who holds which elements of which parameter.
 pub mod shard_plan;
 

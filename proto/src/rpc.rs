@@ -16,6 +16,8 @@ pub use generated::*;
 
 /// Largest message either side takes: a job file and the shard plan of a large model fit in it.
 pub const MAX_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+/// Largest message that a coordinator takes of a user: the settings of a job with ten thousand repositories fit in it.
+pub const MAX_REQUEST_BYTES: usize = 4 * 1024 * 1024;
 /// Version of what daemons and the coordinator say to each other: it grows when one side must know
 /// what the other can do.
 ///
@@ -61,6 +63,11 @@ impl Token {
     pub fn shown_by<T>(&self, request: &Request<T>) -> bool {
         shown(request.metadata()).is_some_and(|text| crate::digest_hex(text.as_bytes()) == self.sha256)
     }
+
+    /// SHA-256 of the token, in hex.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
+    }
 }
 
 impl std::fmt::Debug for Token {
@@ -71,7 +78,16 @@ impl std::fmt::Debug for Token {
 
 /// The bearer token that a request shows.
 pub fn shown(metadata: &tonic::metadata::MetadataMap) -> Option<&str> {
-    metadata.get(HEADER)?.to_str().ok()?.strip_prefix(SCHEME)
+    bearer(metadata.get(HEADER)?.to_str().ok()?)
+}
+
+/// The bearer token that the headers of a call show.
+pub fn shown_in(headers: &http::HeaderMap) -> Option<&str> {
+    bearer(headers.get(HEADER)?.to_str().ok()?)
+}
+
+fn bearer(value: &str) -> Option<&str> {
+    value.strip_prefix(SCHEME)
 }
 
 /// Client side: shows a token with every call; without one, shows nothing.
@@ -84,21 +100,6 @@ impl Interceptor for ShowToken {
             request.metadata_mut().insert(HEADER, token.header.clone());
         }
         Ok(request)
-    }
-}
-
-/// Server side: refuses every call that does not show the token; without one, takes all.
-#[derive(Debug, Clone)]
-pub struct RequireToken(pub Option<Token>);
-
-impl Interceptor for RequireToken {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
-        match &self.0 {
-            Some(token) if !token.shown_by(&request) => {
-                Err(Status::unauthenticated("no valid bearer token: pass the one of this coordinator"))
-            }
-            _ => Ok(request),
-        }
     }
 }
 
@@ -132,29 +133,18 @@ pub fn ranks_client(channel: Channel, token: Token) -> RanksClient {
         .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
-/// A service with this crate's limits behind a token check.
-pub type Guarded<S> = InterceptedService<S, RequireToken>;
-
 /// The server of the job service.
-pub fn control_server<S: control_server::Control>(
-    service: S,
-    token: Option<Token>,
-) -> Guarded<control_server::ControlServer<S>> {
-    let server = control_server::ControlServer::new(service)
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    InterceptedService::new(server, RequireToken(token))
+pub fn control_server<S: control_server::Control>(service: S) -> control_server::ControlServer<S> {
+    control_server::ControlServer::new(service)
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
 /// The server of the worker service.
-pub fn workers_server<S: workers_server::Workers>(
-    service: S,
-    token: Option<Token>,
-) -> Guarded<workers_server::WorkersServer<S>> {
-    let server = workers_server::WorkersServer::new(service)
+pub fn workers_server<S: workers_server::Workers>(service: S) -> workers_server::WorkersServer<S> {
+    workers_server::WorkersServer::new(service)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    InterceptedService::new(server, RequireToken(token))
+        .max_encoding_message_size(MAX_MESSAGE_BYTES)
 }
 
 /// The server of a daemon's rank service; each rank has its own token, which the service checks.
@@ -257,16 +247,13 @@ impl FailureKind {
 mod tests {
     use super::*;
 
-    fn request_with(token: &str) -> Request<()> {
-        ShowToken(Some(Token::new(token).unwrap())).call(Request::new(())).unwrap()
-    }
-
     #[test]
-    fn only_the_same_token_is_let_in() {
-        let mut guard = RequireToken(Some(Token::new("right").unwrap()));
-        assert!(guard.call(request_with("right")).is_ok());
-        for request in [request_with("wrong"), request_with("right2"), Request::new(())] {
-            assert_eq!(guard.call(request).unwrap_err().code(), tonic::Code::Unauthenticated);
+    fn only_the_same_token_is_recognised() {
+        let right = Token::new("right").unwrap();
+        let shows = |token: &str| ShowToken(Some(Token::new(token).unwrap())).call(Request::new(())).unwrap();
+        assert!(right.shown_by(&shows("right")));
+        for request in [shows("wrong"), shows("right2"), Request::new(())] {
+            assert!(!right.shown_by(&request));
         }
     }
 

@@ -15,6 +15,8 @@ pub mod metrics;
 pub mod process;
 /// Where the programs under test are.
 pub mod programs;
+/// Calls with any bytes.
+pub mod raw;
 /// Small git repositories.
 pub mod repository;
 

@@ -1,10 +1,12 @@
 //! Verbs and exit codes of `worker`. A verb is a module with `Args` and `run(Args)`, one variant
 //! of [`Verb`] and one arm of [`run`].
 
-use std::io::IsTerminal;
+use std::ffi::OsString;
+use std::io::{IsTerminal, Write as _};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
+use tunefleet_proto::flags_file;
 use tunefleet_worker::data::train_tokenizer;
 use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank};
 
@@ -20,6 +22,12 @@ struct Cli {
 enum Verb {
     /// Owns this machine's slots: dials a coordinator and runs the ranks that it places here.
     Daemon(daemon::Args),
+    /// Checks a file of the daemon's flags and reports everything that is wrong with it.
+    Validate {
+        /// The file.
+        #[arg(long, value_name = "FILE")]
+        config: std::path::PathBuf,
+    },
     /// Learns a vocabulary.
     Tokenizer(train_tokenizer::Args),
     /// Writes a model with random weights in Hugging Face layout.
@@ -39,6 +47,11 @@ enum Verb {
     Rank(rank::Args),
 }
 
+/// The verb that has a file of flags.
+const DAEMON: &str = "daemon";
+/// Exit code of a file that is wrong (EX_CONFIG).
+const BAD_CONFIG: u8 = 78;
+
 /// Why a verb failed, and the exit code that tells it to scripts.
 struct Failure {
     exit_code: u8,
@@ -53,9 +66,12 @@ impl<E: std::error::Error> From<E> for Failure {
 
 /// Parses the command line, runs the verb, prints an error in one place.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
     start_log();
-    match run(cli.verb) {
+    let outcome = match arguments(std::env::args_os().collect()) {
+        Ok(arguments) => run(Cli::parse_from(arguments).verb),
+        Err(failure) => Err(failure),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { exit_code, message }) => {
             eprintln!("error: {message}");
@@ -67,6 +83,7 @@ pub fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
+        Verb::Validate { config } => validate(config),
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::InitModel(args) => Ok(init_model::run(args)?),
         Verb::Checkpoint(args) => Ok(checkpoint::verb::run(args)?),
@@ -76,6 +93,31 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Measure(args) => Ok(measure::run(args)?),
         Verb::Rank(args) => Ok(rank::run(args)?),
     }
+}
+
+/// What was typed, with the flags of a daemon's file.
+fn arguments(typed: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
+    if typed.get(1).is_none_or(|verb| verb != DAEMON) {
+        return Ok(typed);
+    }
+    let command = Cli::command();
+    let Some(verb) = command.find_subcommand(DAEMON) else { return Ok(typed) };
+    flags_file::complete(verb, typed)
+        .map_err(|error| Failure { exit_code: BAD_CONFIG, message: error.to_string() })
+}
+
+/// Checks a file of flags as far as that can be done without running with it.
+fn validate(config: std::path::PathBuf) -> Result<(), Failure> {
+    let bad = |message: String| Failure { exit_code: BAD_CONFIG, message };
+    let name = config.display().to_string();
+    let typed = vec!["worker".into(), DAEMON.into(), "--config".into(), config.into_os_string()];
+    let cli = Cli::try_parse_from(arguments(typed)?).map_err(|error| bad(format!("{name}: {error}")))?;
+    if let Verb::Daemon(args) = cli.verb {
+        daemon::check(&args).map_err(|error| bad(format!("{name}: {error}")))?;
+    }
+    // A reader that has gone away wants no more.
+    let _ = writeln!(std::io::stdout(), "ok");
+    Ok(())
 }
 
 /// Log lines go to stderr; `RUST_LOG` filters them.

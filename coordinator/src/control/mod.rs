@@ -4,14 +4,19 @@
 //! `hang` (whom the others wait for); `entry` (a job over its attempts), `restart` (whether another is worth it),
 //! `budget` (how long a rank may take), `workers`, `placement` and `queue` (where ranks run), all in the `fleet`:
 //! none of these does IO. `store` keeps what the fleet says, `plane` is the one task that owns both and does what
-//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it; `relay` passes on what workers answer in pieces.
+//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it; `relay` passes on what workers
+//! answer in pieces. Who reaches the service comes through `listen` (connections, with `tls`) and the `guard`, who
+//! knows from `access` who may do what.
 
+mod access;
 mod budget;
 mod entry;
 mod events;
 mod fleet;
+mod guard;
 mod hang;
 mod job;
+mod listen;
 mod metrics_log;
 mod output;
 mod placement;
@@ -27,11 +32,14 @@ mod sim;
 mod stage;
 pub mod store;
 mod task;
+mod tls;
 mod work;
 mod workers;
 
+pub use access::{Access, AccessError, Grants, Role};
 pub use hang::listed as listed_ranks;
 pub use metrics_log::FILE as METRICS_LOG_FILE;
 pub use plane::{Plane, StartError};
-pub use service::{ServeError, Server, bind};
+pub use service::{Door, ServeError, Server, bind};
 pub use settings::Settings;
+pub use tls::{Certificate, TlsFiles, certificates};

@@ -202,6 +202,11 @@ impl Plane {
         self.messages.send(message).await.map_err(|_| Status::unavailable("the coordinator is stopping"))
     }
 
+    /// Notes what was refused. A flood of it is not worth waiting for.
+    pub(super) fn note(&self, record: AuditRecord) {
+        let _ = self.messages.try_send(Message::Audit(record));
+    }
+
     /// Sends a message and waits for the answer.
     pub(super) async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream, UnboundedReceiverStream};
+use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_stream::{Stream, StreamExt};
 use tonic::{Request, Response, Status, Streaming};
 use tunefleet_proto::job::JobSpec;
@@ -14,13 +14,18 @@ use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
     self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DrainRequest, JobEvent, JobState,
     JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest,
-    StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, Token, UndrainRequest, VersionRequest,
+    StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest, VersionRequest,
     VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
 
+use super::access::Access;
+use super::guard::{Caller, Guard, caller, is_malformed};
+use super::listen;
 use super::placement::WorkerName;
 use super::plane::{Message, Plane};
 use super::relay;
+use super::tls::{TlsError, TlsFiles};
+use super::workers::Epoch;
 use crate::job_file;
 use crate::plan::{self, Place};
 
@@ -54,19 +59,62 @@ pub enum ServeError {
         /// What to do.
         hint: &'static str,
     },
-    /// Everybody on the network could run programs here.
-    #[error("listening on {0} without a token: pass --token-file, or listen on 127.0.0.1")]
+    /// Everybody on the network could run programs here, or nobody could.
+    #[error(
+        "listening on {0} without a token: make one by `coordinator tokens create NAME --role admin`, or listen on \
+         127.0.0.1"
+    )]
     Open(SocketAddr),
+    /// Tokens and logs would be shown to everybody on the network.
+    #[error(
+        "listening on {0} without TLS: pass --tls-cert and --tls-key (`coordinator certs` makes them), or --insecure on a \
+         network that you trust"
+    )]
+    Plain(SocketAddr),
+    /// Certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The transport failed.
     #[error("serving: {0}")]
     Transport(#[from] tonic::transport::Error),
+}
+
+/// Who may reach a control plane, and how.
+pub struct Door {
+    /// Who may do what.
+    pub access: Access,
+    /// Speak TLS.
+    pub tls: Option<TlsFiles>,
+    /// Others on the network may listen in.
+    pub insecure: bool,
+}
+
+impl Door {
+    /// Whether it may be at this address.
+    ///
+    /// # Errors
+    /// Where others on the network could come in, or listen in, or a file of certificates is wrong.
+    pub fn check(&self, address: SocketAddr) -> Result<(), ServeError> {
+        if !address.ip().is_loopback() {
+            if !self.access.asks_for_tokens() {
+                return Err(ServeError::Open(address));
+            }
+            if self.tls.is_none() && !self.insecure {
+                return Err(ServeError::Plain(address));
+            }
+        }
+        if let Some(files) = &self.tls {
+            files.read()?;
+        }
+        Ok(())
+    }
 }
 
 /// A bound control plane.
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
-    token: Option<Token>,
+    door: Door,
 }
 
 impl Server {
@@ -74,18 +122,17 @@ impl Server {
     ///
     /// # Errors
     /// See [`ServeError`].
-    pub async fn bind(address: SocketAddr, token: Option<Token>) -> Result<Self, ServeError> {
-        if token.is_none() && !address.ip().is_loopback() {
-            return Err(ServeError::Open(address));
-        }
+    pub async fn bind(address: SocketAddr, door: Door) -> Result<Self, ServeError> {
+        door.check(address)?;
         let listener = bind(address).await?;
         let address = listener.local_addr().unwrap_or(address);
-        Ok(Server { listener, address, token })
+        Ok(Server { listener, address, door })
     }
 
     /// Where it listens.
-    pub fn address(&self) -> SocketAddr {
-        self.address
+    pub fn url(&self) -> String {
+        let scheme = if self.door.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// Serves until the future is dropped.
@@ -93,14 +140,19 @@ impl Server {
     /// # Errors
     /// When the transport fails.
     pub async fn serve(self, plane: Plane) -> Result<(), ServeError> {
-        let service = Service { plane };
+        let Door { access, tls, .. } = self.door;
+        let asks_for_certificates = tls.as_ref().is_some_and(|files| files.client_ca.is_some());
+        let guard = Guard::new(plane.clone(), access, asks_for_certificates);
+        let tls = tls.map(TlsFiles::follow).transpose()?;
+        let service = Service { plane, guard: guard.clone() };
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
-            .add_service(rpc::control_server(service.clone(), self.token.clone()))
-            .add_service(rpc::workers_server(service, self.token))
-            .serve_with_incoming(TcpListenerStream::new(self.listener))
+            .layer(guard.clone())
+            .add_service(rpc::control_server(service.clone()))
+            .add_service(rpc::workers_server(service))
+            .serve_with_incoming(ReceiverStream::new(listen::connections(self.listener, tls, guard)))
             .await?;
         Ok(())
     }
@@ -126,41 +178,28 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
 #[derive(Clone)]
 struct Service {
     plane: Plane,
+    guard: Guard,
 }
 
 impl Service {
     /// Notes who asked for a change, and what became of it.
     async fn noted<T>(
         &self,
-        who: &Asker,
+        who: &Caller,
         action: &str,
         target: &str,
         done: Result<T, Status>,
     ) -> Result<T, Status> {
         let record = AuditRecord {
             unix_ms: super::events::unix_ms(),
-            actor: who.actor.clone(),
-            peer: who.peer.clone(),
+            actor: who.name.clone(),
+            peer: who.peer.to_string(),
             action: action.to_owned(),
             target: target.chars().take(MAX_NAME).collect(),
             refused: done.as_ref().err().map(|status| status.message().to_owned()).unwrap_or_default(),
         };
         self.plane.tell(Message::Audit(record)).await?;
         done
-    }
-}
-
-/// Who calls.
-struct Asker {
-    actor: String,
-    peer: String,
-}
-
-impl Asker {
-    fn of<T>(request: &Request<T>) -> Self {
-        let actor = if rpc::shown(request.metadata()).is_some() { "token" } else { "anybody" };
-        let peer = request.remote_addr().map(|address| address.to_string()).unwrap_or_default();
-        Asker { actor: actor.to_owned(), peer }
     }
 }
 
@@ -171,7 +210,7 @@ impl Control for Service {
     type WatchStream = Events<JobEvent>;
 
     async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let request = request.into_inner();
         let continuation = request.continuation();
         let spec: JobSpec = serde_json::from_str(&request.spec_json)
@@ -224,7 +263,7 @@ impl Control for Service {
     }
 
     async fn cancel(&self, request: Request<CancelRequest>) -> Result<Response<JobStatus>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let CancelRequest { job, grace_ms } = request.into_inner();
         let grace = Duration::from_millis(grace_ms);
         let target = job.clone();
@@ -233,7 +272,7 @@ impl Control for Service {
     }
 
     async fn suspend(&self, request: Request<SuspendRequest>) -> Result<Response<JobStatus>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let SuspendRequest { job, grace_ms } = request.into_inner();
         let grace = Duration::from_millis(grace_ms);
         let target = job.clone();
@@ -242,7 +281,7 @@ impl Control for Service {
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<JobStatus>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let job = request.into_inner().job;
         let target = job.clone();
         let done = self.plane.ask(|reply| Message::Resume { job, reply }).await;
@@ -294,7 +333,7 @@ impl Control for Service {
     }
 
     async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<WorkerStatus>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let DrainRequest { worker, preempt } = request.into_inner();
         let target = worker.clone();
         let done = self.plane.ask(|reply| Message::Drain { worker, preempt, reply }).await;
@@ -302,7 +341,7 @@ impl Control for Service {
     }
 
     async fn undrain(&self, request: Request<UndrainRequest>) -> Result<Response<WorkerStatus>, Status> {
-        let who = Asker::of(&request);
+        let who = caller(&request)?;
         let worker = request.into_inner().worker;
         let target = worker.clone();
         let done = self.plane.ask(|reply| Message::Undrain { worker, reply }).await;
@@ -328,6 +367,39 @@ impl Control for Service {
             oldest_protocol: rpc::OLDEST_PROTOCOL,
             cluster,
         }))
+    }
+}
+
+impl Service {
+    /// Passes on what a worker says until its session ends, or its right to one.
+    async fn hear(
+        self,
+        worker: WorkerName,
+        epoch: Epoch,
+        who: Caller,
+        mut messages: Streaming<WorkerMessage>,
+    ) {
+        loop {
+            match messages.message().await {
+                Ok(Some(message)) if self.guard.still_admits(&who) => {
+                    let said = Message::Said { worker: worker.clone(), epoch, message };
+                    if self.plane.tell(said).await.is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Ok(Some(_)) => {
+                    let why = "what it showed is revoked, or has ended";
+                    self.guard.noted(&who, "session", &worker.to_string(), why);
+                }
+                Err(status) if is_malformed(&status) => {
+                    self.guard.noted(&who, "session", &worker.to_string(), status.message());
+                }
+                Ok(None) | Err(_) => {}
+            }
+            break;
+        }
+        let _ = self.plane.tell(Message::Left { worker, epoch }).await;
     }
 }
 
@@ -387,6 +459,7 @@ impl Workers for Service {
         &self,
         request: Request<Streaming<WorkerMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
+        let who = caller(&request)?;
         let mut messages = request.into_inner();
         let first = tokio::time::timeout(REGISTER_LIMIT, messages.message())
             .await
@@ -400,19 +473,15 @@ impl Workers for Service {
         if register.slots == 0 || register.slots > MAX_SLOTS {
             return Err(Status::invalid_argument("a worker has 1 to 1024 slots"));
         }
+        if let Err(refused) = who.may_be(&register.name) {
+            self.guard.noted(&who, "session", &register.name, refused.message());
+            return Err(refused);
+        }
         let worker = WorkerName::from(register.name.as_str());
         let (commands, outgoing) = tokio::sync::mpsc::unbounded_channel();
         let register = Box::new(register);
         let epoch = self.plane.ask(|reply| Message::Join { register, commands, reply }).await?;
-        let plane = self.plane.clone();
-        tokio::spawn(async move {
-            while let Ok(Some(message)) = messages.message().await {
-                if plane.tell(Message::Said { worker: worker.clone(), epoch, message }).await.is_err() {
-                    return;
-                }
-            }
-            let _ = plane.tell(Message::Left { worker, epoch }).await;
-        });
+        tokio::spawn(self.clone().hear(worker, epoch, who, messages));
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(outgoing).map(Ok))))
     }
 }

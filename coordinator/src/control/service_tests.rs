@@ -11,7 +11,7 @@ use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
     Collective, Collectives, ControlClient, Finished, JobState, RankDone, RankEvent, RankExited, RankFailed,
-    RankReport, Ready, Register, Stage, StartRanks, StepDone, TaskId, coordinator_message, rank_done,
+    RankReport, Ready, Register, Stage, StartRanks, StepDone, TaskId, Token, coordinator_message, rank_done,
     rank_event,
 };
 use tunefleet_proto::{checkpoint, dataset};
@@ -43,10 +43,15 @@ fn spec(dir: &Path) -> JobSpec {
     job::load(&dir.join("job.yaml"), text, &[], dir).unwrap()
 }
 
+fn door(token: Option<Token>) -> Door {
+    let access = Access::open(None, token.map(|token| token.sha256().to_owned())).unwrap();
+    Door { access, tls: None, insecure: false }
+}
+
 /// A served control plane; its URL.
 async fn served(token: Option<Token>) -> String {
-    let server = Server::bind(LOOPBACK.into(), token).await.unwrap();
-    let url = format!("http://{}", server.address());
+    let server = Server::bind(LOOPBACK.into(), door(token)).await.unwrap();
+    let url = server.url();
     let (store, history) = store::memory();
     tokio::spawn(server.serve(Plane::start(store, history, Settings::default()).unwrap()));
     url
@@ -157,18 +162,22 @@ async fn a_stranger_is_refused_by_both_services() {
 }
 
 #[tokio::test]
-async fn an_open_network_address_needs_a_token() {
+async fn an_open_network_address_needs_a_token_and_tls() {
     let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
-    let refused = Server::bind(everywhere, None).await.err().unwrap().to_string();
-    assert!(refused.contains("--token-file"), "{refused}");
-    assert!(Server::bind(everywhere, Some(Token::new("t").unwrap())).await.is_ok());
+    let refused = Server::bind(everywhere, door(None)).await.err().unwrap().to_string();
+    assert!(refused.contains("coordinator tokens create"), "{refused}");
+    let token = || Some(Token::new("t").unwrap());
+    let refused = Server::bind(everywhere, door(token())).await.err().unwrap().to_string();
+    assert!(refused.contains("--tls-cert") && refused.contains("--insecure"), "{refused}");
+    assert!(Server::bind(everywhere, Door { insecure: true, ..door(token()) }).await.is_ok());
 }
 
 #[tokio::test]
 async fn a_port_in_use_is_named_with_what_to_do() {
-    let first = Server::bind(LOOPBACK.into(), None).await.unwrap();
-    let refused = Server::bind(first.address(), None).await.err().unwrap().to_string();
-    assert!(refused.contains(&first.address().to_string()), "{refused}");
+    let first = Server::bind(LOOPBACK.into(), door(None)).await.unwrap();
+    let address = first.url().strip_prefix("http://").unwrap().to_owned();
+    let refused = Server::bind(address.parse().unwrap(), door(None)).await.err().unwrap().to_string();
+    assert!(refused.contains(&address), "{refused}");
     assert!(refused.contains("choose another port"), "{refused}");
 }
 

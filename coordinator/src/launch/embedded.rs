@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::task::JoinHandle;
+use tunefleet_proto::dial::{Credentials, chain};
 use tunefleet_proto::job::{DeviceKind, JobSpec};
 use tunefleet_proto::rpc::{self, ControlClient, TOKEN_VARIABLE, Token};
 
 use crate::cli::exit;
-use crate::connect::{self, Failure};
-use crate::control::{Plane, Server, Settings, store};
+use crate::connect::Failure;
+use crate::control::{Access, Door, Plane, Server, Settings, store};
 use crate::serve::serve_metrics;
 
 /// How long the daemon may take to end its ranks and itself.
@@ -40,8 +41,9 @@ impl Embedded {
         let secret = tunefleet_proto::hex(&rand::random::<[u8; 32]>());
         let token = Token::new(&secret).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let server = Server::bind(any_port, Some(token.clone())).await?;
-        let url = format!("http://{}", server.address());
+        let access = Access::open(None, Some(token.sha256().to_owned()))?;
+        let server = Server::bind(any_port, Door { access, tls: None, insecure: false }).await?;
+        let url = server.url();
         let metrics_url = serve_metrics(any_port).await?;
         eprintln!("coordinator in this process: {url}, metrics {metrics_url}");
         let (store, history) = store::memory();
@@ -86,7 +88,10 @@ impl Embedded {
 
     /// A client of the coordinator in this process, over the same protocol as any other.
     pub async fn client(&self) -> Result<ControlClient, Failure> {
-        Ok(rpc::control_client(connect::channel(&self.url).await?, Some(self.token.clone())))
+        let (endpoint, _) = Credentials::default().endpoint(&self.url)?;
+        let channel = endpoint.connect().await;
+        let channel = channel.map_err(|error| Failure::new(exit::UNREACHABLE, chain(&error)))?;
+        Ok(rpc::control_client(channel, Some(self.token.clone())))
     }
 
     /// Waits for the daemon to end, which it should not.

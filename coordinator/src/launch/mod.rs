@@ -12,8 +12,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use tunefleet_proto::dial::Credentials;
 use tunefleet_proto::job::JobSpec;
-use tunefleet_proto::rpc::{self, Continuation, SubmitRequest};
+use tunefleet_proto::rpc::{Continuation, SubmitRequest};
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
@@ -41,9 +42,8 @@ pub struct Args {
     /// A running coordinator to submit to, instead of one inside this process.
     #[arg(long, value_name = "URL", env = "TUNEFLEET_COORDINATOR")]
     coordinator: Option<String>,
-    /// File that holds that coordinator's token; else it is taken from TUNEFLEET_TOKEN.
-    #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    credentials: Credentials,
     /// The `worker` program; else the one beside this program, else the one on PATH.
     #[arg(long, value_name = "FILE")]
     worker_bin: Option<PathBuf>,
@@ -87,8 +87,7 @@ async fn launch(args: Args) -> Result<u8, Failure> {
 
 /// On a coordinator that was there before and stays.
 async fn attached(args: &Args, url: &str, spec: &JobSpec, submit: SubmitRequest) -> Result<u8, Failure> {
-    let token = connect::token(args.token_file.as_deref())?;
-    let mut client = rpc::control_client(connect::channel(url).await?, token);
+    let mut client = connect::client(url, &args.credentials).await?;
     let submitted = match client.submit(submit.clone()).await {
         // Whether it has arrived is not known: the same request again is one job in any case.
         Err(status) if status.code() == tonic::Code::Unavailable => client.submit(submit).await?,

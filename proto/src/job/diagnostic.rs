@@ -82,7 +82,7 @@ impl std::error::Error for Diagnostics {}
 
 /// Collects faults while the file is read; reading goes on after each.
 #[derive(Debug, Default)]
-pub(super) struct Sink {
+pub(crate) struct Sink {
     list: Vec<Diagnostic>,
 }
 
@@ -90,14 +90,14 @@ pub(super) struct Sink {
 const MAX_DIAGNOSTICS: usize = 100;
 
 impl Sink {
-    pub(super) fn report(&mut self, place: &Place, message: impl Into<String>) {
+    pub(crate) fn report(&mut self, place: &Place, message: impl Into<String>) {
         if self.list.len() < MAX_DIAGNOSTICS {
             self.list.push(Diagnostic { place: place.clone(), message: message.into() });
         }
     }
 
     /// `value` when nothing was reported, else every fault in order.
-    pub(super) fn finish<T>(mut self, file: String, value: Option<T>) -> Result<T, Diagnostics> {
+    pub(crate) fn finish<T>(mut self, file: String, value: Option<T>) -> Result<T, Diagnostics> {
         match value {
             Some(value) if self.list.is_empty() => Ok(value),
             _ => {

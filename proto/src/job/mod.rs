@@ -4,7 +4,7 @@
 //! is [`read`] into a [`JobFile`]; that is [`resolve`]d, with defaults, into a [`JobSpec`]. Faults
 //! of every step are collected and reported together.
 
-mod diagnostic;
+pub(crate) mod diagnostic;
 pub mod tree;
 mod overrides;
 mod read;

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Status};
+use tunefleet_proto::dial::{Credentials, chain};
 use tunefleet_proto::rpc::{
     self, CoordinatorMessage, Heartbeat, Register, Registered, Token, WorkerMessage, coordinator_message,
     worker_message,
@@ -26,28 +27,25 @@ const REGISTER_LIMIT: Duration = Duration::from_secs(10);
 /// Slowest heartbeat that a coordinator can ask for.
 const MAX_HEARTBEAT: Duration = Duration::from_secs(60);
 
-/// Where to dial.
-pub(super) fn endpoint(url: &str) -> Result<Endpoint, Error> {
-    let bad = |cause: String| Error::Url { url: url.to_owned(), cause };
-    if !url.starts_with("http://") {
-        // Without TLS, https would be dialled in plain text, token and all.
-        return Err(bad("only http is spoken".to_owned()));
+/// The coordinator, and what is shown to it.
+pub(super) struct Coordinator {
+    pub url: String,
+    pub credentials: Credentials,
+}
+
+impl Coordinator {
+    /// Files of credentials are read anew: they may have been replaced.
+    async fn dial(&self) -> Result<(Channel, Option<Token>), Status> {
+        let (endpoint, token) =
+            self.credentials.endpoint(&self.url).map_err(|error| Status::unavailable(error.to_string()))?;
+        let channel = endpoint.connect().await.map_err(|error| Status::unavailable(chain(&error)))?;
+        Ok((channel, token))
     }
-    let endpoint = Endpoint::from_shared(url.to_owned()).map_err(|error| bad(error.to_string()))?;
-    if endpoint.uri().host().is_none() {
-        return Err(bad("no host".to_owned()));
-    }
-    Ok(endpoint
-        .connect_timeout(Duration::from_secs(5))
-        .http2_keep_alive_interval(Duration::from_secs(10))
-        .keep_alive_timeout(Duration::from_secs(10))
-        .keep_alive_while_idle(true))
 }
 
 /// Keeps a session up until the coordinator refuses this worker.
 pub(super) async fn run(
-    endpoint: Endpoint,
-    token: Option<Token>,
+    coordinator: Coordinator,
     node: Node,
     metrics_url: String,
     ranks: Arc<Ranks>,
@@ -55,12 +53,12 @@ pub(super) async fn run(
 ) -> Result<(), Error> {
     let mut retry = FIRST_RETRY;
     loop {
-        let outcome = match endpoint.connect().await {
-            Ok(channel) => {
+        let outcome = match coordinator.dial().await {
+            Ok(dialled) => {
                 let hello = register(&node, &metrics_url, &ranks);
-                session(channel, token.clone(), hello, &ranks, &mut once, &mut retry).await
+                session(dialled, hello, &ranks, &mut once, &mut retry).await
             }
-            Err(error) => Err(Status::unavailable(error.to_string())),
+            Err(status) => Err(status),
         };
         let status = match outcome {
             Ok(()) => Status::unavailable("the coordinator closed the session"),
@@ -76,7 +74,11 @@ pub(super) async fn run(
             {
                 return Err(Error::Refused(status.message().to_owned()));
             }
-            _ => tracing::warn!("no session to {}: {}; again in {retry:?}", endpoint.uri(), status.message()),
+            _ => {
+                let why = std::error::Error::source(&status).map(|cause| format!(": {}", chain(cause)));
+                let (url, why) = (&coordinator.url, why.unwrap_or_default());
+                tracing::warn!("no session to {url}: {}{why}; again in {retry:?}", status.message());
+            }
         }
         tokio::time::sleep(retry).await;
         retry = (retry * 2).min(LAST_RETRY);
@@ -115,8 +117,7 @@ struct Session {
 }
 
 async fn session(
-    channel: Channel,
-    token: Option<Token>,
+    (channel, token): (Channel, Option<Token>),
     hello: Register,
     ranks: &Arc<Ranks>,
     once: &mut UnboundedReceiver<worker_message::Body>,

@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tunefleet_proto::rpc::{BadToken, Leaving, TOKEN_VARIABLE, Token, worker_message};
+use tunefleet_proto::dial::{Credentials, DialError};
+use tunefleet_proto::rpc::{Leaving, worker_message};
 
 pub(crate) use journal::leave_last_words;
 
@@ -34,12 +35,15 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Command line of `worker daemon`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The coordinator's address, e.g. `http://control:7070`.
-    #[arg(long, value_name = "URL")]
-    coordinator: String,
-    /// File that holds the coordinator's token; else it is taken from TUNEFLEET_TOKEN.
+    /// YAML file with these flags, e.g. `rank_memory_gib: 60`; the command line wins over the environment, and that
+    /// over the file.
     #[arg(long, value_name = "FILE")]
-    token_file: Option<PathBuf>,
+    config: Option<PathBuf>,
+    /// The coordinator's address, e.g. `https://control:7070`.
+    #[arg(long, value_name = "URL", env = "TUNEFLEET_COORDINATOR")]
+    coordinator: String,
+    #[command(flatten)]
+    credentials: Credentials,
     /// Name of this worker, unique on the coordinator; the host name when absent.
     #[arg(long)]
     name: Option<String>,
@@ -84,17 +88,9 @@ pub enum Error {
         #[source]
         cause: std::io::Error,
     },
-    /// Not a token.
-    #[error("the coordinator's token: {0}")]
-    Token(#[from] BadToken),
-    /// The address cannot be used.
-    #[error("--coordinator {url}: {cause}; expected http://HOST:PORT")]
-    Url {
-        /// As given.
-        url: String,
-        /// What is wrong with it.
-        cause: String,
-    },
+    /// What it was told of the coordinator cannot be used.
+    #[error(transparent)]
+    Dial(#[from] DialError),
     /// The coordinator does not want this worker.
     #[error("the coordinator refused this worker: {0}")]
     Refused(String),
@@ -125,9 +121,18 @@ pub fn run(args: Args) -> Result<(), Error> {
     runtime.block_on(serve(args))
 }
 
+/// What is wrong with these arguments, where that can be seen without running.
+///
+/// # Errors
+/// The first fault.
+pub fn check(args: &Args) -> Result<(), Error> {
+    args.credentials.endpoint(&args.coordinator)?;
+    memory_limit(args)?;
+    Ok(())
+}
+
 async fn serve(args: Args) -> Result<(), Error> {
-    let token = token(args.token_file.as_deref())?;
-    let endpoint = link::endpoint(&args.coordinator)?;
+    check(&args)?;
     let node = node::Node::inspect(&args)?;
     let listener = TcpListener::bind(args.metrics)
         .await
@@ -153,7 +158,9 @@ async fn serve(args: Args) -> Result<(), Error> {
     let ranks = Arc::new(ranks);
     ranks.adopt()?;
     let rank_service = tokio::spawn(socket.serve(Arc::clone(&ranks)));
-    let link = link::run(endpoint, token, node, metrics_url, Arc::clone(&ranks), once);
+    let coordinator =
+        link::Coordinator { url: args.coordinator.clone(), credentials: args.credentials.clone() };
+    let link = link::run(coordinator, node, metrics_url, Arc::clone(&ranks), once);
     let outcome = until_told(link, &ranks, args.exit_with_parent).await;
     rank_service.abort();
     outcome
@@ -213,16 +220,6 @@ fn memory_limit(args: &Args) -> Result<Option<u64>, Error> {
         Some(gib) => Err(Error::Memory(gib)),
         None => Ok(None),
     }
-}
-
-fn token(file: Option<&std::path::Path>) -> Result<Option<Token>, Error> {
-    let text = match file {
-        Some(path) => {
-            Some(std::fs::read_to_string(path).map_err(io(&format!("--token-file {}", path.display())))?)
-        }
-        None => std::env::var(TOKEN_VARIABLE).ok(),
-    };
-    Ok(text.map(|text| Token::new(text.trim_end())).transpose()?)
 }
 
 /// What ends a daemon.
