@@ -3,7 +3,7 @@
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -11,8 +11,8 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tunefleet_proto::flags_file;
 
 use crate::{
-    audit, certs, collect, convert, dataset, events, init, jobs, launch, logs, plan, serve, store_verb,
-    tokens, validate, version, workers,
+    audit, certs, collect, convert, dataset, doctor, events, init, jobs, launch, logs, plan, serve,
+    store_verb, tokens, validate, version, workers,
 };
 
 /// Collects code, plans and runs training jobs, and shows how they do.
@@ -31,7 +31,7 @@ const EXIT_CODES: &str = "Exit codes:
   0    all is well
   1    the job or command failed
   2    the command line makes no sense
-  3    the job does not fit the machines there are
+  3    the job does not fit the machines there are (of doctor: 1 a warning, 2 critical, 3 not known)
   4    there is no such job
   5    the coordinator cannot be reached, or refuses the token
   78   the job file is wrong
@@ -79,6 +79,8 @@ enum Verb {
     Drain(workers::DrainArgs),
     /// Lets a worker have ranks again.
     Undrain(workers::UndrainArgs),
+    /// Looks at a coordinator, its workers and the network between them: are they fit to train?
+    Doctor(doctor::Args),
     /// Makes, shows and revokes the tokens of a coordinator's users.
     Tokens(tokens::Args),
     /// Makes, shows and revokes the certificates of a coordinator and its workers.
@@ -91,6 +93,11 @@ enum Verb {
     Completions {
         /// Which shell.
         shell: clap_complete::Shell,
+    },
+    /// Writes manual pages, one for each verb.
+    Man {
+        /// Where to, e.g. /usr/local/share/man/man1.
+        dir: PathBuf,
     },
 }
 
@@ -176,6 +183,7 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Workers(args) => workers::list(args),
         Verb::Drain(args) => workers::drain(args),
         Verb::Undrain(args) => workers::undrain(args),
+        Verb::Doctor(args) => doctor::run(args),
         Verb::Tokens(args) => tokens::run(args),
         Verb::Certs(args) => certs::run(args),
         Verb::Audit(args) => audit::run(args),
@@ -183,6 +191,17 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "coordinator", &mut std::io::stdout());
             ExitCode::SUCCESS
+        }
+        Verb::Man { dir } => {
+            let written =
+                std::fs::create_dir_all(&dir).and_then(|()| clap_mangen::generate_to(Cli::command(), &dir));
+            match written {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("error: {}: {error}", dir.display());
+                    ExitCode::from(exit::FAILED)
+                }
+            }
         }
     }
 }

@@ -17,6 +17,8 @@ mod convert;
 mod control;
 /// Segments, their manifest, and what is in them.
 mod dataset;
+/// `coordinator doctor`: are the machines fit to train?
+mod doctor;
 /// `coordinator events`: what happened to a job.
 mod events;
 /// What this machine has.

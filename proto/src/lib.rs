@@ -22,6 +22,8 @@ pub mod base_plan;
 pub mod measure;
 /// gRPC messages, clients and servers.
 pub mod rpc;
+/// What was looked at, for people and for scripts.
+pub mod findings;
 /// How a coordinator is dialled: TLS, tokens.
 pub mod dial;
 /// The flags of a daemon from a file.

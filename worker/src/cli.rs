@@ -6,6 +6,7 @@ use std::io::{IsTerminal, Write as _};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use tunefleet_proto::findings::Findings;
 use tunefleet_proto::flags_file;
 use tunefleet_worker::data::train_tokenizer;
 use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank};
@@ -28,6 +29,12 @@ enum Verb {
         #[arg(long, value_name = "FILE")]
         config: std::path::PathBuf,
     },
+    /// Looks at this machine: is it fit to train?
+    Doctor {
+        /// Directory of a daemon's journal, whose disk is looked at.
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        state_dir: std::path::PathBuf,
+    },
     /// Learns a vocabulary.
     Tokenizer(train_tokenizer::Args),
     /// Writes a model with random weights in Hugging Face layout.
@@ -42,6 +49,16 @@ enum Verb {
     Generate(generate::Args),
     /// Measures steps and checkpoints of a job's rank on this machine; asked by `coordinator plan --measure`.
     Measure(measure::Args),
+    /// Prints a script that completes verbs and flags in a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Writes manual pages, one for each verb.
+    Man {
+        /// Where to, e.g. /usr/local/share/man/man1.
+        dir: std::path::PathBuf,
+    },
     /// One rank of one attempt; started by the daemon.
     #[command(hide = true)]
     Rank(rank::Args),
@@ -72,7 +89,7 @@ pub fn main() -> ExitCode {
         Err(failure) => Err(failure),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(Failure { exit_code, message }) => {
             eprintln!("error: {message}");
             ExitCode::from(exit_code)
@@ -80,10 +97,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(verb: Verb) -> Result<(), Failure> {
+fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
         Verb::Validate { config } => validate(config),
+        Verb::Doctor { state_dir } => return doctor(state_dir),
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::InitModel(args) => Ok(init_model::run(args)?),
         Verb::Checkpoint(args) => Ok(checkpoint::verb::run(args)?),
@@ -91,8 +109,16 @@ fn run(verb: Verb) -> Result<(), Failure> {
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
         Verb::Measure(args) => Ok(measure::run(args)?),
+        Verb::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "worker", &mut std::io::stdout());
+            Ok(())
+        }
+        Verb::Man { dir } => {
+            Ok(std::fs::create_dir_all(&dir).and_then(|()| clap_mangen::generate_to(Cli::command(), &dir))?)
+        }
         Verb::Rank(args) => Ok(rank::run(args)?),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// What was typed, with the flags of a daemon's file.
@@ -104,6 +130,14 @@ fn arguments(typed: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
     let Some(verb) = command.find_subcommand(DAEMON) else { return Ok(typed) };
     flags_file::complete(verb, typed)
         .map_err(|error| Failure { exit_code: BAD_CONFIG, message: error.to_string() })
+}
+
+/// Prints what is found; the exit code is that of the worst (0 well, 1 a warning, 2 critical, 3 unknown).
+fn doctor(state_dir: std::path::PathBuf) -> Result<ExitCode, Failure> {
+    let found = daemon::examine_here(state_dir)?;
+    // A reader that has gone away wants no more.
+    let _ = write!(std::io::stdout(), "{}", Findings(&found));
+    Ok(ExitCode::from(Findings(&found).exit_code()))
 }
 
 /// Checks a file of flags as far as that can be done without running with it.

@@ -251,6 +251,11 @@ impl Access {
         Ok(Access { state, shared_sha256, loaded: Mutex::new(loaded) })
     }
 
+    /// The state directory.
+    pub fn state(&self) -> Option<&Path> {
+        self.state.as_deref()
+    }
+
     /// Whether anybody must show a token.
     pub fn asks_for_tokens(&self) -> bool {
         let (grants, is_broken) = self.now();

@@ -37,7 +37,7 @@ fn needed(path: &str) -> Role {
     };
     match call {
         "Watch" | "List" | "Status" | "Logs" | "ListWorkers" | "Version" => Role::Viewer,
-        "Submit" | "Cancel" | "Suspend" | "Resume" => Role::User,
+        "Submit" | "Cancel" | "Suspend" | "Resume" | "Doctor" => Role::User,
         _ => Role::Admin,
     }
 }

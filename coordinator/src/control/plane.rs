@@ -12,10 +12,11 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, CoordinatorMessage, JobEvent, JobStatus, LogsRequest, PROTOCOL, ReadLog,
-    Register, Registered, WorkerMessage, WorkerStatus, worker_message,
+    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobStatus, LogsRequest, PROTOCOL,
+    ReadLog, Register, Registered, WorkerMessage, WorkerStatus, worker_message,
 };
 
+use super::doctor::{Answers, Examinations};
 use super::entry::Entry;
 use super::events::EventLog;
 use super::fleet::{Action, Fleet, Refused, Start, Submission};
@@ -118,6 +119,12 @@ pub(super) enum Message {
         input: Input,
     },
     Audit(AuditRecord),
+    /// Asks all workers that are connected; their answers, and who is asked.
+    Examine {
+        question: Examine,
+        answers: Answers,
+        reply: Reply<Vec<WorkerName>>,
+    },
     /// Lines of logs, from all workers that have them.
     Logs {
         what: LogsRequest,
@@ -185,6 +192,7 @@ impl Plane {
             sessions: BTreeMap::new(),
             messages: messages.downgrade(),
             relay: Relay::default(),
+            examinations: Examinations::default(),
             replies: Vec::new(),
         };
         state.reopen()?;
@@ -279,6 +287,7 @@ struct State {
     /// For answers of work done outside; weak, so that the task ends with its last handle.
     messages: mpsc::WeakSender<Message>,
     relay: Relay,
+    examinations: Examinations,
     /// To be sent once what they tell is kept.
     replies: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -457,6 +466,7 @@ impl State {
                 if self.sessions.get(&worker).is_some_and(|(session, _)| *session == epoch) {
                     self.sessions.remove(&worker);
                     self.relay.left(&worker);
+                    self.examinations.left(&worker);
                 }
             }
             Message::Said { worker, epoch, message } => {
@@ -470,6 +480,9 @@ impl State {
                         );
                     }
                 }
+                if let Some(worker_message::Body::Examined(examined)) = &message.body {
+                    self.examinations.take(&worker, examined);
+                }
                 self.fleet.said(&worker, epoch, message, now);
             }
             Message::Logs { what, lines, reply } => {
@@ -478,6 +491,10 @@ impl State {
             }
             Message::Happened { job, attempt, input } => self.fleet.happened(&job, attempt, input, now),
             Message::Audit(record) => self.fleet.audit(record),
+            Message::Examine { question, answers, reply } => {
+                let asked = self.examine(question, answers);
+                self.reply(reply, Ok(asked));
+            }
         }
     }
 
@@ -573,6 +590,16 @@ impl State {
             self.send(worker, *epoch, Command::ReadLog(ask));
         }
         Ok(())
+    }
+
+    /// Asks all workers about their machines.
+    fn examine(&mut self, question: Examine, answers: Answers) -> Vec<WorkerName> {
+        let asked: Vec<WorkerName> = self.sessions.keys().cloned().collect();
+        let request = self.examinations.open(answers, asked.clone());
+        for (worker, (epoch, _)) in &self.sessions {
+            self.send(worker, *epoch, Command::Examine(Examine { request, ..question.clone() }));
+        }
+        asked
     }
 
     fn forget_forsaken(&mut self) {

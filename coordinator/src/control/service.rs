@@ -1,6 +1,7 @@
 //! gRPC in front of the plane: checks what comes in, and turns calls into messages.
 
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -12,13 +13,14 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::control_server::Control;
 use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
-    self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DrainRequest, JobEvent, JobState,
-    JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest,
-    StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest, VersionRequest,
-    VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
+    self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DoctorRequest, DrainRequest, Finding,
+    JobEvent, JobState, JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse,
+    ResumeRequest, StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest,
+    VersionRequest, VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::access::Access;
+use super::doctor;
 use super::guard::{Caller, Guard, caller, is_malformed};
 use super::listen;
 use super::placement::WorkerName;
@@ -141,10 +143,12 @@ impl Server {
     /// When the transport fails.
     pub async fn serve(self, plane: Plane) -> Result<(), ServeError> {
         let Door { access, tls, .. } = self.door;
+        let state = access.state().map(Path::to_owned);
+        let certificate = tls.as_ref().map(|files| files.cert.clone());
         let asks_for_certificates = tls.as_ref().is_some_and(|files| files.client_ca.is_some());
         let guard = Guard::new(plane.clone(), access, asks_for_certificates);
         let tls = tls.map(TlsFiles::follow).transpose()?;
-        let service = Service { plane, guard: guard.clone() };
+        let service = Service { plane, guard: guard.clone(), state, certificate };
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -179,6 +183,9 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
 struct Service {
     plane: Plane,
     guard: Guard,
+    /// Where the state is, and the certificate; absent for a coordinator inside another program.
+    state: Option<PathBuf>,
+    certificate: Option<PathBuf>,
 }
 
 impl Service {
@@ -357,6 +364,19 @@ impl Control for Service {
         let records = read.map_err(|error| Status::internal(error.to_string()))?;
         let records = records.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(Box::pin(tokio_stream::iter(records.into_iter().map(Ok)))))
+    }
+
+    type DoctorStream = Events<Finding>;
+
+    async fn doctor(&self, _request: Request<DoctorRequest>) -> Result<Response<Self::DoctorStream>, Status> {
+        let (sender, findings) = tokio::sync::mpsc::channel(WATCH_WINDOW);
+        tokio::spawn(doctor::examine(
+            self.plane.clone(),
+            self.state.clone(),
+            self.certificate.clone(),
+            sender,
+        ));
+        Ok(Response::new(Box::pin(ReceiverStream::new(findings).map(Ok))))
     }
 
     async fn version(&self, _request: Request<VersionRequest>) -> Result<Response<VersionResponse>, Status> {

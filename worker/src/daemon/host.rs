@@ -11,6 +11,7 @@ use tunefleet_proto::rpc::{
     Acknowledged, Assignment, RankEvent, RankReport, daemon_message, rank_event, worker_message,
 };
 
+use super::examine::gpus;
 use super::journal::RankFile;
 use super::outbox::Key;
 use super::process::{self, Launch};
@@ -64,6 +65,10 @@ impl Ranks {
             ends_with_daemon: self.ends_with_daemon,
             memory_limit_bytes: self.memory_limit_bytes,
         };
+        if let Some(gpu) = assignment.cuda_device.filter(|gpu| !self.shares_gpu(key, *gpu)) {
+            // The rank of an attempt before may have been killed a moment ago.
+            gpus::wait_until_free(gpu).await?;
+        }
         let keeper = process::start(&launch).await?;
         let process = keeper.id().and_then(|pid| Process::of(pid as i32));
         if let Some(rank) = self.live().get_mut(key) {
@@ -71,6 +76,12 @@ impl Ranks {
             self.note(rank);
         }
         Ok(keeper)
+    }
+
+    /// Whether another rank of this worker computes on that GPU.
+    fn shares_gpu(&self, own: &Key, gpu: u32) -> bool {
+        let live = self.live();
+        live.iter().any(|(key, rank)| key != own && !rank.exited && rank.assignment.cuda_device == Some(gpu))
     }
 
     /// Looks after the ranks that former daemons have left.

@@ -101,7 +101,7 @@ fn register(node: &Node, metrics_url: &str, ranks: &Ranks) -> Register {
         journal: identity.journal,
         protocol: rpc::PROTOCOL,
         ranks: ranks.held(),
-        devices: Vec::new(),
+        devices: node.devices.clone(),
         generation: identity.generation,
         cluster: identity.cluster,
     }

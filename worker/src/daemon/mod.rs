@@ -2,8 +2,10 @@
 //!
 //! `link` speaks to the coordinator, `ranks` knows the ranks and carries out commands, `host` is the life of
 //! one, `socket` is where they connect, `process` starts and kills them, `journal` and `outbox` are what a daemon
-//! leaves to the next, `logs` shows what ranks wrote, `node` is what is known of the machine.
+//! leaves to the next, `logs` shows what ranks wrote, `node` is what is known of the machine, `examine` whether it is fit
+//! to train.
 
+mod examine;
 mod host;
 mod journal;
 mod link;
@@ -22,9 +24,21 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tunefleet_proto::dial::{Credentials, DialError};
-use tunefleet_proto::rpc::{Leaving, worker_message};
+use tunefleet_proto::rpc::{Finding, Leaving, worker_message};
 
 pub(crate) use journal::leave_last_words;
+
+/// Looks at this machine, as a daemon with this many slots would.
+///
+/// # Errors
+/// Where no runtime can be started.
+pub fn examine_here(state: PathBuf) -> Result<Vec<Finding>, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(io("starting the runtime"))?;
+    let gpus = node::gpus();
+    let subject = examine::Subject { slots: gpus.max(1), gpus, state, is_busy: false };
+    Ok(runtime.block_on(examine::findings(subject)))
+}
 
 use crate::metrics;
 

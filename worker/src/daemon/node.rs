@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs, UdpSocket};
 
+use tunefleet_proto::rpc::Gpu;
+
 use super::{Args, Error, io};
 
 /// One machine, as its daemon tells the coordinator.
@@ -10,6 +12,8 @@ pub(super) struct Node {
     pub name: String,
     pub slots: u32,
     pub gpus: u32,
+    /// As the driver shows them; empty where it does not.
+    pub devices: Vec<Gpu>,
     pub cores: u32,
     pub memory_bytes: u64,
     pub address: IpAddr,
@@ -29,6 +33,7 @@ impl Node {
             name,
             slots: args.slots.unwrap_or(if gpus > 0 { gpus } else { args.cpu_slots }),
             gpus,
+            devices: if gpus > 0 { super::examine::gpus::listed() } else { Vec::new() },
             cores: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
             memory_bytes: memory_bytes(),
             address: match args.advertise {
@@ -46,7 +51,7 @@ fn host_name() -> String {
 }
 
 /// GPUs that ranks started here would see.
-fn gpus() -> u32 {
+pub(super) fn gpus() -> u32 {
     if let Ok(visible) = std::env::var("CUDA_VISIBLE_DEVICES") {
         return visible.split(',').filter(|id| !id.trim().is_empty() && id.trim() != "-1").count() as u32;
     }

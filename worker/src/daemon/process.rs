@@ -62,6 +62,8 @@ pub(super) async fn start(launch: &Launch<'_>) -> Result<Child, String> {
     let mut child = command
         .env_remove(TOKEN_VARIABLE)
         .env("OMP_NUM_THREADS", launch.threads.to_string())
+        // GPUs have the numbers that the driver's tools show.
+        .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         .envs(nccl::SETTINGS)
         .envs(mkl_settings())
         .stdin(Stdio::piped())

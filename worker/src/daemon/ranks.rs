@@ -17,7 +17,7 @@ use super::journal::{Journal, LAST_WORDS_FILE, RankFile};
 use super::logs::Readers;
 use super::node::Node;
 use super::outbox::{Key, Outbox};
-use super::{Error, process};
+use super::{Error, examine, process};
 use crate::metrics;
 
 /// From the abort message to SIGKILL.
@@ -138,6 +138,7 @@ impl Ranks {
             coordinator_message::Body::Abort(abort) => self.abort(abort),
             coordinator_message::Body::Acknowledged(ack) => self.acknowledged(ack.through),
             coordinator_message::Body::ReadLog(asked) => self.readers.read(self, asked),
+            coordinator_message::Body::Examine(asked) => examine::answer(self, asked),
             coordinator_message::Body::Registered(_) => {}
         }
     }

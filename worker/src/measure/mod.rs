@@ -30,6 +30,9 @@ pub struct Args {
     /// Measure what two ranks of this machine send each other in a second instead, and print that.
     #[arg(long)]
     link: bool,
+    /// With --link: what so many GPUs send each other, where there are at least two.
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "link")]
+    gpus: u32,
 }
 
 /// Why nothing was measured.
@@ -68,7 +71,7 @@ pub enum Error {
 pub fn run(args: Args) -> Result<(), Error> {
     if args.link {
         // A reader that has gone away wants no more.
-        let _ = writeln!(std::io::stdout(), "{}", link::bytes_per_second()?);
+        let _ = writeln!(std::io::stdout(), "{}", link::bytes_per_second(args.gpus)?);
         return Ok(());
     }
     let mut lines = std::io::stdin().lock();

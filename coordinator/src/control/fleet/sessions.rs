@@ -185,7 +185,7 @@ impl Fleet {
             }
             Some(worker_message::Body::Leaving(leaving)) => self.leaving(name, &leaving.reason, now),
             // Answers to what others have asked; not the fleet's business.
-            Some(worker_message::Body::Log(_)) => {}
+            Some(worker_message::Body::Log(_) | worker_message::Body::Examined(_)) => {}
             Some(worker_message::Body::Register(_)) | None => {}
         }
     }
