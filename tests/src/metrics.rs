@@ -46,6 +46,14 @@ impl Metrics {
         self.of_kind("save").filter_map(|line| line["step"].as_u64()).collect()
     }
 
+    /// Seconds of each step that was logged, ascending.
+    pub fn step_seconds(&self) -> Vec<f64> {
+        let mut seconds: Vec<_> =
+            self.of_kind("step").filter_map(|line| line["step_seconds"].as_f64()).collect();
+        seconds.sort_by(f64::total_cmp);
+        seconds
+    }
+
     /// Number of attempts that logged a step.
     pub fn attempts(&self) -> usize {
         let mut attempts: Vec<_> = self.of_kind("step").filter_map(|line| line["attempt"].as_u64()).collect();

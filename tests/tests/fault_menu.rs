@@ -1,4 +1,4 @@
-//! Each way in which a rank can go wrong, once, in the first attempt of a job on two workers: what it was is named,
+//! Each way in which a rank can go wrong, once, in the first attempt of a job of four ranks on two workers: what it was is named,
 //! the job goes on by itself where that is right, and its losses are those of a run that nothing disturbed.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
@@ -9,6 +9,9 @@ use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
 use tunefleet_tests::job::{Builder, Job};
 
+const RANKS: u32 = 4;
+/// Slots of the workers.
+const SLOTS: [u32; 2] = [RANKS / 2, RANKS / 2];
 const STEPS: u64 = 30;
 const STRIKES_AT: u64 = 12;
 /// From the strike, in the middle of a step, to the end of the attempt being known and told.
@@ -18,6 +21,7 @@ const HANG_LIMIT: Duration = Duration::from_secs(15);
 
 fn job() -> Builder {
     Job::builder()
+        .ranks(RANKS)
         .steps(STEPS)
         .checkpoint_every(10)
         .train("dropout: 0.1")
@@ -57,7 +61,7 @@ fn losses(job: &Job) -> BTreeMap<u64, u64> {
 fn strike(case: &Case, undisturbed: &BTreeMap<u64, u64>, template: &Job) -> Duration {
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},attempt=1,phase=backward,do={}", case.fault);
-    let mut cluster = Cluster::start_with(job.dir(), &[1, 1], &[("TUNEFLEET_FAULT", &fault)], &[]);
+    let mut cluster = Cluster::start_with(job.dir(), &SLOTS, &[("TUNEFLEET_FAULT", &fault)], &[]);
     cluster.launch(&job, &["--detach"]).wait().expect(0);
     cluster.wait_for("the steps before", |_| job.metrics().last_step() >= STRIKES_AT - 1, "test");
     let began = Instant::now();
@@ -115,7 +119,7 @@ fn a_rank_that_is_only_slow_is_waited_for() {
     let (template, undisturbed) = template();
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},phase=update,do=slow");
-    let mut cluster = Cluster::start_with(job.dir(), &[1, 1], &[("TUNEFLEET_FAULT", &fault)], &[]);
+    let mut cluster = Cluster::start_with(job.dir(), &SLOTS, &[("TUNEFLEET_FAULT", &fault)], &[]);
     cluster.launch(&job, &["--detach"]).wait().expect(0);
     cluster.wait_for_state("test", "completed");
     assert_eq!(cluster.status("test")["attempt"], 1);

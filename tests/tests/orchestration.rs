@@ -297,3 +297,60 @@ fn logs_come_from_the_workers_and_follow_an_attempt_to_its_end() {
     assert_eq!(none, "");
     cluster.ask(&["logs", "nothing"]).expect(4);
 }
+
+/// Minutes: CI runs a sample.
+mod long {
+    use std::thread::sleep;
+    use std::time::{Duration, Instant};
+
+    use tunefleet_tests::process::LIMIT;
+
+    use super::*;
+
+    /// Between two kills.
+    const STEPS_BETWEEN: u64 = 10;
+
+    /// Without asking the coordinator, which would take time from the ranks.
+    fn wait_for_logged(job: &Job, step: u64) {
+        let began = Instant::now();
+        while job.metrics().last_step() < step {
+            assert!(began.elapsed() < LIMIT, "step {step} does not come");
+            sleep(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn fifty_kills_of_the_coordinator_change_no_loss_no_event_and_no_step_time() {
+        let is_sample = std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty());
+        let kills = if is_sample { 10 } else { 50 };
+        let steps = (kills + 1) * STEPS_BETWEEN;
+        let job = Job::builder().steps(steps).train("dropout: 0.1").build();
+        let twin = job.twin();
+        let run = |job: &Job, kills: u64| {
+            let mut cluster = Cluster::start(job.dir(), &[1, 1]);
+            cluster.launch(job, &["--detach"]).wait().expect(0);
+            for kill in 1..=kills {
+                wait_for_logged(job, kill * STEPS_BETWEEN);
+                cluster.kill_coordinator();
+                cluster.restart_coordinator();
+            }
+            wait_for_logged(job, steps);
+            cluster.wait_for_state("test", "completed");
+            let told = super::steps(&events(&cluster));
+            assert_eq!(told, (1..=steps).map(|step| (1, step)).collect::<Vec<_>>());
+        };
+        run(&twin, 0);
+        run(&job, kills);
+        assert_eq!(job.metrics().losses(), twin.metrics().losses());
+        let (disturbed, undisturbed) = (job.metrics().step_seconds(), twin.metrics().step_seconds());
+        let at = |seconds: &[f64], share: f64| seconds[(seconds.len() as f64 * share) as usize] * 1e3;
+        let of = |share| (at(&disturbed, share), at(&undisturbed, share));
+        let (p50, p90) = (of(0.5), of(0.9));
+        println!(
+            "{kills} kills: steps take {:.1} ms (p90 {:.1}), without kills {:.1} ms (p90 {:.1})",
+            p50.0, p90.0, p50.1, p90.1
+        );
+        // A coordinator that starts takes a core of this machine's for a moment.
+        assert!(p50.0 < 1.1 * p50.1, "{p50:?}");
+    }
+}
