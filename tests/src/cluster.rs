@@ -179,6 +179,11 @@ impl Cluster {
         self.workers[index].running.kill_alone();
     }
 
+    /// Waits until the coordinator has said something.
+    pub fn wait_for_coordinator_to_say(&self, text: &str) {
+        self.coordinator.wait_for_line(text);
+    }
+
     /// Sends a worker's daemon a signal.
     pub fn signal_daemon(&self, index: usize, signal: Signal) {
         self.workers[index].running.signal(signal);

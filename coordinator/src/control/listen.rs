@@ -48,6 +48,19 @@ pub struct Connection {
     _seat: Seat,
 }
 
+impl Connection {
+    fn new(io: Pin<Box<dyn Io>>, peer: Peer, seat: Seat) -> Self {
+        Connection { io, peer, _seat: seat }
+    }
+
+    /// One that nobody has accepted.
+    #[cfg(test)]
+    pub fn of(io: impl AsyncRead + AsyncWrite + Send + 'static, address: SocketAddr) -> Self {
+        let seat = Seat { seats: Arc::default(), address: address.ip() };
+        Connection::new(Box::pin(io), Peer { address, certificate: None }, seat)
+    }
+}
+
 /// How many connections there are.
 #[derive(Default)]
 struct Seats {
@@ -118,7 +131,7 @@ pub fn connections(
             tokio::spawn(async move {
                 if let Some((io, certificate)) = shake_hands(stream, config, address, &guard).await {
                     let peer = Peer { address, certificate };
-                    let _ = ready.send(Ok(Connection { io, peer, _seat: seat })).await;
+                    let _ = ready.send(Ok(Connection::new(io, peer, seat))).await;
                 }
             });
         }

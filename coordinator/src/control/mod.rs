@@ -4,9 +4,9 @@
 //! `hang` (whom the others wait for); `entry` (a job over its attempts), `restart` (whether another is worth it),
 //! `budget` (how long a rank may take), `workers`, `placement` and `queue` (where ranks run), all in the `fleet`:
 //! none of these does IO. `store` keeps what the fleet says, `plane` is the one task that owns both and does what
-//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it; `relay` passes on what workers
-//! answer in pieces, `doctor` asks them about their machines. Who reaches the service comes through `listen` (connections, with `tls`) and the `guard`, who
-//! knows from `access` who may do what.
+//! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it; `relay` passes on what
+//! workers answer in pieces, `doctor` asks them about their machines. Who reaches the service comes through `listen`
+//! (connections, with `tls`) and the `guard`, who knows from `access` who may do what.
 
 mod access;
 mod budget;

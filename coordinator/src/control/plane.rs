@@ -3,9 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tonic::Status;
 use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::JobSpec;
@@ -185,7 +186,7 @@ impl Plane {
         let mut state = State {
             start,
             fleet,
-            writer: writer(store).map_err(StartError::Thread)?,
+            writer: Writer::new(store).map_err(StartError::Thread)?,
             history: Arc::clone(&history),
             outputs: BTreeMap::new(),
             logs: BTreeMap::new(),
@@ -264,21 +265,48 @@ fn catch_up(
 
 type Commit = (Vec<Write>, oneshot::Sender<Result<(), StoreError>>);
 
-/// The thread that alone writes the state.
-fn writer(mut store: Box<dyn Store>) -> std::io::Result<mpsc::UnboundedSender<Commit>> {
-    let (commits, mut inbox) = mpsc::unbounded_channel::<Commit>();
-    std::thread::Builder::new().name("store".to_owned()).spawn(move || {
-        while let Some((writes, reply)) = inbox.blocking_recv() {
-            let _ = reply.send(store.commit(&writes));
+/// What alone writes the state.
+enum Writer {
+    /// A store that never waits for a disk.
+    Here(Box<dyn Store>),
+    /// A thread that does.
+    Thread(mpsc::UnboundedSender<Commit>),
+}
+
+impl Writer {
+    fn new(mut store: Box<dyn Store>) -> std::io::Result<Self> {
+        if !store.waits_for_a_disk() {
+            return Ok(Writer::Here(store));
         }
-    })?;
-    Ok(commits)
+        let (commits, mut inbox) = mpsc::unbounded_channel::<Commit>();
+        std::thread::Builder::new().name("store".to_owned()).spawn(move || {
+            while let Some((writes, reply)) = inbox.blocking_recv() {
+                let _ = reply.send(store.commit(&writes));
+            }
+        })?;
+        Ok(Writer::Thread(commits))
+    }
+
+    async fn commit(&mut self, writes: &[Write]) -> Result<(), StoreError> {
+        let commits = match self {
+            Writer::Here(store) => return store.commit(writes),
+            Writer::Thread(commits) => commits,
+        };
+        let (reply, answer) = oneshot::channel();
+        if commits.send((writes.to_vec(), reply)).is_ok()
+            && let Ok(outcome) = answer.await
+        {
+            return outcome;
+        }
+        tracing::error!("the thread that writes the state is gone: this is a bug, please report it");
+        std::process::abort();
+    }
 }
 
 struct State {
     start: Instant,
     fleet: Fleet,
-    writer: mpsc::UnboundedSender<Commit>,
+    writer: Writer,
     history: Arc<dyn History>,
     /// Directories of active jobs.
     outputs: BTreeMap<JobId, Output>,
@@ -383,17 +411,8 @@ impl State {
         if writes.is_empty() {
             return;
         }
-        loop {
-            let (reply, answer) = oneshot::channel();
-            if self.writer.send((writes.clone(), reply)).is_err() {
-                tracing::error!("the thread that writes the state is gone: this is a bug, please report it");
-                std::process::abort();
-            }
-            match answer.await {
-                Ok(Ok(())) => return,
-                Ok(Err(error)) => tracing::error!("the state cannot be written, training goes on: {error}"),
-                Err(_) => tracing::error!("the thread that writes the state has failed"),
-            }
+        while let Err(error) = self.writer.commit(&writes).await {
+            tracing::error!("the state cannot be written, training goes on: {error}");
             tokio::time::sleep(TRY_AGAIN).await;
         }
     }

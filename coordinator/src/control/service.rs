@@ -148,17 +148,8 @@ impl Server {
         let asks_for_certificates = tls.as_ref().is_some_and(|files| files.client_ca.is_some());
         let guard = Guard::new(plane.clone(), access, asks_for_certificates);
         let tls = tls.map(TlsFiles::follow).transpose()?;
-        let service = Service { plane, guard: guard.clone(), state, certificate };
-        tonic::transport::Server::builder()
-            .http2_keepalive_interval(Some(Duration::from_secs(10)))
-            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-            .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
-            .layer(guard.clone())
-            .add_service(rpc::control_server(service.clone()))
-            .add_service(rpc::workers_server(service))
-            .serve_with_incoming(ReceiverStream::new(listen::connections(self.listener, tls, guard)))
-            .await?;
-        Ok(())
+        let connections = listen::connections(self.listener, tls, guard.clone());
+        Service { plane, guard, state, certificate }.serve(connections).await
     }
 }
 
@@ -189,6 +180,23 @@ struct Service {
 }
 
 impl Service {
+    /// Serves these connections until there will be no more.
+    async fn serve(
+        self,
+        connections: tokio::sync::mpsc::Receiver<std::io::Result<listen::Connection>>,
+    ) -> Result<(), ServeError> {
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
+            .layer(self.guard.clone())
+            .add_service(rpc::control_server(self.clone()))
+            .add_service(rpc::workers_server(self))
+            .serve_with_incoming(ReceiverStream::new(connections))
+            .await?;
+        Ok(())
+    }
+
     /// Notes who asked for a change, and what became of it.
     async fn noted<T>(
         &self,
@@ -509,3 +517,6 @@ impl Workers for Service {
 #[cfg(test)]
 #[path = "service_tests.rs"]
 mod tests;
+#[cfg(test)]
+#[path = "transport_tests.rs"]
+mod transport_tests;

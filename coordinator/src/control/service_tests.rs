@@ -23,6 +23,11 @@ const LOOPBACK: (Ipv4Addr, u16) = (Ipv4Addr::LOCALHOST, 0);
 
 /// A job with nothing to do but train, on 2 ranks.
 fn spec(dir: &Path) -> JobSpec {
+    spec_of(dir, 2, 3)
+}
+
+/// The same of any size.
+pub(super) fn spec_of(dir: &Path, ranks: u32, steps: u64) -> JobSpec {
     let manifest = dataset::Manifest {
         version: dataset::MANIFEST_VERSION,
         written_by: String::new(),
@@ -36,11 +41,13 @@ fn spec(dir: &Path) -> JobSpec {
     std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
     let config = ModelConfig::preset("tiny").unwrap().to_json("float32");
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-    let text = "name: job\noutput: out\ndataset: .\ntokenizer: {path: .}\nmodel: {path: .}\n\
-                data: {sequence_tokens: 8}\nexport: {enabled: false}\n\
-                train: {ranks: 2, device: cpu, precision: fp32, steps: 3, eval_every_steps: 0}\n\
-                restart: {max_restarts: 0}\n";
-    job::load(&dir.join("job.yaml"), text, &[], dir).unwrap()
+    let text = format!(
+        "name: job\noutput: out\ndataset: .\ntokenizer: {{path: .}}\nmodel: {{path: .}}\n\
+         data: {{sequence_tokens: 8}}\nexport: {{enabled: false}}\n\
+         train: {{ranks: {ranks}, device: cpu, precision: fp32, steps: {steps}, eval_every_steps: 0}}\n\
+         restart: {{max_restarts: 0}}\n"
+    );
+    job::load(&dir.join("job.yaml"), &text, &[], dir).unwrap()
 }
 
 fn door(token: Option<Token>) -> Door {

@@ -37,7 +37,7 @@ pub struct Now {
 
 impl Now {
     /// This very moment, of a process that started at `start`.
-    pub fn since(start: std::time::Instant) -> Self {
+    pub fn since(start: tokio::time::Instant) -> Self {
         Now { unix_ms: super::events::unix_ms(), uptime: start.elapsed() }
     }
 

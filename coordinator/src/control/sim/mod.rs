@@ -7,6 +7,9 @@ mod network;
 mod random;
 mod world;
 
+pub use daemon::Daemon;
+pub use network::Down;
+pub use random::Random;
 use world::{Plan, Seen, World};
 
 /// One seed; a failure names it.

@@ -485,6 +485,13 @@ impl World {
 
     // ---------------------------------------------------------------------------------- faults
 
+    /// A session ends with the daemon that had it, however soon another one comes.
+    fn close_below(&mut self, index: usize) {
+        if let Some(link) = &mut self.links[index] {
+            link.closed_below = true;
+        }
+    }
+
     fn strike(&mut self) {
         let now_ms = self.now_ms;
         self.seen.faults += 1;
@@ -497,6 +504,7 @@ impl World {
                 let daemon = &mut self.daemons[index];
                 daemon.alive = false;
                 daemon.dials_at = now_ms + self.random.between(500, 30_000);
+                self.close_below(index);
             }
             4 => {
                 self.incarnations += 1;
@@ -504,6 +512,7 @@ impl World {
                 let daemon = &mut self.daemons[index];
                 daemon.die(forgets, self.incarnations);
                 daemon.dials_at = now_ms + self.random.between(1000, 120_000);
+                self.close_below(index);
             }
             5..7 => {
                 let seconds = if self.random.chance(0.1) { 400 } else { self.random.between(1, 40) };

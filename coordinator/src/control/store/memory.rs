@@ -66,6 +66,10 @@ impl Store for Memory {
         }
         Ok(())
     }
+
+    fn waits_for_a_disk(&self) -> bool {
+        false
+    }
 }
 
 impl History for Memory {

@@ -115,6 +115,10 @@ pub trait Store: Send {
     /// # Errors
     /// See [`StoreError`].
     fn commit(&mut self, writes: &[Write]) -> Result<(), StoreError>;
+    /// Whether a commit may take longer than a moment.
+    fn waits_for_a_disk(&self) -> bool {
+        true
+    }
 }
 
 /// Reads what is only appended to, from any thread.
