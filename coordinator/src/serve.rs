@@ -61,6 +61,9 @@ pub struct Args {
     /// that is only cut off trains on until then.
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0)]
     give_up_after: f64,
+    /// Days after which jobs that have ended, and records of the audit, are forgotten; what jobs made stays.
+    #[arg(long, value_name = "DAYS", default_value_t = 90, value_parser = clap::value_parser!(u32).range(1..=36500))]
+    keep_ended_days: u32,
 }
 
 impl From<StartError> for Failure {
@@ -150,7 +153,8 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
             "--suspect-after, --lost-after and --give-up-after are seconds",
         ));
     };
-    let settings = Settings { suspect_after, lost_after, give_up_after, ..Settings::default() };
+    let keep_ended = Duration::from_secs(24 * 3600 * u64::from(args.keep_ended_days));
+    let settings = Settings { suspect_after, lost_after, give_up_after, keep_ended, ..Settings::default() };
     let shortest = 2 * settings.heartbeat;
     if suspect_after < shortest || lost_after <= suspect_after || give_up_after <= lost_after {
         let message = format!(

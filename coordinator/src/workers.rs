@@ -84,6 +84,9 @@ fn to_json(worker: &WorkerStatus) -> Value {
         "slots": registered.slots,
         "used_slots": worker.used_slots,
         "gpus": registered.gpus,
+        "devices": registered.devices.iter().map(|gpu| json!({
+            "index": gpu.index, "uuid": gpu.uuid, "name": gpu.name, "memory_bytes": gpu.memory_bytes,
+        })).collect::<Vec<_>>(),
         "cores": registered.cores,
         "memory_bytes": registered.memory_bytes,
         "address": registered.advertise_address,

@@ -643,6 +643,7 @@ impl State {
             Action::Opened(id, attempt) => self.opened(&id, attempt),
             Action::Work(id, attempt, what) => self.work(id, attempt, what),
             Action::Show(id, event) => self.show(&id, event),
+            Action::Forgotten(id) => drop(self.logs.remove(&id)),
             Action::Closed(id) => {
                 self.outputs.remove(&id);
                 if let Some(log) = self.logs.get(&id) {

@@ -13,6 +13,8 @@ pub struct Settings {
     pub lost_after: Duration,
     /// Ranks of a worker that is silent for so long count as gone, though nobody saw them end.
     pub give_up_after: Duration,
+    /// Jobs that have ended, and the audit, are forgotten after so long.
+    pub keep_ended: Duration,
 }
 
 impl Default for Settings {
@@ -22,6 +24,7 @@ impl Default for Settings {
             suspect_after: Duration::from_secs(5),
             lost_after: Duration::from_secs(15),
             give_up_after: Duration::from_secs(300),
+            keep_ended: Duration::from_secs(90 * 24 * 3600),
         }
     }
 }

@@ -9,6 +9,7 @@ mod sessions;
 mod time;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::DeviceKind;
@@ -44,6 +45,8 @@ pub enum Action {
     Show(JobId, JobEvent),
     /// Nothing more happens by itself: let go of the job's output.
     Closed(JobId),
+    /// A job ended long ago and is not kept any more.
+    Forgotten(JobId),
 }
 
 /// Ranks to start on one worker.
@@ -107,6 +110,8 @@ pub struct Fleet {
     secret: Box<dyn FnMut() -> Vec<u8> + Send>,
     /// Whether something has changed that may let a job that waits find slots.
     may_place: bool,
+    /// When what has ended long ago is looked for again, in uptime.
+    forgets_at: Duration,
     /// Jobs whose rows may have changed.
     touched: BTreeSet<JobId>,
     out: Out,
@@ -146,6 +151,7 @@ impl Fleet {
             workers: workers.collect(),
             secret,
             may_place: true,
+            forgets_at: now.uptime,
             touched: BTreeSet::new(),
             out: Out::default(),
         };

@@ -5,12 +5,16 @@ use std::time::Duration;
 use tunefleet_proto::ids::JobId;
 use tunefleet_proto::rpc::{Stage, WorkerState};
 
-use super::Fleet;
+use super::{Action, Fleet};
 use crate::control::budget::Overdue;
-use crate::control::entry::{Intent, Life};
+use crate::control::entry::{Entry, Intent, Life};
 use crate::control::job::Input;
 use crate::control::placement::WorkerName;
 use crate::control::settings::Now;
+use crate::control::store::Write;
+
+/// Between two looks for what has ended long ago.
+const FORGETS_EVERY: Duration = Duration::from_secs(3600);
 
 impl Fleet {
     /// Time has passed.
@@ -20,6 +24,28 @@ impl Fleet {
         for id in ids {
             self.look_at(&id, now);
         }
+        if now.uptime >= self.forgets_at {
+            self.forgets_at = now.uptime + FORGETS_EVERY;
+            self.forget(now);
+        }
+    }
+
+    /// What has ended long ago is not kept any more; directories of jobs are left alone.
+    fn forget(&mut self, now: Now) {
+        let before_unix_ms = now.unix_ms.saturating_sub(self.settings.keep_ended.as_millis() as u64);
+        let is_old = |(_, entry): &(&JobId, &Entry)| {
+            let ended = entry.attempts.last().map_or(0, |last| last.ended_unix_ms);
+            entry.state().is_end() && !entry.is_active() && ended > 0 && ended < before_unix_ms
+        };
+        let old: Vec<JobId> = self.jobs.iter().filter(is_old).map(|(id, _)| id.clone()).collect();
+        for id in old {
+            tracing::info!("job {id} ended long ago: it is forgotten");
+            self.jobs.remove(&id);
+            self.touched.remove(&id);
+            self.out.writes.push(Write::Forget(id.clone()));
+            self.out.actions.push(Action::Forgotten(id));
+        }
+        self.out.writes.push(Write::ForgetAudit { before_unix_ms });
     }
 
     /// The time until now was not seen: what workers said meanwhile has not been read yet.

@@ -10,7 +10,15 @@ mod world;
 pub use daemon::Daemon;
 pub use network::Down;
 pub use random::Random;
+use std::time::Duration;
+
+use tunefleet_proto::ids::JobId;
+use tunefleet_proto::rpc::Continuation;
 use world::{Plan, Seen, World};
+
+use crate::control::fleet::{Fleet, Submission};
+use crate::control::settings::{Now, Settings};
+use crate::control::store::{Loaded, Write};
 
 /// One seed; a failure names it.
 fn simulate(plan: Plan, seed: u64) -> Seen {
@@ -56,6 +64,30 @@ fn a_coordinator_that_ends_between_any_change_and_its_consequence_disturbs_nobod
 fn whatever_is_killed_cut_off_or_delayed_every_job_comes_to_its_end() {
     let seen = run(Plan::default(), 0, 120);
     assert!(seen.faults > 120 && seen.attempts > seen.jobs && seen.completed > seen.jobs / 2, "{seen:?}");
+}
+
+#[test]
+fn a_job_that_ended_long_ago_is_forgotten_and_one_that_waits_is_not() {
+    let settings = Settings::default();
+    let at = |days: u64| Now { unix_ms: days * 86_400_000, uptime: Duration::from_secs(days * 86_400) };
+    let mut fleet = Fleet::restore(Loaded::default(), settings, Box::new(Vec::new), at(1)).unwrap();
+    let mut ids = Vec::new();
+    for index in 0..2 {
+        let spec = world::spec(index, 1, 0);
+        let (id, spec_json) = (JobId(spec.name.clone()), serde_json::to_string(&spec).unwrap());
+        let (continuation, request) = (Continuation::Unspecified, String::new());
+        fleet.submit(Submission { spec, spec_json, continuation, request, earlier: 0 }, at(1)).unwrap();
+        ids.push(id);
+    }
+    fleet.cancel(&ids[0], Duration::ZERO, at(2)).unwrap();
+    fleet.take(at(2));
+    let days = settings.keep_ended.as_secs() / 86_400;
+    fleet.tick(at(days + 1));
+    assert_eq!(fleet.jobs().count(), 2, "not long enough");
+    fleet.tick(at(days + 3));
+    assert_eq!(fleet.jobs().map(|(id, _)| id).collect::<Vec<_>>(), [&ids[1]]);
+    let out = fleet.take(at(days + 3));
+    assert!(out.writes.contains(&Write::Forget(ids[0].clone())), "{:?}", out.writes);
 }
 
 /// Minutes: CI runs a sample.

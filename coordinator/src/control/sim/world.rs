@@ -239,7 +239,7 @@ impl World {
                 let input = self.work(&job, work);
                 self.answers.push((self.now_ms + self.random.between(10, 2000), job, attempt, input));
             }
-            Action::Show(..) | Action::Closed(_) => {}
+            Action::Show(..) | Action::Closed(_) | Action::Forgotten(_) => {}
         }
     }
 
@@ -708,7 +708,7 @@ fn failed(kind: FailureKind, consequence: bool) -> rank_done::Outcome {
     rank_done::Outcome::Failed(RankFailed { message, consequence, kind: kind.into() })
 }
 
-fn spec(index: usize, ranks: u64, priority: u64) -> JobSpec {
+pub fn spec(index: usize, ranks: u64, priority: u64) -> JobSpec {
     let text = format!(
         "name: job-{index}\npriority: {priority}\noutput: out\ndataset: .\ntokenizer: {{path: .}}\nmodel: {{path: .}}\n\
          export: {{enabled: false}}\nrestart: {{max_restarts: 1000, max_attempts_without_progress: 1000, \

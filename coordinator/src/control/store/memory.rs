@@ -62,6 +62,14 @@ impl Store for Memory {
                 }
                 Write::Worker(row) => drop(rows.workers.insert(row.name.clone(), row)),
                 Write::Audit(record) => rows.audit.push(record),
+                Write::Forget(job) => {
+                    rows.jobs.remove(&job);
+                    rows.attempts.retain(|(of, _), _| *of != job);
+                    rows.events.remove(&job);
+                }
+                Write::ForgetAudit { before_unix_ms } => {
+                    rows.audit.retain(|record| record.unix_ms >= before_unix_ms);
+                }
             }
         }
         Ok(())

@@ -86,6 +86,13 @@ pub enum Write {
     Worker(WorkerRow),
     /// Appends.
     Audit(AuditRecord),
+    /// A job, its attempts and its events are not kept any more.
+    Forget(JobId),
+    /// Nor are records of the audit from before this time.
+    ForgetAudit {
+        /// In milliseconds since 1970.
+        before_unix_ms: u64,
+    },
 }
 
 /// What a store holds when it is opened.

@@ -281,6 +281,19 @@ fn apply(transaction: &Transaction<'_>, write: &Write) -> rusqlite::Result<()> {
                 record.refused
             ])?;
         }
+        Write::Forget(job) => {
+            for sql in [
+                "DELETE FROM jobs WHERE name = ?1",
+                "DELETE FROM attempts WHERE job = ?1",
+                "DELETE FROM events WHERE job = ?1",
+            ] {
+                transaction.prepare_cached(sql)?.execute(params![job.0])?;
+            }
+        }
+        Write::ForgetAudit { before_unix_ms } => {
+            let sql = "DELETE FROM audit WHERE unix_ms < ?1";
+            transaction.prepare_cached(sql)?.execute(params![*before_unix_ms as i64])?;
+        }
     }
     Ok(())
 }

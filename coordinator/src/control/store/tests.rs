@@ -22,6 +22,29 @@ fn job(name: &str, state: JobState) -> Write {
     })
 }
 
+#[test]
+fn a_job_that_is_forgotten_leaves_nothing_behind_and_the_audit_loses_what_is_old() {
+    let dir = tempfile::tempdir().unwrap();
+    for (mut store, history) in [open(dir.path()).unwrap(), memory()] {
+        store.load().unwrap();
+        let record = |unix_ms| Write::Audit(AuditRecord { unix_ms, ..AuditRecord::default() });
+        let of = |name: &str| [job(name, JobState::Completed), event(name, 1, state(JobState::Completed))];
+        let writes: Vec<Write> =
+            of("old").into_iter().chain(of("new")).chain([record(1), record(9)]).collect();
+        store.commit(&writes).unwrap();
+        store
+            .commit(&[Write::Forget(JobId("old".to_owned())), Write::ForgetAudit { before_unix_ms: 5 }])
+            .unwrap();
+        let left = store.load().unwrap();
+        assert_eq!(left.jobs.iter().map(|row| row.id.0.as_str()).collect::<Vec<_>>(), ["new"]);
+        assert!(history.events(&JobId("old".to_owned()), 0, 9).unwrap().is_empty());
+        assert_eq!(history.events(&JobId("new".to_owned()), 0, 9).unwrap().len(), 1);
+        assert_eq!(history.audit(0, 9).unwrap().iter().map(|record| record.unix_ms).collect::<Vec<_>>(), [9]);
+        // Its name is free, and its events are numbered from 1 again.
+        store.commit(&of("old")).unwrap();
+    }
+}
+
 fn state(state: JobState) -> Body {
     Body::State(StateChanged { state: state.into(), ..StateChanged::default() })
 }
