@@ -54,7 +54,10 @@ fn act(args: Args) -> Result<u8, Failure> {
         What::Create { name, role } => {
             let token = Grants::create(&state, &name, role)?;
             let _ = writeln!(out, "{token}");
-            eprintln!("{name} may now call as {}: put the token into a file for --token-file", role.name());
+            let (role, state) = (role.name(), state.display());
+            eprintln!(
+                "{name} may now call the coordinator of {state} as {role}: put the token into a file for --token-file"
+            );
         }
         What::List => {
             for grant in Grants::read(&state)?.tokens {

@@ -1,4 +1,4 @@
-//! Each way in which a rank can go wrong, once, in the first attempt of a job of four ranks on two workers: what it was is named,
+//! Each way in which a rank can go wrong, once, in the first attempt of a job on two workers: what it was is named,
 //! the job goes on by itself where that is right, and its losses are those of a run that nothing disturbed.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
@@ -9,9 +9,8 @@ use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
 use tunefleet_tests::job::{Builder, Job};
 
-const RANKS: u32 = 4;
-/// Slots of the workers.
-const SLOTS: [u32; 2] = [RANKS / 2, RANKS / 2];
+/// Ranks of each of the two workers.
+const RANKS: u32 = 1;
 const STEPS: u64 = 30;
 const STRIKES_AT: u64 = 12;
 /// From the strike, in the middle of a step, to the end of the attempt being known and told.
@@ -19,9 +18,9 @@ const CRASH_LIMIT: Duration = Duration::from_secs(4);
 /// Of what only time tells: the limits below, the ranks' answers, and the ranks' ends.
 const HANG_LIMIT: Duration = Duration::from_secs(15);
 
-fn job() -> Builder {
+fn job(ranks_per_worker: u32) -> Builder {
     Job::builder()
-        .ranks(RANKS)
+        .ranks(2 * ranks_per_worker)
         .steps(STEPS)
         .checkpoint_every(10)
         .train("dropout: 0.1")
@@ -58,10 +57,10 @@ fn losses(job: &Job) -> BTreeMap<u64, u64> {
 }
 
 /// Runs a job with a fault in it; how long it took to know.
-fn strike(case: &Case, undisturbed: &BTreeMap<u64, u64>, template: &Job) -> Duration {
+fn strike(case: &Case, ranks: u32, undisturbed: &BTreeMap<u64, u64>, template: &Job) -> Duration {
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},attempt=1,phase=backward,do={}", case.fault);
-    let mut cluster = Cluster::start_with(job.dir(), &SLOTS, &[("TUNEFLEET_FAULT", &fault)], &[]);
+    let mut cluster = Cluster::start_with(job.dir(), &[ranks, ranks], &[("TUNEFLEET_FAULT", &fault)], &[]);
     cluster.launch(&job, &["--detach"]).wait().expect(0);
     cluster.wait_for("the steps before", |_| job.metrics().last_step() >= STRIKES_AT - 1, "test");
     let began = Instant::now();
@@ -90,8 +89,8 @@ fn strike(case: &Case, undisturbed: &BTreeMap<u64, u64>, template: &Job) -> Dura
     took
 }
 
-fn template() -> (Job, BTreeMap<u64, u64>) {
-    let template = job().build();
+fn template(ranks_per_worker: u32) -> (Job, BTreeMap<u64, u64>) {
+    let template = job(ranks_per_worker).build();
     template.run(&[]).expect(0);
     let undisturbed = losses(&template);
     assert_eq!(undisturbed.len() as u64, STEPS);
@@ -100,26 +99,26 @@ fn template() -> (Job, BTreeMap<u64, u64>) {
 
 #[test]
 fn whatever_ends_a_rank_is_named_and_the_job_goes_on_bit_for_bit() {
-    let (template, undisturbed) = template();
+    let (template, undisturbed) = template(RANKS);
     for case in CASES.iter().filter(|case| case.limit == CRASH_LIMIT) {
-        strike(case, &undisturbed, &template);
+        strike(case, RANKS, &undisturbed, &template);
     }
 }
 
 #[test]
 fn whatever_holds_a_rank_up_is_named_and_the_job_goes_on_bit_for_bit() {
-    let (template, undisturbed) = template();
+    let (template, undisturbed) = template(RANKS);
     for case in CASES.iter().filter(|case| case.limit == HANG_LIMIT) {
-        strike(case, &undisturbed, &template);
+        strike(case, RANKS, &undisturbed, &template);
     }
 }
 
 #[test]
 fn a_rank_that_is_only_slow_is_waited_for() {
-    let (template, undisturbed) = template();
+    let (template, undisturbed) = template(RANKS);
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},phase=update,do=slow");
-    let mut cluster = Cluster::start_with(job.dir(), &SLOTS, &[("TUNEFLEET_FAULT", &fault)], &[]);
+    let mut cluster = Cluster::start_with(job.dir(), &[RANKS, RANKS], &[("TUNEFLEET_FAULT", &fault)], &[]);
     cluster.launch(&job, &["--detach"]).wait().expect(0);
     cluster.wait_for_state("test", "completed");
     assert_eq!(cluster.status("test")["attempt"], 1);
@@ -130,15 +129,20 @@ fn a_rank_that_is_only_slow_is_waited_for() {
 mod long {
     use super::*;
 
+    /// Ranks of each of the two workers.
+    const MANY_RANKS: u32 = 2;
+    const STRIKES: u32 = 20;
+
     #[test]
     fn times_until_the_end_of_a_rank_is_known() {
         if std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty()) {
             println!("left out of a sample of the long tests: each case runs once in the others");
             return;
         }
-        let (template, undisturbed) = template();
+        let (template, undisturbed) = template(MANY_RANKS);
         for case in &CASES {
-            let mut times: Vec<Duration> = (0..20).map(|_| strike(case, &undisturbed, &template)).collect();
+            let struck = (0..STRIKES).map(|_| strike(case, MANY_RANKS, &undisturbed, &template));
+            let mut times: Vec<Duration> = struck.collect();
             times.sort();
             let (p50, p99) = (times[times.len() / 2], times[times.len() - 1]);
             println!("{}: p50 {p50:.2?}, longest of {} {p99:.2?}", case.fault, times.len());

@@ -2,7 +2,8 @@
 //!
 //! They are in one file, `access.json` in the state directory, which holds no secret: of a token only its SHA-256 (it
 //! has 256 random bits, so there is nothing to guess). The file is read again when it has changed, so that a token
-//! that is revoked ends at once, with every call and session that lives by it.
+//! that is revoked is refused at once, and what lasts (sessions of workers, logs and events that are followed) ends
+//! with the next message.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;

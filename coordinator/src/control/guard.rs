@@ -129,12 +129,20 @@ impl Guard {
         });
     }
 
-    /// Whether what a caller has shown is still good.
-    pub fn still_admits(&self, caller: &Caller) -> bool {
-        match &caller.proof {
+    /// Whether what a caller has shown is still good, for calls that last.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub fn admits_still(&self, caller: &Caller) -> Result<(), Status> {
+        let is_good = match &caller.proof {
             Proof::Near => !self.0.access.asks_for_tokens(),
             Proof::Token(sha256) => self.0.access.by_token(sha256).is_some(),
-            Proof::Certificate(certificate) => self.check(certificate).is_ok(),
+            Proof::Certificate(certificate) => return self.check(certificate),
+        };
+        if is_good {
+            Ok(())
+        } else {
+            Err(Status::unauthenticated("what this call has shown is no longer valid here"))
         }
     }
 

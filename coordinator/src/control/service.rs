@@ -238,6 +238,7 @@ impl Control for Service {
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let (who, guard) = (caller(&request)?, self.guard.clone());
         let WatchRequest { job, from_sequence, only_past } = request.into_inner();
         let events = self.plane.ask(|reply| Message::Events { job, reply }).await?;
         let (sender, receiver) = tokio::sync::mpsc::channel(WATCH_WINDOW);
@@ -256,6 +257,10 @@ impl Control for Service {
                         return;
                     }
                 };
+                if let Err(revoked) = guard.admits_still(&who) {
+                    let _ = sender.send(Err(revoked)).await;
+                    return;
+                }
                 for event in next {
                     sequence = event.sequence;
                     if sender.send(Ok(event)).await.is_err() {
@@ -306,6 +311,7 @@ impl Control for Service {
     type LogsStream = Events<rpc::LogLines>;
 
     async fn logs(&self, request: Request<rpc::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let (who, guard) = (caller(&request)?, self.guard.clone());
         let what = request.into_inner();
         let (follow, job, mut asked) = (what.follow, what.job.clone(), what.attempt);
         if asked == 0 {
@@ -331,7 +337,9 @@ impl Control for Service {
                     () = sender.closed() => return,
                 };
                 let Some(line) = line else { return };
-                if sender.send(line).await.is_err() {
+                let line = guard.admits_still(&who).and(line);
+                let is_over = line.is_err();
+                if sender.send(line).await.is_err() || is_over {
                     return;
                 }
             }
@@ -409,7 +417,7 @@ impl Service {
     ) {
         loop {
             match messages.message().await {
-                Ok(Some(message)) if self.guard.still_admits(&who) => {
+                Ok(Some(message)) if self.guard.admits_still(&who).is_ok() => {
                     let said = Message::Said { worker: worker.clone(), epoch, message };
                     if self.plane.tell(said).await.is_err() {
                         return;

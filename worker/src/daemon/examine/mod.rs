@@ -17,6 +17,8 @@ use tunefleet_proto::rpc::{Examine, Examined, Finding, worker_message};
 
 use super::ranks::Ranks;
 
+/// Measuring takes all of a machine for a moment.
+static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 /// How long others may take to probe this worker.
 const PROBED_FOR: Duration = Duration::from_secs(120);
 
@@ -65,7 +67,13 @@ pub(super) fn answer(ranks: &Arc<Ranks>, asked: Examine) {
             true => (probe::peers(&ranks.node.name, peers, &secret).await, String::new()),
             false => {
                 let (address, listens) = listen(ranks.node.address, secret).await;
-                let mut found = findings(Subject::of(&ranks)).await;
+                let mut found = match ONE_AT_A_TIME.try_lock() {
+                    Ok(_alone) => findings(Subject::of(&ranks)).await,
+                    Err(_) => {
+                        let detail = "somebody else has just asked, and is being answered".to_owned();
+                        vec![finding("machine", Verdict::Unknown, detail)]
+                    }
+                };
                 found.extend(listens);
                 (found, address)
             }
