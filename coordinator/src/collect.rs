@@ -16,9 +16,11 @@ use crate::dataset::writer::{Row, Writer, Written};
 use crate::dataset::{self, manifest};
 use crate::progress::Progress;
 use crate::repos;
+use crate::repos::duplicates::Duplicates;
 use crate::repos::fetch::{self, Head, Pinned, Source};
 use crate::repos::files::{self, File};
-use crate::repos::filter::{Drops, FileFilter};
+use crate::repos::filter::{Counts, FileFilter};
+use crate::repos::secrets::Secrets;
 
 /// The command line.
 mod verb;
@@ -26,7 +28,7 @@ mod verb;
 pub use verb::{Args, run};
 
 /// Rises when the same commits and settings would give another dataset.
-const COLLECT_VERSION: u32 = 1;
+const COLLECT_VERSION: u32 = 2;
 /// Windows of files between the threads that read and the one that writes.
 const WINDOWS_IN_FLIGHT: usize = 2;
 
@@ -75,15 +77,16 @@ pub fn collect(
     })?;
 
     let mut split = Split::new(spec.validation_fraction, spec.split_seed);
-    let (written, repositories, dropped) = loop {
-        let (written, repositories, dropped) = write_segments(spec, &pinned, split, staging.dir(), progress)?;
+    let (written, repositories, counts) = loop {
+        let (written, repositories, counts) = write_segments(spec, &pinned, split, staging.dir(), progress)?;
         match written.mended {
             // Only where there are a handful of files: reading them twice costs nothing.
             Some(mended) => split = mended,
-            None => break (written, repositories, dropped),
+            None => break (written, repositories, counts),
         }
         staging.clear()?;
     };
+    let (dropped, found) = counts.into_manifest();
     let manifest = Manifest {
         version: MANIFEST_VERSION,
         written_by: written_by(),
@@ -92,6 +95,7 @@ pub fn collect(
         train: written.train,
         validation: written.validation,
         dropped,
+        found,
     };
     manifest::write(staging.dir(), &manifest)?;
     staging.publish()?;
@@ -193,7 +197,7 @@ fn each_source<T: Send>(
     }
 }
 
-type Collected = (Written, Vec<Repository>, BTreeMap<String, u64>);
+type Collected = (Written, Vec<Repository>, Counts);
 
 /// Files of one repository on their way to the writer.
 struct Batch<'a> {
@@ -210,10 +214,12 @@ fn write_segments(
     dir: &Path,
     progress: &dyn Progress,
 ) -> Result<Collected, Error> {
-    let filter = FileFilter::new(&spec.filters, spec.notebooks);
+    let secrets = Secrets::new(spec.secrets, !spec.keep_email_addresses);
+    let filter = FileFilter::new(&spec.filters, spec.notebooks, secrets);
     let commits: Vec<_> = pinned.iter().map(Pinned::commit_hex).collect();
     let mut repositories = Vec::with_capacity(pinned.len());
-    let mut drops = Drops::default();
+    let mut counts = Counts::default();
+    let mut duplicates = Duplicates::new(spec.duplicates, spec.near_duplicate_similarity);
     let writer = Writer::new(dir, spec.format, split);
     let written = thread::scope(|scope| {
         let (sender, receiver) = sync_channel(WINDOWS_IN_FLIGHT);
@@ -222,7 +228,7 @@ fn write_segments(
             for (pinned, commit) in pinned.iter().zip(&commits) {
                 let task = progress.task(&pinned.repo_id);
                 let (mut files, mut bytes) = (0, 0);
-                files::read(pinned, &filter, &mut drops, |window| {
+                files::read(pinned, &filter, &mut duplicates, &mut counts, |window| {
                     files += window.len() as u64;
                     bytes += window.iter().map(|file| file.content.len() as u64).sum::<u64>();
                     task.position(files);
@@ -245,7 +251,7 @@ fn write_segments(
         read?;
         Ok::<_, Error>(written?)
     })?;
-    Ok((written, repositories, drops.into_counts()))
+    Ok((written, repositories, counts))
 }
 
 fn write_batches(mut writer: Writer, batches: Receiver<Batch<'_>>) -> Result<Written, dataset::Error> {
@@ -267,7 +273,9 @@ fn write_batches(mut writer: Writer, batches: Receiver<Batch<'_>>) -> Result<Wri
 mod tests {
     use std::path::PathBuf;
 
-    use tunefleet_proto::job::{NotebookMode, SegmentFormat, SourceSpec, default_filters};
+    use tunefleet_proto::job::{
+        DuplicateMode, NotebookMode, SecretMode, SegmentFormat, SourceSpec, default_filters,
+    };
 
     use super::*;
     use crate::progress::Task;
@@ -326,6 +334,10 @@ mod tests {
                 validation_fraction: 0.1,
                 split_seed: 0,
                 parallel_fetches: 2,
+                secrets: SecretMode::Redact,
+                keep_email_addresses: false,
+                duplicates: DuplicateMode::Keep,
+                near_duplicate_similarity: 0.7,
             };
             let vanishing = Vanishing { repository: path("vanishes"), nth, seen: AtomicUsize::new(0) };
             let (cache, out) = (path("cache"), path("out"));

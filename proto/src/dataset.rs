@@ -32,6 +32,9 @@ pub struct Manifest {
     pub validation: Vec<Segment>,
     /// Files dropped, by reason.
     pub dropped: BTreeMap<String, u64>,
+    /// Keys, passwords and addresses of people that were found, by kind.
+    #[serde(default)]
+    pub found: BTreeMap<String, u64>,
 }
 
 /// One repository, pinned.

@@ -36,7 +36,9 @@ impl Job {
     /// Begins a job of 2 ranks.
     pub fn builder() -> Builder {
         Builder {
-            dataset: "collect: { sources: [repos/first, repos/second], validation_fraction: 0.1 }".to_owned(),
+            // The files of a dialect say nearly the same.
+            dataset: "collect: { sources: [repos/first, repos/second], validation_fraction: 0.1, duplicates: keep }"
+                .to_owned(),
             tokenizer: "tokenizer: { train: { vocab_size: 400 } }".to_owned(),
             model: "model: { init: { preset: tiny, seed: 1 } }".to_owned(),
             ranks: 2,

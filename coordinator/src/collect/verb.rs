@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use tunefleet_proto::dataset::Manifest;
 use tunefleet_proto::job::{
-    CollectSpec, DatasetSpec, NotebookMode, SegmentFormat, SourceSpec, default_filters,
+    CollectSpec, DatasetSpec, DuplicateMode, NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode,
+    SegmentFormat, SourceSpec, default_filters,
 };
 
 use super::Error;
@@ -34,6 +35,9 @@ pub struct Args {
     /// Share of files held out for evaluation.
     #[arg(long, value_name = "FRACTION", default_value_t = 0.005, conflicts_with = "config", value_parser = fraction)]
     validation_fraction: f64,
+    /// What becomes of files that are alike, across repositories.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t, conflicts_with = "config")]
+    duplicates: DuplicateMode,
     /// Writes Parquet instead of Arrow.
     #[arg(long, conflicts_with = "config")]
     parquet: bool,
@@ -88,6 +92,10 @@ fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
         sources: args.sources.iter().map(|source| source_spec(source)).collect(),
         filters: default_filters(),
         notebooks: NotebookMode::CodeCells,
+        secrets: SecretMode::default(),
+        keep_email_addresses: false,
+        duplicates: args.duplicates,
+        near_duplicate_similarity: NEAR_DUPLICATE_SIMILARITY,
         format: if args.parquet { SegmentFormat::Parquet } else { SegmentFormat::Arrow },
         validation_fraction: args.validation_fraction,
         split_seed: 0,

@@ -36,6 +36,7 @@ pub(super) fn spec_of(dir: &Path, ranks: u32, steps: u64) -> JobSpec {
         train: Vec::new(),
         validation: Vec::new(),
         dropped: Default::default(),
+        found: Default::default(),
     };
     std::fs::write(dir.join(dataset::MANIFEST_FILE), serde_json::to_string(&manifest).unwrap()).unwrap();
     std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();

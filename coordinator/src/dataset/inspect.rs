@@ -60,6 +60,8 @@ struct Report {
     extensions: BTreeMap<String, Part>,
     /// By reason.
     dropped: BTreeMap<String, u64>,
+    /// Keys, passwords and addresses, by kind.
+    found: BTreeMap<String, u64>,
 }
 
 #[derive(Debug, Default, Serialize)]
@@ -92,8 +94,8 @@ fn inspect(dir: &Path) -> Result<(Manifest, Report), Error> {
         Ok(part)
     };
     let (train, validation) = (read(&manifest.train)?, read(&manifest.validation)?);
-    let dropped = manifest.dropped.clone();
-    let report = Report { digest: manifest.digest(), train, validation, extensions, dropped };
+    let (dropped, found) = (manifest.dropped.clone(), manifest.found.clone());
+    let report = Report { digest: manifest.digest(), train, validation, extensions, dropped, found };
     Ok((manifest, report))
 }
 
@@ -122,15 +124,14 @@ pub fn summary(manifest: &Manifest) -> String {
         let (files, bytes) = (repository.files, size(repository.bytes));
         let _ = writeln!(out, "{:<width$} {commit:<12} {files:>7} {bytes:>11}", repository.repo_id);
     }
-    let dropped: Vec<_> =
-        manifest.dropped.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    let counts = |of: &BTreeMap<String, u64>| match of.is_empty() {
+        true => "none".to_owned(),
+        false => of.iter().map(|(what, count)| format!("{what} {count}")).collect::<Vec<_>>().join(", "),
+    };
     let _ = writeln!(out, "train        {}", split_line(&manifest.train));
     let _ = writeln!(out, "validation   {}", split_line(&manifest.validation));
-    let _ = writeln!(
-        out,
-        "dropped      {}",
-        if dropped.is_empty() { "none".to_owned() } else { dropped.join(", ") }
-    );
+    let _ = writeln!(out, "dropped      {}", counts(&manifest.dropped));
+    let _ = writeln!(out, "secrets      {}", counts(&manifest.found));
     let _ = writeln!(out, "digest       {}", manifest.digest());
     out
 }

@@ -6,8 +6,10 @@ use git2::{ObjectType, Oid, Repository};
 use rayon::prelude::*;
 
 use super::Error;
+use super::duplicates::{Duplicates, Sketch, Sketcher};
 use super::fetch::Pinned;
-use super::filter::{DropReason, Drops, FileFilter};
+use super::filter::{Counts, DropReason, FileFilter};
+use super::secrets::Found;
 use super::tree::Walk;
 
 /// Files are read in windows of at most this many files and, but for a single larger file, bytes: enough to
@@ -36,7 +38,8 @@ struct Candidate {
 pub fn read(
     pinned: &Pinned,
     filter: &FileFilter,
-    drops: &mut Drops,
+    duplicates: &mut Duplicates,
+    counts: &mut Counts,
     mut take: impl FnMut(Vec<File>) -> bool,
 ) -> Result<(), Error> {
     let Some(commit) = pinned.commit else { return Ok(()) };
@@ -52,7 +55,9 @@ pub fn read(
         let entry = walk.next().transpose()?;
         let full = window.len() == WINDOW_FILES || window_bytes >= WINDOW_BYTES;
         if (entry.is_none() || full) && !window.is_empty() {
-            let files = read_window(std::mem::take(&mut window), pinned, filter, &handles, drops)?;
+            let read =
+                read_window(std::mem::take(&mut window), pinned, filter, duplicates.sketcher(), &handles)?;
+            let files = first_ones(read, duplicates, counts);
             window_bytes = 0;
             if !take(files) {
                 return Ok(());
@@ -62,7 +67,7 @@ pub fn read(
         let path = match filter.path(entry.path, entry.kind) {
             Ok(path) => path,
             Err(reason) => {
-                drops.add(reason);
+                counts.drop_file(reason);
                 continue;
             }
         };
@@ -70,49 +75,67 @@ pub fn read(
         let (size, _) =
             odb.read_header(entry.oid).map_err(|e| pinned.unreadable(path.as_bytes(), entry.oid, &e))?;
         match filter.size(&path, size) {
+            Ok(()) if !duplicates.is_new_blob(entry.oid) => counts.drop_file(DropReason::Duplicate),
             Ok(()) => {
                 window_bytes += size;
                 window.push(Candidate { path, oid: entry.oid, size });
             }
-            Err(reason) => drops.add(reason),
+            Err(reason) => counts.drop_file(reason),
         }
     }
 }
+
+/// A file that passed the filters, and what is remembered of it; or why it did not pass. And what was found in it.
+type Read = (Result<(File, Option<Sketch>), DropReason>, Found);
 
 fn read_window<F>(
     window: Vec<Candidate>,
     pinned: &Pinned,
     filter: &FileFilter,
+    sketcher: Option<Sketcher>,
     handles: &Handles<F>,
-    drops: &mut Drops,
-) -> Result<Vec<File>, Error>
+) -> Result<Vec<Read>, Error>
 where
     F: Fn() -> Result<Repository, Error> + Sync,
 {
-    let outcomes: Vec<Result<Result<File, DropReason>, Error>> = window
+    window
         .into_par_iter()
         .map(|candidate| {
             let Candidate { path, oid, size } = candidate;
+            let mut found = Found::new();
             let content = handles.with(|repo| {
                 let unreadable = |e: &git2::Error| pinned.unreadable(path.as_bytes(), oid, e);
                 let odb = repo.odb().map_err(|e| unreadable(&e))?;
                 let blob = odb.read(oid).map_err(|e| unreadable(&e))?;
                 match blob.kind() {
-                    ObjectType::Blob => Ok(filter.content(&path, blob.data())),
+                    ObjectType::Blob => Ok(filter.content(&path, blob.data(), &mut found)),
                     _ => Err(unreadable(&git2::Error::from_str("it is listed as a file but is no blob"))),
                 }
             })?;
-            Ok(content.map(|content| File { path, content, size_bytes: size as u64 }))
+            let file = content.map(|content| {
+                let sketch = sketcher.and_then(|sketcher| sketcher.sketch(&content));
+                (File { path, content, size_bytes: size as u64 }, sketch)
+            });
+            Ok((file, found))
         })
-        .collect();
-    let mut files = Vec::with_capacity(outcomes.len());
-    for outcome in outcomes {
-        match outcome? {
-            Ok(file) => files.push(file),
-            Err(reason) => drops.add(reason),
+        .collect()
+}
+
+/// The files of which none before says nearly the same, in their order.
+fn first_ones(read: Vec<Read>, duplicates: &mut Duplicates, counts: &mut Counts) -> Vec<File> {
+    let mut files = Vec::with_capacity(read.len());
+    for (outcome, found) in read {
+        match outcome {
+            Ok((file, sketch)) if duplicates.is_new_text(sketch.as_ref()) => files.push(file),
+            Ok(_) => {
+                counts.drop_file(DropReason::NearDuplicate);
+                continue;
+            }
+            Err(reason) => counts.drop_file(reason),
         }
+        counts.find(&found);
     }
-    Ok(files)
+    files
 }
 
 /// Open handles of one repository. A handle serves one thread at a time, because libgit2 inflates objects

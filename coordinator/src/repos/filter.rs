@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashSet};
 use tunefleet_proto::job::{FilterSpec, NotebookMode};
 
 use super::notebook;
+use super::secrets::{Found, Secrets};
+use super::text::{self, TextRules};
 use super::tree::Kind;
 
 /// A NUL in this many first bytes makes a file binary, as in git.
@@ -44,6 +46,22 @@ pub enum DropReason {
     NotebookSkipped,
     /// A notebook that is not one.
     NotebookInvalid,
+    /// A list of locked versions.
+    LockFile,
+    /// It says that a program has written it.
+    Generated,
+    /// A line is longer than `max_line_chars`.
+    LongLine,
+    /// Lines are longer than `max_mean_line_chars` on average.
+    LongLines,
+    /// Fewer letters and digits than `min_alphanumeric_fraction`.
+    NotAlphanumeric,
+    /// A key or password is in it.
+    Secret,
+    /// An earlier file has the same content.
+    Duplicate,
+    /// A file that was kept says nearly the same.
+    NearDuplicate,
 }
 
 impl DropReason {
@@ -64,23 +82,43 @@ impl DropReason {
             Self::InvalidUtf8 => "invalid_utf8",
             Self::NotebookSkipped => "notebook_skipped",
             Self::NotebookInvalid => "notebook_invalid",
+            Self::LockFile => "lock_file",
+            Self::Generated => "generated",
+            Self::LongLine => "long_line",
+            Self::LongLines => "long_lines",
+            Self::NotAlphanumeric => "not_alphanumeric",
+            Self::Secret => "secret",
+            Self::Duplicate => "duplicate",
+            Self::NearDuplicate => "near_duplicate",
         }
     }
 }
 
-/// Files dropped, by reason.
+/// What was not taken as it is.
 #[derive(Debug, Default)]
-pub struct Drops(BTreeMap<DropReason, u64>);
+pub struct Counts {
+    dropped: BTreeMap<DropReason, u64>,
+    found: Found,
+}
 
-impl Drops {
-    /// Counts one file.
-    pub fn add(&mut self, reason: DropReason) {
-        *self.0.entry(reason).or_default() += 1;
+impl Counts {
+    /// Counts a file that is dropped.
+    pub fn drop_file(&mut self, reason: DropReason) {
+        *self.dropped.entry(reason).or_default() += 1;
     }
 
-    /// As the manifest has it.
-    pub fn into_counts(self) -> BTreeMap<String, u64> {
-        self.0.into_iter().map(|(reason, count)| (reason.as_str().to_owned(), count)).collect()
+    /// Counts what was found in a file.
+    pub fn find(&mut self, found: &Found) {
+        for (kind, count) in found {
+            *self.found.entry(kind).or_default() += count;
+        }
+    }
+
+    /// Files dropped by reason, and what was found by kind, as the manifest has them.
+    pub fn into_manifest(self) -> (BTreeMap<String, u64>, BTreeMap<String, u64>) {
+        let dropped = self.dropped.into_iter().map(|(reason, count)| (reason.as_str().to_owned(), count));
+        let found = self.found.into_iter().map(|(kind, count)| (kind.to_owned(), count));
+        (dropped.collect(), found.collect())
     }
 }
 
@@ -90,16 +128,22 @@ pub struct FileFilter {
     path_parts: HashSet<String>,
     max_file_bytes: u64,
     notebooks: NotebookMode,
+    text: TextRules,
+    keep_lock_files: bool,
+    secrets: Secrets,
 }
 
 impl FileFilter {
-    /// The filters that `spec` asks for.
-    pub fn new(spec: &FilterSpec, notebooks: NotebookMode) -> Self {
+    /// The filters that a job asks for.
+    pub fn new(spec: &FilterSpec, notebooks: NotebookMode, secrets: Secrets) -> Self {
         Self {
             extensions: spec.exclude_extensions.iter().map(|ext| ext.to_lowercase()).collect(),
             path_parts: spec.exclude_path_parts.iter().cloned().collect(),
             max_file_bytes: spec.max_file_bytes,
             notebooks,
+            text: TextRules::new(spec),
+            keep_lock_files: spec.keep_lock_files,
+            secrets,
         }
     }
 
@@ -124,6 +168,9 @@ impl FileFilter {
         if excluded {
             return Err(DropReason::PathPart);
         }
+        if !self.keep_lock_files && text::is_lock_file(name) {
+            return Err(DropReason::LockFile);
+        }
         match extension(name) {
             Some(ext) if self.extensions.contains(&ext) => Err(DropReason::Extension),
             Some(ext) if ext == "ipynb" && self.notebooks == NotebookMode::Skip => {
@@ -147,8 +194,8 @@ impl FileFilter {
         }
     }
 
-    /// The text of a file that passed [`Self::path`] and [`Self::size`].
-    pub fn content(&self, path: &str, blob: &[u8]) -> Result<String, DropReason> {
+    /// The text of a file that passed [`Self::path`] and [`Self::size`]; what was found in it is added to `found`.
+    pub fn content(&self, path: &str, blob: &[u8], found: &mut Found) -> Result<String, DropReason> {
         if blob.len() <= LFS_MAX_BYTES && blob.starts_with(LFS_HEADER) {
             return Err(DropReason::LfsPointer);
         }
@@ -166,7 +213,8 @@ impl FileFilter {
         if text.trim_start().is_empty() {
             return Err(DropReason::Empty);
         }
-        Ok(text)
+        self.text.judge(path, &text)?;
+        self.secrets.clean(text, found)
     }
 }
 
@@ -181,6 +229,8 @@ fn is_notebook(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tunefleet_proto::job::{SecretMode, default_filters};
+
     use super::*;
 
     fn filter() -> FileFilter {
@@ -188,8 +238,9 @@ mod tests {
             exclude_extensions: ["png", "key", "len", "npy"].map(str::to_owned).to_vec(),
             exclude_path_parts: [".git", "__pycache__"].map(str::to_owned).to_vec(),
             max_file_bytes: 100,
+            ..default_filters()
         };
-        FileFilter::new(&spec, NotebookMode::CodeCells)
+        FileFilter::new(&spec, NotebookMode::CodeCells, Secrets::new(SecretMode::Redact, true))
     }
 
     #[test]
@@ -206,6 +257,9 @@ mod tests {
             ("a/logo.png", Some(Extension)),
             ("a/LOGO.PNG", Some(Extension)),
             ("a/x.tar.npy", Some(Extension)),
+            ("web/package-lock.json", Some(LockFile)),
+            ("Cargo.lock", Some(LockFile)),
+            ("src/lock.rs", None),
             ("png/readme.md", None),
             ("png", None),
             ("a/__pycache__/x.py", Some(PathPart)),
@@ -240,7 +294,12 @@ mod tests {
             (&[b'x'; 101], Some(TooLarge)),
             (&late_nul, Some(TooLarge)),
         ] {
-            assert_eq!(filter().content("a.py", blob).err(), expected, "{:?}", blob.get(..8));
+            assert_eq!(
+                filter().content("a.py", blob, &mut Found::new()).err(),
+                expected,
+                "{:?}",
+                blob.get(..8)
+            );
         }
         assert_eq!(filter().size("a.py", 0), Err(Empty));
         assert_eq!(filter().size("a.py", 101), Err(TooLarge));
@@ -250,8 +309,8 @@ mod tests {
 
     #[test]
     fn notebooks_can_be_left_out() {
-        let spec = FilterSpec { exclude_extensions: vec![], exclude_path_parts: vec![], max_file_bytes: 100 };
-        let filter = FileFilter::new(&spec, NotebookMode::Skip);
+        let filter =
+            FileFilter::new(&default_filters(), NotebookMode::Skip, Secrets::new(SecretMode::Off, false));
         assert_eq!(filter.path(b"a.ipynb".to_vec(), Kind::File), Err(DropReason::NotebookSkipped));
     }
 }

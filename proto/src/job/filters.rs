@@ -40,12 +40,30 @@ const EXCLUDE_PATH_PARTS: [&str; 2] = [".git", "__pycache__"];
 /// Larger text files are mostly generated: they would teach their generator's habits.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
+/// StarCoder's thresholds (BigCode's preprocessing), which the later Personal Copilot scripts have as well: data in the
+/// form of code, minified code and encoded bytes are beyond them.
+const MAX_LINE_CHARS: u64 = 1000;
+const MAX_MEAN_LINE_CHARS: f64 = 100.0;
+const MIN_ALPHANUMERIC_FRACTION: f64 = 0.25;
+
 /// The filters of a job file that names none.
 pub fn default_filters() -> FilterSpec {
     FilterSpec {
         exclude_extensions: EXCLUDE_EXTENSIONS.iter().copied().flatten().map(|&s| s.to_owned()).collect(),
         exclude_path_parts: EXCLUDE_PATH_PARTS.iter().map(|&s| s.to_owned()).collect(),
         max_file_bytes: MAX_FILE_BYTES,
+        max_line_chars: MAX_LINE_CHARS,
+        max_mean_line_chars: MAX_MEAN_LINE_CHARS,
+        min_alphanumeric_fraction: MIN_ALPHANUMERIC_FRACTION,
+        keep_generated: false,
+        keep_lock_files: false,
+    }
+}
+
+/// For settings that an earlier version has kept, which had fewer of them.
+impl Default for FilterSpec {
+    fn default() -> Self {
+        default_filters()
     }
 }
 

@@ -36,6 +36,7 @@ impl Workshop {
             train: write("train", train),
             validation: write("validation", validation),
             dropped: Default::default(),
+            found: Default::default(),
         };
         workshop.write_manifest(&manifest);
         train_tokenizer::train(train.iter().cloned(), 320, &workshop.tokenizer()).unwrap();

@@ -9,7 +9,9 @@ mod words;
 
 use super::diagnostic::Sink;
 use super::read::{At, Field, FromNode, ManualEntry, entries, join, read, section};
-use super::spec::{FimLevel, MergeBase, NotebookMode, Packing, Precision, SegmentFormat};
+use super::spec::{
+    DuplicateMode, FimLevel, MergeBase, NotebookMode, Packing, Precision, SecretMode, SegmentFormat,
+};
 use super::tree::{Node, Value};
 use crate::adapter::Targets;
 use crate::base_plan::QuantKind;
@@ -101,6 +103,31 @@ section! {
         /// Files of more bytes than this are left out: they are mostly generated.
         /// Default: 1048576.
         max_file_bytes: u64,
+        /// Files with a line of more characters than this are left out: they hold data, or minified code;
+        /// 1 to 1073741824. Default: 1000.
+        max_line_chars: u64,
+        /// Files whose lines have more characters than this on average are left out, 1 to 1073741824.
+        /// Default: 100.
+        max_mean_line_chars: f64,
+        /// Files with a smaller share of letters and digits than this are left out, 0 to 1.
+        /// Default: 0.25.
+        min_alphanumeric_fraction: f64,
+        /// Keep files that say in their first lines that a program has written them, and those named
+        /// `*.min.js` or `*.min.css`. Default: false.
+        keep_generated: bool,
+        /// Keep lists of locked versions, such as `Cargo.lock` and `package-lock.json`. Default: false.
+        keep_lock_files: bool,
+        /// Keys and passwords: `redact` replaces them, `drop` leaves their files out, `report` counts them,
+        /// `off` does not look. Default: `redact`.
+        secrets: SecretMode,
+        /// Keep e-mail addresses, which otherwise are replaced when keys are. Default: false.
+        keep_email_addresses: bool,
+        /// `drop_near` keeps the first of files that say nearly the same, across repositories; `drop_exact` of
+        /// those with the same content; `keep` keeps all. Default: `drop_near`.
+        duplicates: DuplicateMode,
+        /// Files with this share of their 5-grams of words in common say nearly the same, 0.1 to 1.
+        /// Default: 0.7.
+        near_duplicate_similarity: f64,
         /// `code_cells` keeps the code cells of notebooks, joined by a blank line; `skip` leaves
         /// notebooks out. Default: `code_cells`.
         notebooks: NotebookMode,

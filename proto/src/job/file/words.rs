@@ -3,8 +3,8 @@
 use super::super::diagnostic::{Sink, shown};
 use super::super::read::{At, FromNode, one_of, words};
 use super::super::spec::{
-    DeviceKind, FimLevel, MergeBase, NotebookMode, Offload, Optimizer, Packing, Precision, Recompute,
-    Schedule, SegmentFormat, Strategy,
+    DeviceKind, DuplicateMode, FimLevel, MergeBase, NotebookMode, Offload, Optimizer, Packing, Precision,
+    Recompute, Schedule, SecretMode, SegmentFormat, Strategy,
 };
 use super::super::tree::{Node, Value};
 use crate::adapter::Targets;
@@ -35,6 +35,12 @@ words! { Packing, "continuous or seed_compatible" {
     "continuous" => Continuous, "seed_compatible" => SeedCompatible,
 } }
 words! { NotebookMode, "code_cells or skip" { "code_cells" => CodeCells, "skip" => Skip, } }
+words! { DuplicateMode, "drop_near, drop_exact or keep" {
+    "drop_near" => DropNear, "drop_exact" => DropExact, "keep" => Keep,
+} }
+words! { SecretMode, "redact, drop, report or off" {
+    "redact" => Redact, "drop" => Drop, "report" => Report, "off" => Off,
+} }
 words! { SegmentFormat, "arrow or parquet" { "arrow" => Arrow, "parquet" => Parquet, } }
 
 /// A name out of [`PRESETS`].

@@ -6,7 +6,10 @@ use crate::job::file::{CollectFile, JobFile, SourceFile};
 use crate::job::filters::default_filters;
 use crate::job::location;
 use crate::job::read::{At, Field};
-use crate::job::spec::{CollectSpec, DatasetSpec, FilterSpec, NotebookMode, SegmentFormat, SourceSpec};
+use crate::job::spec::{
+    CollectSpec, DatasetSpec, DuplicateMode, FilterSpec, NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode,
+    SegmentFormat, SourceSpec,
+};
 
 const MAX_SOURCES: usize = 10_000;
 
@@ -40,8 +43,37 @@ impl Resolver<'_> {
                     1..=1 << 30,
                     filters.max_file_bytes,
                 ),
+                max_line_chars: self.within(
+                    "collect.max_line_chars",
+                    &collect.max_line_chars,
+                    1..=1 << 30,
+                    filters.max_line_chars,
+                ),
+                max_mean_line_chars: self.within(
+                    "collect.max_mean_line_chars",
+                    &collect.max_mean_line_chars,
+                    1.0..=f64::from(1 << 30),
+                    filters.max_mean_line_chars,
+                ),
+                min_alphanumeric_fraction: self.within(
+                    "collect.min_alphanumeric_fraction",
+                    &collect.min_alphanumeric_fraction,
+                    0.0..=1.0,
+                    filters.min_alphanumeric_fraction,
+                ),
+                keep_generated: collect.keep_generated.or(filters.keep_generated),
+                keep_lock_files: collect.keep_lock_files.or(filters.keep_lock_files),
             },
             notebooks: collect.notebooks.or(NotebookMode::CodeCells),
+            secrets: collect.secrets.or(SecretMode::Redact),
+            keep_email_addresses: collect.keep_email_addresses.or(false),
+            duplicates: collect.duplicates.or(DuplicateMode::DropNear),
+            near_duplicate_similarity: self.within(
+                "collect.near_duplicate_similarity",
+                &collect.near_duplicate_similarity,
+                0.1..=1.0,
+                NEAR_DUPLICATE_SIMILARITY,
+            ),
             format: collect.format.or(SegmentFormat::Arrow),
             validation_fraction: self.within(
                 "collect.validation_fraction",

@@ -108,6 +108,18 @@ pub struct CollectSpec {
     pub filters: FilterSpec,
     /// What becomes of notebooks.
     pub notebooks: NotebookMode,
+    /// What becomes of keys and passwords.
+    #[serde(default)]
+    pub secrets: SecretMode,
+    /// Whether addresses of people stay.
+    #[serde(default)]
+    pub keep_email_addresses: bool,
+    /// What becomes of files that are alike.
+    #[serde(default)]
+    pub duplicates: DuplicateMode,
+    /// Jaccard similarity of their 5-grams of words from which on files are alike.
+    #[serde(default = "near_duplicate_similarity")]
+    pub near_duplicate_similarity: f64,
     /// Segment format.
     pub format: SegmentFormat,
     /// Share of files held out for evaluation, 0 to 0.5; at least one file when above 0.
@@ -116,6 +128,42 @@ pub struct CollectSpec {
     pub split_seed: u64,
     /// Repositories fetched at once.
     pub parallel_fetches: u32,
+}
+
+/// What becomes of keys and passwords.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SecretMode {
+    /// They are replaced.
+    #[default]
+    Redact,
+    /// The file is left out.
+    Drop,
+    /// They are counted, and stay.
+    Report,
+    /// They are not looked for.
+    Off,
+}
+
+/// Default of [`CollectSpec::near_duplicate_similarity`], that of BigCode's deduplication.
+pub const NEAR_DUPLICATE_SIMILARITY: f64 = 0.7;
+
+fn near_duplicate_similarity() -> f64 {
+    NEAR_DUPLICATE_SIMILARITY
+}
+
+/// What becomes of files that are alike, across repositories.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum DuplicateMode {
+    /// The first of those that say nearly the same is kept.
+    #[default]
+    DropNear,
+    /// The first of those with the same content is kept.
+    DropExact,
+    /// All are kept.
+    Keep,
 }
 
 /// One repository.
@@ -128,7 +176,8 @@ pub struct SourceSpec {
 }
 
 /// Which files are kept; see `docs/collect.md` for the defaults and their reasons.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct FilterSpec {
     /// Extensions that drop a file: no dot, lower case; compared with the text after the last dot.
     pub exclude_extensions: Vec<String>,
@@ -136,6 +185,16 @@ pub struct FilterSpec {
     pub exclude_path_parts: Vec<String>,
     /// Files above this size are dropped.
     pub max_file_bytes: u64,
+    /// Files with a line of more characters are dropped.
+    pub max_line_chars: u64,
+    /// Files whose lines have more characters on average are dropped.
+    pub max_mean_line_chars: f64,
+    /// Files with a smaller share of letters and digits are dropped.
+    pub min_alphanumeric_fraction: f64,
+    /// Files that a program has written are kept.
+    pub keep_generated: bool,
+    /// Lists of locked versions are kept.
+    pub keep_lock_files: bool,
 }
 
 /// What becomes of `.ipynb` files.
