@@ -258,6 +258,19 @@ impl Process {
         self.signal(Signal::SIGKILL);
     }
 
+    /// Sends it a signal until it is gone: a first SIGSEGV may only take away the handler that looks for stack
+    /// overflows.
+    pub fn end_by(&self, signal: Signal) {
+        let is_there = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+        };
+        while is_there() {
+            self.signal(signal);
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         // It may have ended meanwhile.

@@ -100,7 +100,7 @@ fn template(ranks_per_worker: u32) -> (Job, BTreeMap<u64, u64>) {
 #[test]
 fn whatever_ends_a_rank_is_named_and_the_job_goes_on_bit_for_bit() {
     let (template, undisturbed) = template(RANKS);
-    for case in CASES.iter().filter(|case| case.limit == CRASH_LIMIT) {
+    for case in CASES.iter().filter(|case| ["kill", "segv", "panic", "term"].contains(&case.fault)) {
         strike(case, RANKS, &undisturbed, &template);
     }
 }
@@ -108,7 +108,7 @@ fn whatever_ends_a_rank_is_named_and_the_job_goes_on_bit_for_bit() {
 #[test]
 fn whatever_holds_a_rank_up_is_named_and_the_job_goes_on_bit_for_bit() {
     let (template, undisturbed) = template(RANKS);
-    for case in CASES.iter().filter(|case| case.limit == HANG_LIMIT) {
+    for case in CASES.iter().filter(|case| ["stop", "loop"].contains(&case.fault)) {
         strike(case, RANKS, &undisturbed, &template);
     }
 }
@@ -131,12 +131,12 @@ mod long {
 
     /// Ranks of each of the two workers.
     const MANY_RANKS: u32 = 2;
-    const STRIKES: u32 = 20;
+    const STRIKES: u32 = 6;
 
     #[test]
     fn times_until_the_end_of_a_rank_is_known() {
         if std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty()) {
-            println!("left out of a sample of the long tests: each case runs once in the others");
+            println!("left out of a sample of the long tests: most cases run once in the others");
             return;
         }
         let (template, undisturbed) = template(MANY_RANKS);

@@ -109,7 +109,7 @@ fn the_exit_of_a_rank_that_ended_while_no_daemon_ran_is_known() {
     until_step(&mut cluster, &job, 5);
     cluster.kill_daemon(1);
     let ranks = cluster.ranks_of(1);
-    ranks.iter().for_each(|rank| rank.signal(Signal::SIGSEGV));
+    ranks.iter().for_each(|rank| rank.end_by(Signal::SIGSEGV));
     // The other rank notices that its peer is gone, and its exit alone does not tell why.
     cluster.wait_for("the other rank has ended", |status| status["state"] != "running", "test");
     cluster.restart_daemon(1);
