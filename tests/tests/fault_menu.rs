@@ -100,6 +100,7 @@ fn template(ranks_per_worker: u32) -> (Job, BTreeMap<u64, u64>) {
 #[test]
 fn whatever_ends_a_rank_is_named_and_the_job_goes_on_bit_for_bit() {
     let (template, undisturbed) = template(RANKS);
+    // Each kind of end once; the long test has them all.
     for case in CASES.iter().filter(|case| ["kill", "segv", "panic", "term"].contains(&case.fault)) {
         strike(case, RANKS, &undisturbed, &template);
     }

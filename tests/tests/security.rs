@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
-use rand::RngExt as _;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use serde_json::Value;
 use tonic::transport::{Channel, Endpoint};
@@ -324,7 +325,9 @@ fn a_coordinator_survives_any_message() {
     let job = Job::builder().build();
     let secured = Secured::plain(job.dir());
     let token = secured.token("admin");
-    let mut random = rand::rng();
+    let seed = rand::random::<u64>();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let channel = secured.channel().await;

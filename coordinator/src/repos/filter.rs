@@ -171,6 +171,8 @@ impl FileFilter {
         if !self.keep_lock_files && text::is_lock_file(name) {
             return Err(DropReason::LockFile);
         }
+        // By name, before any content: a copy under another name is a file of its own.
+        self.text.judge_name(name)?;
         match extension(name) {
             Some(ext) if self.extensions.contains(&ext) => Err(DropReason::Extension),
             Some(ext) if ext == "ipynb" && self.notebooks == NotebookMode::Skip => {
@@ -213,7 +215,7 @@ impl FileFilter {
         if text.trim_start().is_empty() {
             return Err(DropReason::Empty);
         }
-        self.text.judge(path, &text)?;
+        self.text.judge(&text)?;
         self.secrets.clean(text, found)
     }
 }
@@ -260,6 +262,7 @@ mod tests {
             ("web/package-lock.json", Some(LockFile)),
             ("Cargo.lock", Some(LockFile)),
             ("src/lock.rs", None),
+            ("web/app.min.js", Some(Generated)),
             ("png/readme.md", None),
             ("png", None),
             ("a/__pycache__/x.py", Some(PathPart)),
