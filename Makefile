@@ -29,7 +29,7 @@ programs: ## debug programs, which the end-to-end tests start
 	cargo build --workspace --bins
 
 test: setup-tests programs ## everything but the long tests
-	if $(HAS_NEXTEST); then cargo nextest run --workspace; \
+	if $(HAS_NEXTEST); then cargo nextest run --workspace --test-threads $$(( 2 * $$(nproc) )); \
 	else cargo test --workspace --lib --bins --tests -- --skip '$(LONG)'; fi
 
 test-long: setup-tests programs ## the tests that take minutes; SAMPLE=1 runs a bounded sample
@@ -53,7 +53,7 @@ fmt: ## format everything
 	cargo fmt --all
 
 docs: ## pages that follow from the code: docs/job-file.md, the tables of docs/convert.md
-	TUNEFLEET_BLESS=1 cargo test -p tunefleet-tests --test documents the_job_file_page
+	TUNEFLEET_BLESS=1 cargo test -p tunefleet-tests --test it the_job_file_page
 	TUNEFLEET_BLESS=1 cargo test -p tunefleet-coordinator the_guide_has_a_row_for_every_setting
 
 bench: setup-tests ## throughput beside transformers, FSDP2, peft and bitsandbytes, in alternating pairs

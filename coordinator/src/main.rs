@@ -41,6 +41,8 @@ mod plan;
 mod progress;
 /// Repositories: sources, git access, filters, notebooks.
 mod repos;
+/// Datasets that others made, as sources.
+mod tables;
 /// `coordinator serve`: the control plane as a program of its own.
 mod serve;
 /// `coordinator store`: the state as a file.

@@ -14,6 +14,11 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 /// Rows of a full segment.
 pub const SEGMENT_ROWS: usize = 10_000;
 
+/// What the parts of a structured notebook begin with: the whole, text, code, output, and in place of an output that
+/// there is not. StarCoder's tokenizer has a token for each.
+pub const NOTEBOOK_MARKS: [&str; 5] =
+    ["<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>"];
+
 /// Everything that is known of a dataset.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -45,8 +50,11 @@ pub struct Repository {
     pub repo_id: String,
     /// Where it came from, without credentials.
     pub location: String,
-    /// Commit, 40 hex digits.
+    /// Commit, 40 hex digits; of a dataset's files on disk the SHA-256 over their contents.
     pub commit: String,
+    /// Licences found in its top directory, by SPDX identifiers.
+    #[serde(default)]
+    pub licenses: Vec<String>,
     /// Files kept.
     pub files: u64,
     /// Bytes of text kept.

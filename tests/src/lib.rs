@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a harness fails and speaks as tests do")]
 
+/// `coordinator collect` in a place of its own.
+pub mod collecting;
 /// A control plane of its own processes.
 pub mod cluster;
 /// Hosts of a test on one machine.
@@ -17,6 +19,8 @@ pub mod process;
 pub mod programs;
 /// Calls with any bytes.
 pub mod raw;
+/// A small Hugging Face hub.
+pub mod hub_server;
 /// Small git repositories.
 pub mod repository;
 

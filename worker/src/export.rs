@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use tch::Tensor;
+use tunefleet_hub as hub;
 use tunefleet_proto::checkpoint::{self, AdapterRecord, Manifest, RankFile};
 use tunefleet_proto::job::{JobSpec, MergeBase, Precision};
 use tunefleet_proto::shard_plan::ShardPlan;
@@ -16,7 +17,6 @@ use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANT
 use crate::checkpoint::model_dir::Sink;
 use crate::checkpoint::safetensors::{Reader, WriteDtype};
 use crate::checkpoint::{Error, hugging_face, load, model_dir, retain};
-use crate::hub;
 
 /// Command line of `worker export`.
 #[derive(Debug, clap::Args)]

@@ -24,8 +24,6 @@ pub mod checkpoint;
 pub mod adapter;
 /// `init-model`: random weights.
 pub mod init_model;
-/// Directories to the Hugging Face hub.
-pub mod hub;
 /// `export`: checkpoint to Hugging Face directory.
 pub mod export;
 /// `generate`: completions from a model directory.

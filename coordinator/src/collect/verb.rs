@@ -5,15 +5,14 @@ use std::process::ExitCode;
 
 use tunefleet_proto::dataset::Manifest;
 use tunefleet_proto::job::{
-    CollectSpec, DatasetSpec, DuplicateMode, NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode,
-    SegmentFormat, SourceSpec, default_filters,
+    CollectSpec, DatasetSpec, DuplicateMode, RepositorySpec, SegmentFormat, SourceSpec,
 };
 
-use super::Error;
+use super::{Error, SourceError};
 use crate::cli::exit;
 use crate::dataset::inspect;
 use crate::job_file::JobArgs;
-use crate::{progress, repos};
+use crate::progress;
 
 /// Arguments of `coordinator collect`.
 #[derive(Debug, clap::Args)]
@@ -89,17 +88,10 @@ fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
     let mut cache_dir = out_dir.clone().into_os_string();
     cache_dir.push(".repos");
     let spec = CollectSpec {
-        sources: args.sources.iter().map(|source| source_spec(source)).collect(),
-        filters: default_filters(),
-        notebooks: NotebookMode::CodeCells,
-        secrets: SecretMode::default(),
-        keep_email_addresses: false,
         duplicates: args.duplicates,
-        near_duplicate_similarity: NEAR_DUPLICATE_SIMILARITY,
         format: if args.parquet { SegmentFormat::Parquet } else { SegmentFormat::Arrow },
         validation_fraction: args.validation_fraction,
-        split_seed: 0,
-        parallel_fetches: 8,
+        ..CollectSpec::of(args.sources.iter().map(|source| source_spec(source)).collect())
     };
     Ok((spec, cache_dir.into(), out_dir))
 }
@@ -108,9 +100,10 @@ fn source_spec(source: &str) -> SourceSpec {
     match source.rsplit_once('#') {
         // A path may hold a `#`.
         Some((location, revision)) if !revision.is_empty() && !Path::new(source).exists() => {
-            SourceSpec { location: location.to_owned(), revision: Some(revision.to_owned()) }
+            let revision = Some(revision.to_owned());
+            SourceSpec::Repository(RepositorySpec { location: location.to_owned(), revision })
         }
-        _ => SourceSpec { location: source.to_owned(), revision: None },
+        _ => SourceSpec::repository(source),
     }
 }
 
@@ -123,8 +116,8 @@ fn fraction(text: &str) -> Result<f64, String> {
 
 fn exit_code(error: &Error) -> u8 {
     match error {
-        Error::Repositories(errors) if errors.iter().all(repos::Error::is_not_found) => exit::NOT_FOUND,
-        Error::Repositories(errors) if errors.iter().any(repos::Error::is_unreachable) => exit::UNREACHABLE,
+        Error::Sources(errors) if errors.iter().all(SourceError::is_not_found) => exit::NOT_FOUND,
+        Error::Sources(errors) if errors.iter().any(SourceError::is_unreachable) => exit::UNREACHABLE,
         _ => exit::FAILED,
     }
 }

@@ -65,6 +65,17 @@ pub enum Error {
         /// What differs.
         detail: String,
     },
+    /// A tokenizer that cannot be used.
+    #[error("{}: {detail}; give a tokenizer.json, or a directory that holds one", .path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// The hub refused, or cannot be reached.
+    #[error(transparent)]
+    Hub(#[from] tunefleet_hub::Error),
     /// Rows cannot be encoded.
     #[error("cannot encode a segment: {0}")]
     Encode(String),

@@ -1,16 +1,15 @@
-//! `coordinator dataset`: what is in a dataset, and whether it is whole.
+//! `coordinator dataset`: what is in a dataset and whether it is whole, what differs between two, and one to the hub.
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use serde::Serialize;
-use tunefleet_proto::dataset::{Manifest, Segment};
+use tunefleet_hub::RepoId;
 
-use super::{Error, manifest, reader};
+use super::{Error, diff, page, push, report};
 use crate::cli::exit;
+
+pub use report::summary;
 
 /// Arguments of `coordinator dataset`.
 #[derive(Debug, clap::Args)]
@@ -25,20 +24,64 @@ enum Verb {
     Inspect {
         /// The dataset.
         dir: PathBuf,
+        /// Counts tokens as well, with this `tokenizer.json` or the one in this directory.
+        #[arg(long, value_name = "PATH")]
+        tokenizer: Option<PathBuf>,
+        /// Writes a page with charts and samples, which needs no other file.
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+        /// Files to show the beginning of, on the page and in JSON.
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        samples: usize,
         /// Prints JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Shows what differs between two datasets: settings, commits, files.
+    Diff {
+        /// One.
+        a: PathBuf,
+        /// The other.
+        b: PathBuf,
+        /// Prints JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Pushes a dataset to the Hugging Face hub, where `load_dataset` finds its splits.
+    Push {
+        /// The dataset.
+        dir: PathBuf,
+        /// The repository, which is made where it is absent.
+        #[arg(id = "push", value_name = "OWNER/NAME")]
+        repo: RepoId,
+        #[command(flatten)]
+        options: tunefleet_hub::cli::PushOptions,
     },
 }
 
 /// Runs the verb.
 pub fn run(args: Args) -> ExitCode {
-    let Verb::Inspect { dir, json } = args.verb;
-    match inspect(&dir) {
-        Ok((_, report)) if json => {
-            to_stdout(&(serde_json::to_string_pretty(&report).unwrap_or_default() + "\n"))
+    let outcome = match args.verb {
+        Verb::Inspect { dir, tokenizer, html, samples, json } => {
+            report::read(&dir, tokenizer.as_deref(), samples).and_then(|(manifest, report)| {
+                if let Some(file) = html {
+                    let title = dir.display().to_string();
+                    std::fs::write(&file, page::page(&title, &report)).map_err(Error::io(&file))?;
+                }
+                Ok(match json {
+                    true => serde_json::to_string_pretty(&report).unwrap_or_default() + "\n",
+                    false => summary(&manifest) + &report.tables(),
+                })
+            })
         }
-        Ok((manifest, report)) => to_stdout(&(summary(&manifest) + &report.languages_table())),
+        Verb::Diff { a, b, json } => diff::between(&a, &b).map(|difference| match json {
+            true => serde_json::to_string_pretty(&difference).unwrap_or_default() + "\n",
+            false => difference.to_string(),
+        }),
+        Verb::Push { dir, repo, options } => push::push(&dir, repo, &options),
+    };
+    match outcome {
+        Ok(text) => to_stdout(&text),
         Err(error) => {
             eprintln!("error: {error}");
             match error {
@@ -46,110 +89,6 @@ pub fn run(args: Args) -> ExitCode {
                 _ => ExitCode::from(exit::FAILED),
             }
         }
-    }
-}
-
-/// What the rows say.
-#[derive(Debug, Serialize)]
-struct Report {
-    /// Digest of the contents.
-    digest: String,
-    train: Part,
-    validation: Part,
-    /// By extension, both splits together.
-    extensions: BTreeMap<String, Part>,
-    /// By reason.
-    dropped: BTreeMap<String, u64>,
-    /// Keys, passwords and addresses, by kind.
-    found: BTreeMap<String, u64>,
-}
-
-#[derive(Debug, Default, Serialize)]
-struct Part {
-    files: u64,
-    content_bytes: u64,
-}
-
-impl Part {
-    fn add(&mut self, content: &str) {
-        self.files += 1;
-        self.content_bytes += content.len() as u64;
-    }
-}
-
-/// Reads everything; the first segment that is not as recorded ends it.
-fn inspect(dir: &Path) -> Result<(Manifest, Report), Error> {
-    let manifest = manifest::read(dir)?;
-    let mut extensions: BTreeMap<String, Part> = BTreeMap::new();
-    let mut read = |segments: &[Segment]| -> Result<Part, Error> {
-        let mut part = Part::default();
-        for segment in segments {
-            reader::read(dir, segment, |row| {
-                part.add(row.content);
-                let name = row.file_path.rsplit('/').next().unwrap_or_default();
-                let extension = name.rsplit_once('.').map(|(_, ext)| ext.to_lowercase()).unwrap_or_default();
-                extensions.entry(extension).or_default().add(row.content);
-            })?;
-        }
-        Ok(part)
-    };
-    let (train, validation) = (read(&manifest.train)?, read(&manifest.validation)?);
-    let (dropped, found) = (manifest.dropped.clone(), manifest.found.clone());
-    let report = Report { digest: manifest.digest(), train, validation, extensions, dropped, found };
-    Ok((manifest, report))
-}
-
-impl Report {
-    fn languages_table(&self) -> String {
-        let mut extensions: Vec<_> = self.extensions.iter().collect();
-        extensions.sort_by_key(|(name, part)| (std::cmp::Reverse(part.content_bytes), name.as_str()));
-        let mut out = String::from("extension      files     content\n");
-        for (name, part) in extensions.iter().take(20) {
-            let name = if name.is_empty() { "(none)" } else { name };
-            let _ = writeln!(out, "{name:<12} {:>7} {:>11}", part.files, size(part.content_bytes));
-        }
-        if extensions.len() > 20 {
-            let _ = writeln!(out, "and {} more", extensions.len() - 20);
-        }
-        out
-    }
-}
-
-/// A manifest in a few lines.
-pub fn summary(manifest: &Manifest) -> String {
-    let width = manifest.repositories.iter().map(|r| r.repo_id.chars().count()).max().unwrap_or(0).max(10);
-    let mut out = format!("{:<width$} {:<12} {:>7} {:>11}\n", "repository", "commit", "files", "content");
-    for repository in &manifest.repositories {
-        let commit = repository.commit.get(..12).unwrap_or(&repository.commit);
-        let (files, bytes) = (repository.files, size(repository.bytes));
-        let _ = writeln!(out, "{:<width$} {commit:<12} {files:>7} {bytes:>11}", repository.repo_id);
-    }
-    let counts = |of: &BTreeMap<String, u64>| match of.is_empty() {
-        true => "none".to_owned(),
-        false => of.iter().map(|(what, count)| format!("{what} {count}")).collect::<Vec<_>>().join(", "),
-    };
-    let _ = writeln!(out, "train        {}", split_line(&manifest.train));
-    let _ = writeln!(out, "validation   {}", split_line(&manifest.validation));
-    let _ = writeln!(out, "dropped      {}", counts(&manifest.dropped));
-    let _ = writeln!(out, "secrets      {}", counts(&manifest.found));
-    let _ = writeln!(out, "digest       {}", manifest.digest());
-    out
-}
-
-fn split_line(segments: &[Segment]) -> String {
-    let rows: u64 = segments.iter().map(|s| s.rows).sum();
-    let bytes: u64 = segments.iter().map(|s| s.bytes).sum();
-    let plural = if segments.len() == 1 { "" } else { "s" };
-    format!("{rows} files in {} segment{plural}, {}", segments.len(), size(bytes))
-}
-
-/// Bytes for people.
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..10_000 => format!("{bytes} B"),
-        10_000..10_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        10_000_000..10_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.1} GB", bytes as f64 / 1e9),
     }
 }
 

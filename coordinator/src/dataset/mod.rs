@@ -14,7 +14,15 @@ pub mod staging;
 pub mod manifest;
 /// Segments, checked against their manifest.
 pub mod reader;
-/// `coordinator dataset`: what is in a dataset.
+/// What is in a dataset.
+pub mod report;
+/// A report as a page.
+mod page;
+/// What differs between two datasets.
+mod diff;
+/// A dataset to the hub.
+mod push;
+/// `coordinator dataset`.
 pub mod inspect;
 /// What goes wrong with a dataset.
 mod error;

@@ -120,7 +120,7 @@ mod tests {
                 commit: "c0",
                 size_bytes: i as u64,
             };
-            writer.push(row).unwrap();
+            writer.push(u64::MAX, row).unwrap();
         }
         let written = writer.finish().unwrap();
         assert!(written.validation.is_empty() && written.mended.is_none());

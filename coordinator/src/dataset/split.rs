@@ -17,6 +17,11 @@ impl Split {
         Self { seed, threshold: (fraction * 2f64.powi(64)) as u64 }
     }
 
+    /// Holds out the files whose key is 0, however many those are.
+    pub fn of_marked() -> Self {
+        Self { seed: 0, threshold: 1 }
+    }
+
     /// Whether anything is to be held out.
     pub fn is_wanted(&self) -> bool {
         self.threshold > 0
@@ -43,7 +48,7 @@ impl Split {
     /// largest that occurred.
     pub fn mended(&self, keys: (u64, u64), train: u64, validation: u64) -> Option<Self> {
         let threshold = match (train, validation) {
-            _ if !self.is_wanted() || train + validation < 2 => return None,
+            _ if !self.is_wanted() || *self == Self::of_marked() || train + validation < 2 => return None,
             // A tree that names one file twice: no threshold parts them.
             _ if keys.0 == keys.1 => return None,
             (_, 0) => keys.0.saturating_add(1),

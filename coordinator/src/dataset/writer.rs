@@ -63,9 +63,8 @@ impl Writer {
         }
     }
 
-    /// Appends a row to the split that it belongs to.
-    pub fn push(&mut self, row: Row<'_>) -> Result<(), Error> {
-        let key = self.split.key(row.repo_id, row.file_path);
+    /// Appends a row to the split that it belongs to, by its key (see [`Split::holds_out`]).
+    pub fn push(&mut self, key: u64, row: Row<'_>) -> Result<(), Error> {
         self.keys = (self.keys.0.min(key), self.keys.1.max(key));
         match self.split.holds_out(key) {
             true => self.validation.push(row),

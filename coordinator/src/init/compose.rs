@@ -233,7 +233,7 @@ fn one_line(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use tunefleet_proto::job::DatasetSpec;
+    use tunefleet_proto::job::{DatasetSpec, SourceSpec};
 
     use super::*;
     use crate::hardware::Gpu;
@@ -267,7 +267,11 @@ mod tests {
             let spec = job::load(Path::new("/home/ann/job.yaml"), &text, &[], Path::new("/"))
                 .unwrap_or_else(|faults| panic!("{faults}\n{text}"));
             let DatasetSpec::Collect(collect) = &spec.dataset else { panic!("no collect") };
-            let locations: Vec<_> = collect.sources.iter().map(|source| source.location.clone()).collect();
+            let location = |source: &SourceSpec| match source {
+                SourceSpec::Repository(repository) => repository.location.clone(),
+                other => panic!("{other:?}"),
+            };
+            let locations: Vec<_> = collect.sources.iter().map(location).collect();
             assert_eq!(locations, sources);
             let job::ModelSpec::Init { preset, .. } = &spec.model else { panic!("no init") };
             let report =

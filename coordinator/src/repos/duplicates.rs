@@ -51,6 +51,79 @@ impl Duplicates {
     }
 }
 
+/// Files that are alike, where all of them are kept: they shall not be parted.
+pub struct Clusters {
+    near: Near,
+    /// By number of the text in `near`, the number of its file.
+    file_of: Vec<usize>,
+    /// Contents with too few words for a sketch.
+    short: HashMap<u64, usize>,
+    /// By number of a file, one that it is alike to, or itself.
+    leaders: Vec<usize>,
+}
+
+impl Clusters {
+    /// No file was seen yet.
+    pub fn new(threshold: f64) -> Self {
+        Clusters {
+            near: Near::new(threshold),
+            file_of: Vec::new(),
+            short: HashMap::new(),
+            leaders: Vec::new(),
+        }
+    }
+
+    /// What to remember of a text. For any thread.
+    pub fn sketcher(&self) -> Sketcher {
+        self.near.sketcher
+    }
+
+    /// Takes in the next file.
+    pub fn add(&mut self, text: &str, sketch: Option<&Sketch>) {
+        let file = self.leaders.len();
+        self.leaders.push(file);
+        let Some(sketch) = sketch else {
+            let hash = text.bytes().fold(0, |hash, byte| mix(hash ^ u64::from(byte)));
+            let first = *self.short.entry(hash).or_insert(file);
+            return self.join(first, file);
+        };
+        let alike: Vec<u32> = self.near.alike(sketch).collect();
+        for text in alike {
+            if let Some(&other) = self.file_of.get(text as usize) {
+                self.join(other, file);
+            }
+        }
+        if self.near.remember(sketch) {
+            self.file_of.push(file);
+        }
+    }
+
+    /// For each file, in their order, the first file of those that it is alike to, directly or through others.
+    pub fn leaders(mut self) -> Vec<usize> {
+        (0..self.leaders.len()).map(|file| self.leader(file)).collect()
+    }
+
+    fn join(&mut self, one: usize, other: usize) {
+        let (one, other) = (self.leader(one), self.leader(other));
+        if let Some(leader) = self.leaders.get_mut(one.max(other)) {
+            *leader = one.min(other);
+        }
+    }
+
+    fn leader(&mut self, file: usize) -> usize {
+        let mut at = file;
+        while let Some(&next) = self.leaders.get(at).filter(|next| **next != at) {
+            // Each looks past one on the way, so that ways become short.
+            let after = self.leaders.get(next).copied().unwrap_or(next);
+            if let Some(slot) = self.leaders.get_mut(at) {
+                *slot = after;
+            }
+            at = after;
+        }
+        at
+    }
+}
+
 /// What is remembered of a text: of each permutation's least hash 8 bits, and a hash for each band of them.
 #[derive(Debug, Clone)]
 pub struct Sketch {
@@ -114,15 +187,26 @@ impl Near {
     }
 
     fn is_new(&mut self, sketch: &Sketch) -> bool {
-        let mut looked_at = HashSet::new();
-        for (table, band) in self.tables.iter().zip(&sketch.bands) {
-            let Some(&text) = table.get(band).filter(|text| looked_at.insert(**text)) else { continue };
-            let alike = self.texts.get(text as usize).map_or(0.0, |low| sketch.similarity(low));
-            if alike >= self.threshold {
-                return false;
-            }
+        if self.alike(sketch).next().is_some() {
+            return false;
         }
-        let Ok(number) = u32::try_from(self.texts.len()) else { return true };
+        self.remember(sketch);
+        true
+    }
+
+    /// Texts that are as alike as the threshold.
+    fn alike(&self, sketch: &Sketch) -> impl Iterator<Item = u32> {
+        let mut looked_at = HashSet::new();
+        self.tables.iter().zip(&sketch.bands).filter_map(move |(table, band)| {
+            let text = *table.get(band).filter(|text| looked_at.insert(**text))?;
+            let alike = self.texts.get(text as usize).map_or(0.0, |low| sketch.similarity(low));
+            (alike >= self.threshold).then_some(text)
+        })
+    }
+
+    /// Whether there was room for it.
+    fn remember(&mut self, sketch: &Sketch) -> bool {
+        let Ok(number) = u32::try_from(self.texts.len()) else { return false };
         self.texts.push(sketch.low);
         for (table, band) in self.tables.iter_mut().zip(&sketch.bands) {
             table.entry(*band).or_insert(number);
@@ -263,6 +347,28 @@ mod tests {
         for _ in 0..2 {
             assert!(is_new(&mut seen, "one two three four"));
         }
+    }
+
+    #[test]
+    fn files_that_are_alike_have_one_leader_directly_or_through_others() {
+        let (first, other) = (code(1, 60), code(2, 60));
+        // Each is alike to the one before; the last is not to the first.
+        let mixed = |from_other: usize| [&other[..from_other], &first[from_other..]].concat().join("\n");
+        let texts = [
+            mixed(0),
+            "x = 1\n".to_owned(),
+            mixed(6),
+            code(3, 60).join("\n"),
+            mixed(12),
+            "x = 1\n".to_owned(),
+        ];
+        assert!(jaccard(&texts[0], &texts[4]) < THRESHOLD && jaccard(&texts[2], &texts[4]) > THRESHOLD);
+        let mut clusters = Clusters::new(THRESHOLD);
+        for text in &texts {
+            let sketch = clusters.sketcher().sketch(text);
+            clusters.add(text, sketch.as_ref());
+        }
+        assert_eq!(clusters.leaders(), [0, 1, 0, 3, 0, 1]);
     }
 
     #[test]

@@ -85,6 +85,20 @@ pub enum Error {
         /// What libgit2 says.
         detail: String,
     },
+    /// The remote is silent.
+    #[error("repository {location} sent nothing for {seconds} s; check the network and run again")]
+    Stalled {
+        /// The location.
+        location: String,
+        /// How long.
+        seconds: u64,
+    },
+    /// The repositories of an organisation cannot be listed.
+    #[error(transparent)]
+    Organization(#[from] super::organization::Error),
+    /// Evaluation tasks cannot be read.
+    #[error(transparent)]
+    Contamination(#[from] super::contamination::Error),
     /// The repository has no such branch, tag or commit.
     #[error(
         "repository {location} has no revision `{revision}`; \
@@ -135,20 +149,31 @@ pub enum Error {
 impl Error {
     /// Whether the cause is that something is not there.
     pub fn is_not_found(&self) -> bool {
-        matches!(
-            self,
+        match self {
+            Self::Organization(error) => error.is_not_found(),
             Self::Missing { .. }
-                | Self::NotARepository { .. }
-                | Self::NotFound { .. }
-                | Self::Revision { .. }
-        )
+            | Self::NotARepository { .. }
+            | Self::NotFound { .. }
+            | Self::Revision { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the same may succeed a little later.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Stalled { .. })
     }
 
     /// Whether the cause is the network or a lack of rights.
     pub fn is_unreachable(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable { .. } | Self::Auth { .. } | Self::HostUntrusted { .. } | Self::Owner { .. }
-        )
+        match self {
+            Self::Organization(error) => error.is_unreachable(),
+            Self::Unreachable { .. }
+            | Self::Stalled { .. }
+            | Self::Auth { .. }
+            | Self::HostUntrusted { .. }
+            | Self::Owner { .. } => true,
+            _ => false,
+        }
     }
 }

@@ -1,22 +1,26 @@
 //! From a location to a pinned commit in a local object store.
 //!
 //! A local path is opened in place. A remote is fetched, one revision at depth 1, into a bare repository
-//! under the cache directory; when its head is the one already there, only the list of refs travels.
+//! under the cache directory; when its head is the one already there, only the list of refs travels. A remote that is
+//! silent or breaks off is asked again.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use git2::{
     AutotagOption, Direction, ErrorClass, ErrorCode, FetchOptions, Oid, ProxyOptions, Remote,
     RemoteCallbacks, Repository, RepositoryInitOptions, StatusOptions,
 };
-use tunefleet_proto::job::SourceSpec;
+use tunefleet_proto::job::RepositorySpec;
 
 use super::Error;
-use super::credentials::Credentials;
+use super::credentials::{AccessToken, Credentials};
 use super::location::{Location, Place};
-use crate::progress::Task;
+use super::patience::{Pulse, patiently};
+use crate::progress::{Progress, Task};
 
 /// Where the fetched commit is kept in the cached repository.
 const PINNED_REF: &str = "refs/collect/pinned";
@@ -28,6 +32,21 @@ pub struct Source {
     pub location: Location,
     /// Branch, tag or commit; the head when absent.
     pub revision: Option<String>,
+    /// Who asks, where the server is one that a token is for.
+    pub token: Option<AccessToken>,
+}
+
+/// How sources are fetched.
+#[derive(Clone, Copy)]
+pub struct Fetching<'a> {
+    /// Where remotes are kept.
+    pub cache_dir: &'a Path,
+    /// With all commits that led to the pinned one.
+    pub with_history: bool,
+    /// A remote that is silent for so long is asked again.
+    pub patience: Duration,
+    /// Where trouble that passes is told.
+    pub progress: &'a dyn Progress,
 }
 
 /// What a source's revision is at this moment.
@@ -82,7 +101,7 @@ impl Pinned {
 }
 
 /// Parses the sources of a job and gives each its own `repo_id`.
-pub fn sources(specs: &[SourceSpec]) -> Result<Vec<Source>, Error> {
+pub fn sources(specs: &[RepositorySpec]) -> Result<Vec<Source>, Error> {
     let mut sources: Vec<Source> = Vec::with_capacity(specs.len());
     for spec in specs {
         let mut location = Location::parse(&spec.location)?;
@@ -94,28 +113,44 @@ pub fn sources(specs: &[SourceSpec]) -> Result<Vec<Source>, Error> {
             let numbered = (2u32..).map(|n| format!("{}~{n}", location.repo_id)).find(|id| !taken(id));
             location.repo_id = numbered.unwrap_or_default();
         }
-        sources.push(Source { location, revision: spec.revision.clone() });
+        let variable = |name: &str| std::env::var(name).ok();
+        let token = match location.place() {
+            Place::Remote(url) => AccessToken::for_url(url, false, variable),
+            Place::Local(_) => None,
+        };
+        sources.push(Source { location, revision: spec.revision.clone(), token });
     }
     Ok(sources)
 }
 
 impl Source {
     /// Asks where the revision stands now: the local head, or the remote's list of refs.
-    pub fn resolve(&self) -> Result<Head, Error> {
+    pub fn resolve(&self, how: &Fetching<'_>) -> Result<Head, Error> {
         match self.location.place() {
             Place::Local(path) => self.resolve_local(&open_local(path)?),
-            Place::Remote(url) => self.resolve_remote(url),
+            Place::Remote(url) => {
+                let (source, url) = (self.clone(), url.clone());
+                self.patiently(how, move |_| source.resolve_remote(&url))
+            }
         }
     }
 
     /// Brings the objects of `head` to this machine.
-    pub fn fetch(&self, head: &Head, cache_dir: &Path, task: &dyn Task) -> Result<Pinned, Error> {
+    pub fn fetch(&self, head: &Head, how: &Fetching<'_>, task: Arc<dyn Task>) -> Result<Pinned, Error> {
         let (git_dir, commit) = match self.location.place() {
             Place::Local(path) => (open_local(path)?.path().to_owned(), head.commit),
             Place::Remote(url) => {
-                let git_dir = self.cached_at(cache_dir);
+                let git_dir = self.cached_at(how);
                 let commit = match head.commit {
-                    Some(commit) => Some(self.fetch_remote(url, head, commit, &git_dir, task)?),
+                    Some(commit) => {
+                        let (source, url, head, git_dir) =
+                            (self.clone(), url.clone(), head.clone(), git_dir.clone());
+                        let with_history = how.with_history;
+                        Some(self.patiently(how, move |pulse| {
+                            let fetching = Remotely { url: &url, with_history, pulse, task: task.as_ref() };
+                            source.fetch_remote(&fetching, &head, commit, &git_dir)
+                        })?)
+                    }
                     None => None,
                 };
                 (git_dir, commit)
@@ -129,6 +164,17 @@ impl Source {
         })
     }
 
+    fn patiently<T: Send + 'static>(
+        &self,
+        how: &Fetching<'_>,
+        work: impl Fn(&Pulse) -> Result<T, Error> + Send + Sync + 'static,
+    ) -> Result<T, Error> {
+        let told = |error: &Error, wait: Duration| {
+            how.progress.note(&format!("note: {error}; trying again in {} s", wait.as_secs()));
+        };
+        patiently(&self.location.shown, how.patience, told, work)
+    }
+
     /// Whether a local work tree has changes that the collected commit lacks.
     pub fn has_uncommitted_work(&self) -> bool {
         let Place::Local(path) = self.location.place() else { return false };
@@ -139,12 +185,13 @@ impl Source {
     }
 
     /// One directory per location and revision, so that fetches in parallel never share one.
-    fn cached_at(&self, cache_dir: &Path) -> PathBuf {
-        let key = format!("{}\n{}", self.location.shown, self.revision.as_deref().unwrap_or_default());
+    fn cached_at(&self, how: &Fetching<'_>) -> PathBuf {
+        let depth = if how.with_history { "\nhistory" } else { "" };
+        let key = format!("{}\n{}{depth}", self.location.shown, self.revision.as_deref().unwrap_or_default());
         let digest = tunefleet_proto::digest_hex(key.as_bytes());
         let safe = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' };
         let name: String = self.location.repo_id.chars().map(safe).take(100).collect();
-        cache_dir.join(format!("{name}-{}.git", digest.get(..12).unwrap_or_default()))
+        how.cache_dir.join(format!("{name}-{}.git", digest.get(..12).unwrap_or_default()))
     }
 
     fn unknown_revision(&self) -> Error {
@@ -174,7 +221,7 @@ impl Source {
             return Ok(Head { commit: Some(commit), wanted: revision.to_owned() });
         }
         let mut remote = Remote::create_detached(url).map_err(|e| self.remote_error(&e))?;
-        let credentials = RefCell::new(Credentials::new());
+        let credentials = RefCell::new(Credentials::new(self.token.clone()));
         let connection = remote
             .connect_auth(Direction::Fetch, Some(callbacks(&credentials, None)), Some(proxy()))
             .map_err(|e| self.remote_error(&e))?;
@@ -204,12 +251,12 @@ impl Source {
 
     fn fetch_remote(
         &self,
-        url: &str,
+        fetching: &Remotely<'_>,
         head: &Head,
         commit: Oid,
         git_dir: &Path,
-        task: &dyn Task,
     ) -> Result<Oid, Error> {
+        let url = fetching.url;
         let cache_error =
             |e: git2::Error| Error::Cache { path: git_dir.to_owned(), detail: e.message().to_owned() };
         let repo = Repository::open_bare(git_dir)
@@ -226,10 +273,10 @@ impl Source {
         // Anonymous: nothing of the URL is written to the cached repository's config.
         let mut remote = repo.remote_anonymous(url).map_err(|e| self.remote_error(&e))?;
         let mut fetch = |refspec: &str, depth: i32| {
-            let credentials = RefCell::new(Credentials::new());
+            let credentials = RefCell::new(Credentials::new(self.token.clone()));
             let mut options = FetchOptions::new();
             options
-                .remote_callbacks(callbacks(&credentials, Some(task)))
+                .remote_callbacks(callbacks(&credentials, Some(fetching)))
                 .proxy_options(proxy())
                 .download_tags(AutotagOption::None)
                 .update_fetchhead(false)
@@ -237,7 +284,7 @@ impl Source {
             remote.fetch(&[refspec], Some(&mut options), None)
         };
         // libgit2 has no shallow fetch between directories of one machine.
-        let depth = if url.starts_with("file://") { 0 } else { 1 };
+        let depth = if fetching.with_history || url.starts_with("file://") { 0 } else { 1 };
         let by_id = head.wanted == commit.to_string();
         match fetch(&format!("+{}:{PINNED_REF}", head.wanted), depth) {
             Ok(()) => pinned().map_err(|_| self.unknown_revision()),
@@ -281,15 +328,28 @@ fn open_local(path: &Path) -> Result<Repository, Error> {
     })
 }
 
-fn callbacks<'a>(credentials: &'a RefCell<Credentials>, task: Option<&'a dyn Task>) -> RemoteCallbacks<'a> {
+/// One try to fetch.
+struct Remotely<'a> {
+    url: &'a str,
+    with_history: bool,
+    pulse: &'a Pulse,
+    task: &'a dyn Task,
+}
+
+fn callbacks<'a>(
+    credentials: &'a RefCell<Credentials>,
+    fetching: Option<&'a Remotely<'a>>,
+) -> RemoteCallbacks<'a> {
     let mut callbacks = RemoteCallbacks::new();
     callbacks.credentials(|url, user, allowed| credentials.borrow_mut().next(url, user, allowed));
-    if let Some(task) = task {
+    if let Some(Remotely { task, pulse, .. }) = fetching {
         callbacks.transfer_progress(|stats| {
             task.length(stats.total_objects() as u64);
             task.position(stats.received_objects() as u64);
-            true
+            pulse.beat()
         });
+        // A server that counts and compresses says so.
+        callbacks.sideband_progress(|_| pulse.beat());
     }
     callbacks
 }

@@ -5,21 +5,24 @@ use std::sync::Mutex;
 use git2::{ObjectType, Oid, Repository};
 use rayon::prelude::*;
 
-use super::Error;
+use super::attributes::Marks;
 use super::duplicates::{Duplicates, Sketch, Sketcher};
 use super::fetch::Pinned;
 use super::filter::{Counts, DropReason, FileFilter};
 use super::secrets::Found;
 use super::tree::Walk;
+use super::{Error, licenses};
 
 /// Files are read in windows of at most this many files and, but for a single larger file, bytes: enough to
 /// keep all cores busy, and the bound on memory.
-const WINDOW_FILES: usize = 1024;
-const WINDOW_BYTES: usize = 32 << 20;
+pub(crate) const WINDOW_FILES: usize = 1024;
+pub(crate) const WINDOW_BYTES: usize = 32 << 20;
 
 /// A file that is kept.
 #[derive(Debug)]
 pub struct File {
+    /// The repository, where it is not the one that is read.
+    pub repo_id: Option<String>,
     /// Path inside the repository.
     pub path: String,
     /// Its text.
@@ -30,27 +33,38 @@ pub struct File {
 
 struct Candidate {
     path: String,
+    marks: Marks,
     oid: Oid,
     size: usize,
 }
 
-/// Reads the files of `pinned` that pass `filter`, window by window, until `take` says that it wants no more.
+/// Reads the files of `pinned` that pass `filter`, window by window, until `take` says that it wants no more. Gives
+/// back the licences that the repository is under.
 pub fn read(
     pinned: &Pinned,
     filter: &FileFilter,
     duplicates: &mut Duplicates,
     counts: &mut Counts,
     mut take: impl FnMut(Vec<File>) -> bool,
-) -> Result<(), Error> {
-    let Some(commit) = pinned.commit else { return Ok(()) };
+) -> Result<Vec<String>, Error> {
+    let Some(commit) = pinned.commit else { return Ok(Vec::new()) };
     let open = || Repository::open(&pinned.git_dir).map_err(|e| pinned.unreadable(b"", commit, &e));
     let repo = open()?;
     let odb = repo.odb().map_err(|e| pinned.unreadable(b"", commit, &e))?;
     let handles = Handles { open, idle: Mutex::new(Vec::new()) };
 
+    let found_licenses = licenses_of(&repo, commit).map_err(|e| pinned.unreadable(b"", commit, &e))?;
+    let mut walk = Walk::new(&repo, pinned, commit)?;
+    if !filter.licenses.takes_repository(&found_licenses) {
+        for entry in walk {
+            entry?;
+            counts.drop_file(DropReason::License);
+        }
+        return Ok(found_licenses);
+    }
+
     let mut window = Vec::new();
     let mut window_bytes = 0;
-    let mut walk = Walk::new(&repo, pinned, commit)?;
     loop {
         let entry = walk.next().transpose()?;
         let full = window.len() == WINDOW_FILES || window_bytes >= WINDOW_BYTES;
@@ -60,11 +74,11 @@ pub fn read(
             let files = first_ones(read, duplicates, counts);
             window_bytes = 0;
             if !take(files) {
-                return Ok(());
+                return Ok(found_licenses);
             }
         }
-        let Some(entry) = entry else { return Ok(()) };
-        let path = match filter.path(entry.path, entry.kind) {
+        let Some(entry) = entry else { return Ok(found_licenses) };
+        let path = match filter.path(entry.path, entry.kind, entry.marks) {
             Ok(path) => path,
             Err(reason) => {
                 counts.drop_file(reason);
@@ -78,7 +92,7 @@ pub fn read(
             Ok(()) if !duplicates.is_new_blob(entry.oid) => counts.drop_file(DropReason::Duplicate),
             Ok(()) => {
                 window_bytes += size;
-                window.push(Candidate { path, oid: entry.oid, size });
+                window.push(Candidate { path, marks: entry.marks, oid: entry.oid, size });
             }
             Err(reason) => counts.drop_file(reason),
         }
@@ -86,7 +100,7 @@ pub fn read(
 }
 
 /// A file that passed the filters, and what is remembered of it; or why it did not pass. And what was found in it.
-type Read = (Result<(File, Option<Sketch>), DropReason>, Found);
+pub(crate) type Read = (Result<(File, Option<Sketch>), DropReason>, Found);
 
 fn read_window<F>(
     window: Vec<Candidate>,
@@ -101,28 +115,46 @@ where
     window
         .into_par_iter()
         .map(|candidate| {
-            let Candidate { path, oid, size } = candidate;
+            let Candidate { path, marks, oid, size } = candidate;
             let mut found = Found::new();
             let content = handles.with(|repo| {
                 let unreadable = |e: &git2::Error| pinned.unreadable(path.as_bytes(), oid, e);
                 let odb = repo.odb().map_err(|e| unreadable(&e))?;
                 let blob = odb.read(oid).map_err(|e| unreadable(&e))?;
                 match blob.kind() {
-                    ObjectType::Blob => Ok(filter.content(&path, blob.data(), &mut found)),
+                    ObjectType::Blob => Ok(filter.content(&path, marks, blob.data(), &mut found)),
                     _ => Err(unreadable(&git2::Error::from_str("it is listed as a file but is no blob"))),
                 }
             })?;
             let file = content.map(|content| {
                 let sketch = sketcher.and_then(|sketcher| sketcher.sketch(&content));
-                (File { path, content, size_bytes: size as u64 }, sketch)
+                (File { repo_id: None, path, content, size_bytes: size as u64 }, sketch)
             });
             Ok((file, found))
         })
         .collect()
 }
 
+/// Licences whose texts stand in the top directory, by their identifiers.
+fn licenses_of(repo: &Repository, commit: Oid) -> Result<Vec<String>, git2::Error> {
+    let tree = repo.find_commit(commit)?.tree()?;
+    let mut found = Vec::new();
+    for entry in &tree {
+        let is_wanted =
+            entry.kind() == Some(ObjectType::Blob) && entry.name().is_ok_and(licenses::is_license_file);
+        // A text that cannot be read is met again by the walk, which says so.
+        let Some(blob) = is_wanted.then(|| repo.find_blob(entry.id()).ok()).flatten() else { continue };
+        if blob.size() <= licenses::MAX_TEXT_BYTES {
+            found.extend(licenses::identify(&String::from_utf8_lossy(blob.content())));
+        }
+    }
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
 /// The files of which none before says nearly the same, in their order.
-fn first_ones(read: Vec<Read>, duplicates: &mut Duplicates, counts: &mut Counts) -> Vec<File> {
+pub(crate) fn first_ones(read: Vec<Read>, duplicates: &mut Duplicates, counts: &mut Counts) -> Vec<File> {
     let mut files = Vec::with_capacity(read.len());
     for (outcome, found) in read {
         match outcome {

@@ -2,15 +2,16 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use tunefleet_proto::job::{FilterSpec, NotebookMode};
+use tunefleet_proto::job::{CollectSpec, EncodingMode, NotebookMode};
 
-use super::notebook;
+use super::attributes::Marks;
+use super::contamination::Contamination;
+use super::licenses::Licenses;
 use super::secrets::{Found, Secrets};
 use super::text::{self, TextRules};
-use super::tree::Kind;
+pub use super::tree::Kind;
+use super::{Error, encoding, notebook};
 
-/// A NUL in this many first bytes makes a file binary, as in git.
-const SNIFF_BYTES: usize = 8 * 1024;
 /// First line of every LFS pointer, and the most that a pointer can have.
 const LFS_HEADER: &[u8] = b"version https://git-lfs.github.com/spec/";
 const LFS_MAX_BYTES: usize = 1024;
@@ -48,14 +49,20 @@ pub enum DropReason {
     NotebookInvalid,
     /// A list of locked versions.
     LockFile,
-    /// It says that a program has written it.
+    /// It says that a program has written it, or `.gitattributes` does.
     Generated,
+    /// `.gitattributes` says that it was written elsewhere, or is documentation.
+    Vendored,
+    /// The repository's licence, or its own, is not wanted.
+    License,
     /// A line is longer than `max_line_chars`.
     LongLine,
     /// Lines are longer than `max_mean_line_chars` on average.
     LongLines,
     /// Fewer letters and digits than `min_alphanumeric_fraction`.
     NotAlphanumeric,
+    /// A text of an evaluation task is in it.
+    Contaminated,
     /// A key or password is in it.
     Secret,
     /// An earlier file has the same content.
@@ -84,9 +91,12 @@ impl DropReason {
             Self::NotebookInvalid => "notebook_invalid",
             Self::LockFile => "lock_file",
             Self::Generated => "generated",
+            Self::Vendored => "vendored",
+            Self::License => "license",
             Self::LongLine => "long_line",
             Self::LongLines => "long_lines",
             Self::NotAlphanumeric => "not_alphanumeric",
+            Self::Contaminated => "contaminated",
             Self::Secret => "secret",
             Self::Duplicate => "duplicate",
             Self::NearDuplicate => "near_duplicate",
@@ -128,27 +138,45 @@ pub struct FileFilter {
     path_parts: HashSet<String>,
     max_file_bytes: u64,
     notebooks: NotebookMode,
+    encodings: EncodingMode,
     text: TextRules,
     keep_lock_files: bool,
+    keep_generated: bool,
+    keep_vendored: bool,
+    /// Which licences are wanted.
+    pub licenses: Licenses,
+    contamination: Contamination,
     secrets: Secrets,
 }
 
 impl FileFilter {
     /// The filters that a job asks for.
-    pub fn new(spec: &FilterSpec, notebooks: NotebookMode, secrets: Secrets) -> Self {
-        Self {
-            extensions: spec.exclude_extensions.iter().map(|ext| ext.to_lowercase()).collect(),
-            path_parts: spec.exclude_path_parts.iter().cloned().collect(),
-            max_file_bytes: spec.max_file_bytes,
-            notebooks,
-            text: TextRules::new(spec),
-            keep_lock_files: spec.keep_lock_files,
-            secrets,
-        }
+    ///
+    /// # Errors
+    /// Evaluation tasks that cannot be read.
+    pub fn new(spec: &CollectSpec) -> Result<Self, Error> {
+        let CollectSpec { filters, .. } = spec;
+        Ok(Self {
+            extensions: filters.exclude_extensions.iter().map(|ext| ext.to_lowercase()).collect(),
+            path_parts: filters.exclude_path_parts.iter().cloned().collect(),
+            max_file_bytes: filters.max_file_bytes,
+            notebooks: spec.notebooks,
+            encodings: spec.encodings,
+            text: TextRules::new(filters),
+            keep_lock_files: filters.keep_lock_files,
+            keep_generated: filters.keep_generated,
+            keep_vendored: filters.keep_vendored,
+            licenses: Licenses::new(&spec.licenses),
+            contamination: Contamination::of_files(&spec.decontaminate)?,
+            secrets: Secrets::new(spec.secrets, !spec.keep_email_addresses),
+        })
     }
 
     /// Judges by what the tree says; gives the path back as text.
-    pub fn path(&self, path: Vec<u8>, kind: Kind) -> Result<String, DropReason> {
+    ///
+    /// # Errors
+    /// The first reason that drops it.
+    pub fn path(&self, path: Vec<u8>, kind: Kind, marks: Marks) -> Result<String, DropReason> {
         match kind {
             Kind::Symlink => return Err(DropReason::Symlink),
             Kind::Submodule => return Err(DropReason::Submodule),
@@ -168,11 +196,18 @@ impl FileFilter {
         if excluded {
             return Err(DropReason::PathPart);
         }
+        if !self.keep_vendored && (marks.vendored == Some(true) || marks.documentation == Some(true)) {
+            return Err(DropReason::Vendored);
+        }
         if !self.keep_lock_files && text::is_lock_file(name) {
             return Err(DropReason::LockFile);
         }
-        // By name, before any content: a copy under another name is a file of its own.
-        self.text.judge_name(name)?;
+        match (self.keep_generated, marks.generated) {
+            (true, _) | (_, Some(false)) => {}
+            (false, Some(true)) => return Err(DropReason::Generated),
+            // By name, before any content: a copy under another name is a file of its own.
+            (false, None) => self.text.judge_name(name)?,
+        }
         match extension(name) {
             Some(ext) if self.extensions.contains(&ext) => Err(DropReason::Extension),
             Some(ext) if ext == "ipynb" && self.notebooks == NotebookMode::Skip => {
@@ -197,17 +232,39 @@ impl FileFilter {
     }
 
     /// The text of a file that passed [`Self::path`] and [`Self::size`]; what was found in it is added to `found`.
-    pub fn content(&self, path: &str, blob: &[u8], found: &mut Found) -> Result<String, DropReason> {
+    ///
+    /// # Errors
+    /// The first reason that drops it.
+    pub fn content(
+        &self,
+        path: &str,
+        marks: Marks,
+        blob: &[u8],
+        found: &mut Found,
+    ) -> Result<String, DropReason> {
         if blob.len() <= LFS_MAX_BYTES && blob.starts_with(LFS_HEADER) {
             return Err(DropReason::LfsPointer);
         }
-        if blob.iter().take(SNIFF_BYTES).any(|&byte| byte == 0) {
-            return Err(DropReason::Binary);
-        }
-        let text = std::str::from_utf8(blob).map_err(|_| DropReason::InvalidUtf8)?;
-        let text = match is_notebook(path) {
-            true => notebook::code(text).ok_or(DropReason::NotebookInvalid)?,
-            false => text.to_owned(),
+        self.text(path, marks, encoding::text(blob, self.encodings)?, found)
+    }
+
+    /// As [`content`](Self::content), of what is text already.
+    ///
+    /// # Errors
+    /// The first reason that drops it.
+    pub fn text(
+        &self,
+        path: &str,
+        marks: Marks,
+        text: String,
+        found: &mut Found,
+    ) -> Result<String, DropReason> {
+        let text = match (is_notebook(path), self.notebooks) {
+            (true, NotebookMode::Structured) => {
+                notebook::structured(&text).ok_or(DropReason::NotebookInvalid)?
+            }
+            (true, _) => notebook::code(&text).ok_or(DropReason::NotebookInvalid)?,
+            (false, _) => text,
         };
         if text.len() as u64 > self.max_file_bytes {
             return Err(DropReason::TooLarge);
@@ -215,7 +272,13 @@ impl FileFilter {
         if text.trim_start().is_empty() {
             return Err(DropReason::Empty);
         }
-        self.text.judge(&text)?;
+        if !self.licenses.takes_file(&text) {
+            return Err(DropReason::License);
+        }
+        self.text.judge(&text, marks.generated)?;
+        if self.contamination.is_in(&text) {
+            return Err(DropReason::Contaminated);
+        }
         self.secrets.clean(text, found)
     }
 }
@@ -231,7 +294,7 @@ fn is_notebook(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use tunefleet_proto::job::{SecretMode, default_filters};
+    use tunefleet_proto::job::{FilterSpec, default_filters};
 
     use super::*;
 
@@ -242,7 +305,35 @@ mod tests {
             max_file_bytes: 100,
             ..default_filters()
         };
-        FileFilter::new(&spec, NotebookMode::CodeCells, Secrets::new(SecretMode::Redact, true))
+        FileFilter::new(&CollectSpec { filters: spec, ..CollectSpec::of(Vec::new()) }).unwrap()
+    }
+
+    fn path_of(path: &[u8], kind: Kind) -> Result<String, DropReason> {
+        filter().path(path.to_vec(), kind, Marks::default())
+    }
+
+    #[test]
+    fn what_gitattributes_says_is_heard_unless_it_is_to_be_kept() {
+        use DropReason::*;
+        let marks = |vendored, generated, documentation| Marks { vendored, generated, documentation };
+        for (path, marks, expected) in [
+            ("a.c", marks(Some(true), None, None), Some(Vendored)),
+            ("a.md", marks(None, None, Some(true)), Some(Vendored)),
+            ("a.c", marks(None, Some(true), None), Some(Generated)),
+            ("a.min.js", marks(None, Some(false), None), None),
+            ("a.c", marks(Some(false), Some(false), Some(false)), None),
+        ] {
+            let of = |filter: &FileFilter| filter.path(path.as_bytes().to_vec(), Kind::File, marks).err();
+            assert_eq!(of(&filter()), expected, "{path} {marks:?}");
+            let filters = FilterSpec { keep_vendored: true, keep_generated: true, ..default_filters() };
+            let keeps = FileFilter::new(&CollectSpec { filters, ..CollectSpec::of(Vec::new()) }).unwrap();
+            assert_eq!(of(&keeps), None, "{path} {marks:?}");
+        }
+        let says = "// @generated\nint x;\n".to_owned();
+        let of = |generated| {
+            filter().text("a.c", marks(None, generated, None), says.clone(), &mut Found::new()).err()
+        };
+        assert_eq!((of(None), of(Some(false))), (Some(Generated), None));
     }
 
     #[test]
@@ -273,19 +364,19 @@ mod tests {
             ("/abs.py", Some(PathUnsafe)),
             ("a/new\nline.py", Some(PathUnsafe)),
         ] {
-            let found = filter().path(path.as_bytes().to_vec(), Kind::File).err();
+            let found = path_of(path.as_bytes(), Kind::File).err();
             assert_eq!(found, expected, "{path:?}");
         }
-        assert_eq!(filter().path(b"a\xff.py".to_vec(), Kind::File), Err(PathNotUtf8));
-        assert_eq!(filter().path(b"a.py".to_vec(), Kind::Symlink), Err(Symlink));
-        assert_eq!(filter().path(b"a.py".to_vec(), Kind::Submodule), Err(Submodule));
-        assert_eq!(filter().path(b"a.py".to_vec(), Kind::TooDeep), Err(PathTooLong));
+        assert_eq!(path_of(b"a\xff.py", Kind::File), Err(PathNotUtf8));
+        assert_eq!(path_of(b"a.py", Kind::Symlink), Err(Symlink));
+        assert_eq!(path_of(b"a.py", Kind::Submodule), Err(Submodule));
+        assert_eq!(path_of(b"a.py", Kind::TooDeep), Err(PathTooLong));
     }
 
     #[test]
     fn contents_are_judged_by_their_bytes() {
         use DropReason::*;
-        let late_nul = [vec![b'x'; SNIFF_BYTES], vec![0]].concat();
+        let late_nul = [vec![b'x'; 8 * 1024], vec![0]].concat();
         for (blob, expected) in [
             (&b"fn main() {}\n"[..], None),
             ("d\u{e9}j\u{e0} vu\n".as_bytes(), None),
@@ -298,7 +389,7 @@ mod tests {
             (&late_nul, Some(TooLarge)),
         ] {
             assert_eq!(
-                filter().content("a.py", blob, &mut Found::new()).err(),
+                filter().content("a.py", Marks::default(), blob, &mut Found::new()).err(),
                 expected,
                 "{:?}",
                 blob.get(..8)
@@ -312,8 +403,8 @@ mod tests {
 
     #[test]
     fn notebooks_can_be_left_out() {
-        let filter =
-            FileFilter::new(&default_filters(), NotebookMode::Skip, Secrets::new(SecretMode::Off, false));
-        assert_eq!(filter.path(b"a.ipynb".to_vec(), Kind::File), Err(DropReason::NotebookSkipped));
+        let spec = CollectSpec { notebooks: NotebookMode::Skip, ..CollectSpec::of(Vec::new()) };
+        let path = FileFilter::new(&spec).unwrap().path(b"a.ipynb".to_vec(), Kind::File, Marks::default());
+        assert_eq!(path, Err(DropReason::NotebookSkipped));
     }
 }

@@ -1,29 +1,65 @@
-//! Code cells of Jupyter notebooks (format 4, and 3 with its worksheets), joined by a blank line.
+//! Notebooks of Jupyter (format 4, and 3 with its worksheets): their code cells, joined by a blank line, or text, code
+//! and outputs between the marks that StarCoder learned notebooks by.
 
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use tunefleet_proto::dataset::NOTEBOOK_MARKS;
 
 /// Larger notebooks are not parsed. Outputs (pictures) make the bulk of a notebook and are skipped unread.
 pub const MAX_BYTES: u64 = 32 << 20;
+/// Of an output, this much is kept, as StarCoder's data has it.
+const MAX_OUTPUT_CHARS: usize = 1000;
+const START: &str = NOTEBOOK_MARKS[0];
+const TEXT: &str = NOTEBOOK_MARKS[1];
+const CODE: &str = NOTEBOOK_MARKS[2];
+const OUTPUT: &str = NOTEBOOK_MARKS[3];
+const NO_OUTPUT: &str = NOTEBOOK_MARKS[4];
+/// What stands for the rest of an output, and for the text before code that has none.
+const ELLIPSIS: &str = "[...]";
+const NO_TEXT: &str = "empty";
 
+/// `O` is how outputs are read: [`IgnoredAny`] passes over them.
 #[derive(Deserialize)]
-struct Notebook {
-    cells: Option<Vec<Cell>>,
+struct Notebook<O> {
+    cells: Option<Vec<Cell<O>>>,
     /// Format 3.
-    worksheets: Option<Vec<Worksheet>>,
+    worksheets: Option<Vec<Worksheet<O>>>,
 }
 
 #[derive(Deserialize)]
-struct Worksheet {
-    cells: Vec<Cell>,
+struct Worksheet<O> {
+    cells: Vec<Cell<O>>,
 }
 
 #[derive(Deserialize)]
-struct Cell {
+struct Cell<O> {
     cell_type: String,
     /// `input` is format 3.
     #[serde(alias = "input")]
     source: Option<Source>,
+    outputs: Option<O>,
+}
+
+/// A strange one spoils nothing.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Outputs {
+    Known(Vec<Output>),
+    Other(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct Output {
+    /// Of a stream, and of results in format 3.
+    text: Option<Source>,
+    /// Of a result, by media type.
+    data: Option<Data>,
+}
+
+#[derive(Deserialize)]
+struct Data {
+    #[serde(rename = "text/plain")]
+    plain: Option<Source>,
 }
 
 #[derive(Deserialize)]
@@ -34,33 +70,171 @@ enum Source {
     Other(IgnoredAny),
 }
 
-/// The code of a notebook; `None` if it is not one. A cell that starts with `!` (shell) or holds `%%capture`
-/// is left out, as is a cell with nothing in it.
-pub fn code(json: &str) -> Option<String> {
-    let notebook: Notebook = serde_json::from_str(json).ok()?;
-    let cells = match (notebook.cells, notebook.worksheets) {
-        (Some(cells), _) => cells,
-        (None, Some(worksheets)) => worksheets.into_iter().flat_map(|sheet| sheet.cells).collect(),
-        (None, None) => return None,
-    };
-    let mut code = String::new();
-    for cell in cells.into_iter().filter(|cell| cell.cell_type == "code") {
-        let source = match cell.source {
-            Some(Source::Text(text)) => text,
-            Some(Source::Lines(lines)) => lines.concat(),
-            Some(Source::Other(_)) => return None,
-            None => continue,
+impl Source {
+    fn text(&self) -> Option<String> {
+        match self {
+            Source::Text(text) => Some(text.clone()),
+            Source::Lines(lines) => Some(lines.concat()),
+            Source::Other(_) => None,
+        }
+    }
+}
+
+impl<O> Cell<O> {
+    /// What is in it; `None` where that is no text.
+    fn text(&self) -> Option<String> {
+        match &self.source {
+            Some(source) => Some(source.text()?.trim_end_matches(['\n', '\r']).to_owned()),
+            None => Some(String::new()),
+        }
+    }
+}
+
+impl Cell<Outputs> {
+    /// The first output that is text.
+    fn output(&self) -> Option<String> {
+        let Some(Outputs::Known(outputs)) = &self.outputs else { return None };
+        let of = |output: &Output| {
+            let plain = output.data.as_ref().and_then(|data| data.plain.as_ref());
+            output.text.as_ref().or(plain)?.text()
         };
-        let source = source.trim_end_matches(['\n', '\r']);
-        if source.is_empty() || source.starts_with('!') || source.contains("%%capture") {
+        outputs.iter().find_map(of).filter(|text| !text.trim().is_empty())
+    }
+}
+
+fn cells<'a, O: Deserialize<'a>>(json: &'a str) -> Option<Vec<Cell<O>>> {
+    let notebook: Notebook<O> = serde_json::from_str(json).ok()?;
+    match (notebook.cells, notebook.worksheets) {
+        (Some(cells), _) => Some(cells),
+        (None, Some(worksheets)) => Some(worksheets.into_iter().flat_map(|sheet| sheet.cells).collect()),
+        (None, None) => None,
+    }
+}
+
+/// Whether a code cell is left out: one of shell commands, one whose output nobody wants, one with nothing in it.
+fn is_left_out(code: &str) -> bool {
+    code.is_empty() || code.starts_with('!') || code.contains("%%capture")
+}
+
+/// The code of a notebook; `None` if it is not one.
+pub fn code(json: &str) -> Option<String> {
+    let mut code = String::new();
+    for cell in cells::<IgnoredAny>(json)?.iter().filter(|cell| cell.cell_type == "code") {
+        let source = cell.text()?;
+        if is_left_out(&source) {
             continue;
         }
         if !code.is_empty() {
             code.push_str("\n\n");
         }
-        code.push_str(source);
+        code.push_str(&source);
     }
     Some(code)
+}
+
+/// Text, code and output of a notebook, each behind its mark; `None` if it is not one. Cells of one kind in a row are
+/// one; text that no code follows is left out; a mark that is spelt out in a cell is broken up.
+pub fn structured(json: &str) -> Option<String> {
+    let mut out = String::new();
+    let mut text = String::new();
+    let mut code = String::new();
+    let mut output = None;
+    for cell in &cells::<Outputs>(json)? {
+        match cell.cell_type.as_str() {
+            "code" => {
+                let source = cell.text()?;
+                if is_left_out(&source) {
+                    continue;
+                }
+                append(&mut code, &source);
+                // Of cells in a row, what the last one prints.
+                output = cell.output();
+            }
+            "markdown" | "heading" => {
+                if !code.is_empty() {
+                    end_pair(&mut out, &mut text, &mut code, output.take());
+                }
+                append(&mut text, &prose(&cell.text()?));
+            }
+            _ => {}
+        }
+    }
+    if !code.is_empty() {
+        end_pair(&mut out, &mut text, &mut code, output);
+    }
+    Some(out)
+}
+
+fn append(to: &mut String, more: &str) {
+    if !to.is_empty() && !more.is_empty() {
+        to.push('\n');
+    }
+    to.push_str(more);
+}
+
+fn end_pair(out: &mut String, text: &mut String, code: &mut String, output: Option<String>) {
+    if out.is_empty() {
+        out.push_str(START);
+    }
+    let shown = if text.is_empty() { NO_TEXT.to_owned() } else { without_marks(text) };
+    let output = match output {
+        None => NO_OUTPUT.to_owned(),
+        Some(output) => {
+            let mut shown: String = output.chars().take(MAX_OUTPUT_CHARS).collect();
+            if shown.len() < output.len() {
+                shown.push_str(ELLIPSIS);
+            }
+            format!("{OUTPUT}{}", without_marks(&shown))
+        }
+    };
+    out.push_str(&format!("{TEXT}{shown}{CODE}{}{output}", without_marks(code)));
+    text.clear();
+    code.clear();
+}
+
+/// A cell of Markdown without pictures, tags and signs of headings, on one line.
+fn prose(markdown: &str) -> String {
+    let mut out = String::with_capacity(markdown.len());
+    let mut rest = markdown;
+    // Pictures: ![words](address).
+    while let Some((before, after)) = rest.split_once("![") {
+        out.push_str(before);
+        rest = match after.split_once("](").and_then(|(_, after)| after.split_once(')')) {
+            Some((_, after)) => after,
+            None => {
+                out.push_str("![");
+                after
+            }
+        };
+    }
+    out.push_str(rest);
+    let mut plain = String::with_capacity(out.len());
+    let mut rest = out.as_str();
+    while let Some((before, after)) = rest.split_once('<') {
+        plain.push_str(before);
+        let is_tag = after.starts_with(|c: char| c.is_ascii_alphabetic() || matches!(c, '/' | '!'));
+        rest = match after.split_once('>') {
+            Some((tag, after)) if is_tag && !tag.contains('\n') => after,
+            _ => {
+                plain.push('<');
+                after
+            }
+        };
+    }
+    plain.push_str(rest);
+    let lines = plain.lines().map(|line| line.trim_start_matches('#').trim());
+    lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
+}
+
+/// With a space in whatever would be a mark.
+fn without_marks(text: &str) -> String {
+    let mut out = text.to_owned();
+    for mark in NOTEBOOK_MARKS {
+        if out.contains(mark) {
+            out = out.replace(mark, &mark.replacen('<', "< ", 1));
+        }
+    }
+    out
 }
 
 #[cfg(test)]
@@ -80,6 +254,37 @@ mod tests {
             {"cell_type": "raw", "source": 7},
             {"cell_type": "code", "source": "x = 1\n!ls"}]}"##;
         assert_eq!(code(json).unwrap(), "import a\nimport b\n\nx = 1\n!ls");
+    }
+
+    #[test]
+    fn the_structured_form_pairs_text_with_the_code_after_it_and_what_that_prints() {
+        let long = "x".repeat(MAX_OUTPUT_CHARS + 5);
+        let json = serde_json::json!({"cells": [
+            {"cell_type": "code", "source": "import a", "outputs": []},
+            {"cell_type": "markdown", "source": ["# Title\n", "![a picture](x.png) Some <b>bold</b> a < b text\n"]},
+            {"cell_type": "markdown", "source": "More"},
+            {"cell_type": "code", "source": "print('<jupyter_code>')", "outputs": [
+                {"output_type": "display_data", "data": {"image/png": "QQ=="}},
+                {"output_type": "stream", "text": ["one\n", "two"]}, {"output_type": "stream", "text": "not this"}]},
+            {"cell_type": "code", "source": "b"},
+            {"cell_type": "markdown", "source": ""},
+            {"cell_type": "code", "source": "c", "outputs": [{"data": {"text/plain": long}}]},
+            {"cell_type": "code", "source": "!ls", "outputs": [{"text": "shell"}]},
+            {"cell_type": "markdown", "source": "The end"}]})
+        .to_string();
+        let expected = [
+            "<jupyter_start><jupyter_text>empty<jupyter_code>import a<empty_output>",
+            "<jupyter_text>Title Some bold a < b text\nMore<jupyter_code>print('< jupyter_code>')\nb<empty_output>",
+            &format!(
+                "<jupyter_text>empty<jupyter_code>c<jupyter_output>{}[...]",
+                "x".repeat(MAX_OUTPUT_CHARS)
+            ),
+        ];
+        assert_eq!(structured(&json).unwrap(), expected.concat());
+        assert_eq!(structured(r#"{"cells": []}"#).as_deref(), Some(""));
+        let strange = r#"{"cells": [{"cell_type": "code", "source": "a", "outputs": {"b": [1]}}]}"#;
+        assert!(structured(strange).unwrap().ends_with("<jupyter_code>a<empty_output>"));
+        assert_eq!(structured("[1]"), None);
     }
 
     #[test]
@@ -115,7 +320,8 @@ mod tests {
     proptest! {
         #[test]
         fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
-            let _ = code(&String::from_utf8_lossy(&bytes));
+            let text = String::from_utf8_lossy(&bytes);
+            prop_assert_eq!(code(&text).is_some(), structured(&text).is_some());
         }
 
         #[test]
@@ -126,7 +332,8 @@ mod tests {
                 *slot = byte;
             }
             bytes.truncate(cut);
-            let _ = code(&String::from_utf8_lossy(&bytes));
+            let text = String::from_utf8_lossy(&bytes);
+            prop_assert_eq!(code(&text).is_some(), structured(&text).is_some());
         }
 
         #[test]

@@ -86,12 +86,12 @@ impl TextRules {
         if !self.keep_generated && is_minified(name) { Err(DropReason::Generated) } else { Ok(()) }
     }
 
-    /// Whether text, which is not empty, is kept.
+    /// Whether text, which is not empty, is kept; `is_generated` where it is known whether a program has written it.
     ///
     /// # Errors
     /// The first rule that drops it.
-    pub fn judge(&self, text: &str) -> Result<(), DropReason> {
-        if !self.keep_generated && says_generated(text) {
+    pub fn judge(&self, text: &str, is_generated: Option<bool>) -> Result<(), DropReason> {
+        if !self.keep_generated && is_generated != Some(false) && says_generated(text) {
             return Err(DropReason::Generated);
         }
         let shape = Shape::of(text);
@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     fn judge(text: &str) -> Option<DropReason> {
-        TextRules::new(&default_filters()).judge(text).err()
+        TextRules::new(&default_filters()).judge(text, None).err()
     }
 
     #[test]
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(TextRules::new(&default_filters()).judge_name("App.MIN.js"), Err(DropReason::Generated));
         let keeps = FilterSpec { keep_generated: true, ..default_filters() };
         assert_eq!(TextRules::new(&keeps).judge_name("a.min.js"), Ok(()));
-        assert_eq!(TextRules::new(&keeps).judge("// @generated\n"), Ok(()));
+        assert_eq!(TextRules::new(&keeps).judge("// @generated\n", None), Ok(()));
     }
 
     proptest! {

@@ -3,6 +3,7 @@
 use git2::{ObjectType, Oid, Repository, Tree};
 
 use super::Error;
+use super::attributes::{self, Attributes, Marks};
 use super::fetch::Pinned;
 
 /// Far above any real repository; a few small trees that contain each other can claim billions.
@@ -32,6 +33,8 @@ pub struct Entry {
     pub oid: Oid,
     /// What it is.
     pub kind: Kind,
+    /// What `.gitattributes` says of it.
+    pub marks: Marks,
 }
 
 /// Depth-first walk; a tree is loaded when it is entered.
@@ -39,6 +42,7 @@ pub struct Walk<'repo> {
     repo: &'repo Repository,
     pinned: &'repo Pinned,
     open: Vec<OpenTree<'repo>>,
+    attributes: Attributes,
     paths: u64,
 }
 
@@ -47,6 +51,8 @@ struct OpenTree<'repo> {
     next: usize,
     /// Path with a trailing slash, empty for the top.
     prefix: Vec<u8>,
+    /// Whether there is a `.gitattributes` in it.
+    has_attributes: bool,
 }
 
 impl<'repo> Walk<'repo> {
@@ -56,13 +62,28 @@ impl<'repo> Walk<'repo> {
             .find_commit(commit)
             .and_then(|commit| commit.tree())
             .map_err(|e| pinned.unreadable(b"", commit, &e))?;
-        let top = OpenTree { tree, next: 0, prefix: Vec::new() };
-        Ok(Self { repo, pinned, open: vec![top], paths: 0 })
+        let mut walk = Self { repo, pinned, open: Vec::new(), attributes: Attributes::default(), paths: 0 };
+        walk.enter(tree, Vec::new());
+        Ok(walk)
+    }
+
+    fn enter(&mut self, tree: Tree<'repo>, prefix: Vec<u8>) {
+        let named = tree.get_name(attributes::FILE_NAME);
+        let blob = named.and_then(|entry| self.repo.find_blob(entry.id()).ok());
+        let blob = blob.filter(|blob| blob.size() <= attributes::MAX_BYTES);
+        if let Some(blob) = &blob {
+            self.attributes.enter(&prefix, blob.content());
+        }
+        let has_attributes = blob.is_some();
+        self.open.push(OpenTree { tree, next: 0, prefix, has_attributes });
     }
 
     fn step(&mut self) -> Result<Option<Entry>, Error> {
         while let Some(top) = self.open.last_mut() {
             let Some(entry) = top.tree.get(top.next) else {
+                if top.has_attributes {
+                    self.attributes.leave();
+                }
                 self.open.pop();
                 continue;
             };
@@ -82,14 +103,15 @@ impl<'repo> Walk<'repo> {
                     let tree =
                         self.repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
                     path.push(b'/');
-                    self.open.push(OpenTree { tree, next: 0, prefix: path });
+                    self.enter(tree, path);
                     continue;
                 }
                 Some(ObjectType::Tree) => Kind::TooDeep,
                 _ if mode & 0o170_000 == 0o120_000 => Kind::Symlink,
                 _ => Kind::File,
             };
-            return Ok(Some(Entry { path, oid, kind }));
+            let marks = self.attributes.of(&path);
+            return Ok(Some(Entry { path, oid, kind, marks }));
         }
         Ok(None)
     }

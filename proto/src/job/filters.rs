@@ -57,6 +57,7 @@ pub fn default_filters() -> FilterSpec {
         min_alphanumeric_fraction: MIN_ALPHANUMERIC_FRACTION,
         keep_generated: false,
         keep_lock_files: false,
+        keep_vendored: false,
     }
 }
 

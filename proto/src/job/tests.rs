@@ -57,7 +57,7 @@ fn the_smallest_job_file_gets_the_documented_defaults() {
     assert_eq!((spec.train.learning_rate, spec.train.betas), (5e-5, (0.9, 0.999)));
     let DatasetSpec::Collect(collect) = spec.dataset else { panic!("no collect") };
     assert_eq!(collect.filters, default_filters());
-    assert_eq!(collect.sources[0].location, "/home/ann/jobs/a");
+    assert_eq!(collect, CollectSpec::of(vec![SourceSpec::repository("/home/ann/jobs/a")]));
     let spec = load_text("dataset: /d\nmodel: {path: m}\ntrain: {steps: 50}\n", &[]).unwrap();
     assert_eq!(spec.tokenizer, TokenizerSpec::FromModel);
     assert_eq!(spec.tokenizer_dir(), PathBuf::from("/home/ann/jobs/m"));
@@ -79,9 +79,15 @@ fn overrides_come_before_the_checks_and_their_paths_start_at_the_current_directo
     assert_eq!((spec.train.steps, spec.train.betas), (7, (0.8, 0.9)));
     assert_eq!(spec.output, PathBuf::from("/home/ann/out"));
     let DatasetSpec::Collect(collect) = spec.dataset else { panic!("no collect") };
-    let locations: Vec<_> = collect.sources.iter().map(|source| source.location.as_str()).collect();
-    assert_eq!(locations, ["/home/ann/jobs/a", "/home/other", "https://host/org/repo", "git@host:org/x"]);
-    assert_eq!(collect.sources[3].revision.as_deref(), Some("1.10"));
+    let [first, other, url, SourceSpec::Repository(pinned)] = &collect.sources[..] else {
+        panic!("{collect:?}")
+    };
+    for (source, location) in
+        [(first, "/home/ann/jobs/a"), (other, "/home/other"), (url, "https://host/org/repo")]
+    {
+        assert_eq!(*source, SourceSpec::repository(location));
+    }
+    assert_eq!((pinned.location.as_str(), pinned.revision.as_deref()), ("git@host:org/x", Some("1.10")));
     let mut extensions = default_filters().exclude_extensions;
     extensions.push("svg".to_owned());
     assert_eq!(collect.filters.exclude_extensions, extensions);
@@ -180,6 +186,46 @@ fn every_rule_names_its_place_and_the_value() {
     let text = format!("{MINIMAL}train: {{eval_every_steps: 5}}\n");
     let lines = faults(&text, &["collect.validation_fraction=0"]);
     assert!(lines[0].contains("no file is held out to evaluate on"), "{lines:?}");
+}
+
+#[test]
+fn sources_of_every_kind_survive_their_journey_as_json() {
+    let sources = "[a, {location: b, revision: c}, {github: {org: o, top: 3, api: 'https://h/api/v1/'}}, \
+                   {dataset: {hub: o/n, subset: data}}, {dataset: {path: rows.csv, data_column: text}}]";
+    let text = format!(
+        "collect: {{sources: {sources}, split_by: date, validation_since: 2026-02-28}}\n\
+                        model: {{init: {{preset: demo}}}}\n"
+    );
+    let spec = load_text(&text, &[]).unwrap();
+    let json = serde_json::to_string(&spec).unwrap();
+    assert_eq!(serde_json::from_str::<JobSpec>(&json).unwrap(), spec);
+    let DatasetSpec::Collect(collect) = spec.dataset else { panic!("no collect") };
+    assert_eq!(collect.split_by, SplitBy::Date("2026-02-28".to_owned()));
+    let [_, _, SourceSpec::Organization { github }, _, SourceSpec::Table { dataset }] = &collect.sources[..]
+    else {
+        panic!("{collect:?}")
+    };
+    assert_eq!((github.top, github.api.as_str()), (Some(3), "https://h/api/v1"));
+    assert_eq!((dataset.from.as_str(), dataset.column.as_str()), ("/home/ann/jobs/rows.csv", "text"));
+}
+
+#[test]
+fn days_are_counted_as_the_calendar_has_them() {
+    for (day, seconds) in [
+        ("1970-01-01", Some(0)),
+        ("1972-03-01", Some(790 * 86_400)),
+        ("2000-02-29", Some(951_782_400)),
+        ("2026-11-27", Some(1_795_737_600)),
+        ("2026-02-29", None),
+        ("2026-13-01", None),
+        ("1969-12-31", None),
+        ("2026-1-1", None),
+        ("+026-01-01", None),
+        ("2026-01-01T00", None),
+        ("", None),
+    ] {
+        assert_eq!(day_start(day), seconds, "{day}");
+    }
 }
 
 #[test]

@@ -63,6 +63,7 @@ pub fn compare(request: &Request<'_>) -> Result<Losses, Error> {
         fim_spm_rate: 0.0,
         fim_level: FimLevel::Window,
         packing: Packing::Continuous,
+        metadata_prefix: false,
         seed: 0,
     };
     let refuse = |error: crate::data::Error| Error::Refused(error.to_string());

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Component, Path, PathBuf};
 
-use arrow::array::{Array, LargeStringArray, RecordBatch};
+use arrow::array::{Array, AsArray, LargeStringArray, RecordBatch, StringArray};
 use arrow::datatypes::{DataType, Schema};
 use arrow::error::ArrowError;
 use arrow::ipc::reader::FileReader;
@@ -29,7 +29,9 @@ const COLUMNS: [(&str, DataType); 5] = [
     ("commit", DataType::Utf8),
     ("size_bytes", DataType::UInt64),
 ];
-/// Place of `content` in [`COLUMNS`].
+/// Places in [`COLUMNS`].
+const REPO_ID: usize = 0;
+const FILE_PATH: usize = 1;
 const CONTENT: usize = 2;
 
 /// Why a dataset cannot be read.
@@ -59,6 +61,46 @@ pub enum Error {
         /// What differs, with both values.
         problem: String,
     },
+}
+
+/// One file of a dataset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Row<'a> {
+    /// Its repository.
+    pub repo_id: &'a str,
+    /// Its path there.
+    pub file_path: &'a str,
+    /// Its text.
+    pub content: &'a str,
+}
+
+/// Rows of one record batch.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    repo_id: StringArray,
+    file_path: StringArray,
+    content: LargeStringArray,
+}
+
+impl Rows {
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.content.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.content.is_empty()
+    }
+
+    /// One of them.
+    pub fn row(&self, index: usize) -> Row<'_> {
+        Row {
+            repo_id: self.repo_id.value(index),
+            file_path: self.file_path.value(index),
+            content: self.content.value(index),
+        }
+    }
 }
 
 /// A dataset whose manifest is sound and whose segments have the right sizes.
@@ -108,9 +150,14 @@ impl Dataset {
         self.segments(split).iter().map(|segment| segment.rows).sum()
     }
 
-    /// Texts of a split in reading order, one array per record batch. Every segment is verified
+    /// A setting that it was collected with.
+    pub fn setting(&self, name: &str) -> Option<&serde_json::Value> {
+        self.manifest.settings.get(name)
+    }
+
+    /// Rows of a split in reading order, by record batches. Every segment is verified
     /// before its first batch, so an error means that what came before it is sound.
-    pub fn contents(&self, split: Split) -> impl Iterator<Item = Result<LargeStringArray, Error>> + Send {
+    pub fn rows(&self, split: Split) -> impl Iterator<Item = Result<Rows, Error>> + Send {
         self.segments(split).iter().flat_map(|segment| match self.open_segment(segment) {
             Ok(batches) => Box::new(batches) as Box<dyn Iterator<Item = _> + Send>,
             Err(error) => Box::new(std::iter::once(Err(error))),
@@ -176,14 +223,14 @@ struct SegmentReader {
 }
 
 impl Iterator for SegmentReader {
-    type Item = Result<LargeStringArray, Error>;
+    type Item = Result<Rows, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let mut batches = self.batches.take()?;
-        match guarded(|| self.next_contents(&mut batches)).transpose()? {
-            Ok(contents) => {
+        match guarded(|| self.next_rows(&mut batches)).transpose()? {
+            Ok(rows) => {
                 self.batches = Some(batches);
-                Some(Ok(contents))
+                Some(Ok(rows))
             }
             Err(problem) => Some(Err(Error::Segment { path: self.path.clone(), problem })),
         }
@@ -191,7 +238,7 @@ impl Iterator for SegmentReader {
 }
 
 impl SegmentReader {
-    fn next_contents(&mut self, batches: &mut Batches) -> Result<Option<LargeStringArray>, String> {
+    fn next_rows(&mut self, batches: &mut Batches) -> Result<Option<Rows>, String> {
         let Some(batch) = batches.next() else {
             return match self.rows_left {
                 0 => Ok(None),
@@ -199,19 +246,29 @@ impl SegmentReader {
             };
         };
         let batch = batch.map_err(|error| error.to_string())?;
-        let contents = batch
-            .columns()
-            .get(CONTENT)
-            .and_then(|column| column.as_any().downcast_ref::<LargeStringArray>())
-            .ok_or("column `content` is not LargeUtf8")?;
-        if contents.null_count() > 0 {
-            return Err("column `content` holds nulls".to_owned());
-        }
+        let column = |place: usize| {
+            let [name, kind] = [
+                COLUMNS.get(place).map_or("", |(name, _)| name),
+                if place == CONTENT { "LargeUtf8" } else { "Utf8" },
+            ];
+            let column = batch.columns().get(place).ok_or_else(|| format!("column `{name}` is absent"))?;
+            match column.null_count() {
+                0 => Ok((column, format!("column `{name}` is not {kind}"))),
+                _ => Err(format!("column `{name}` holds nulls")),
+            }
+        };
+        let ((repo_id, no_id), (file_path, no_path), (content, no_content)) =
+            (column(REPO_ID)?, column(FILE_PATH)?, column(CONTENT)?);
+        let rows = Rows {
+            repo_id: repo_id.as_string_opt::<i32>().ok_or(no_id)?.clone(),
+            file_path: file_path.as_string_opt::<i32>().ok_or(no_path)?.clone(),
+            content: content.as_string_opt::<i64>().ok_or(no_content)?.clone(),
+        };
         self.rows_left = self
             .rows_left
-            .checked_sub(contents.len() as u64)
+            .checked_sub(rows.len() as u64)
             .ok_or_else(|| format!("more rows than the {} of the manifest", self.rows))?;
-        Ok(Some(contents.clone()))
+        Ok(Some(rows))
     }
 }
 

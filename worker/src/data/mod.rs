@@ -9,6 +9,8 @@ pub mod documents;
 pub mod tokenizer;
 /// `worker tokenizer train`.
 pub mod train_tokenizer;
+/// Rows as tokens.
+pub mod render;
 /// The tokens of a split, made once and read by position.
 pub mod token_cache;
 /// Random numbers by position.
@@ -31,7 +33,8 @@ use tunefleet_proto::job::{DataSpec, FimLevel, Packing};
 
 use documents::Dataset;
 use fim::Rates;
-use token_cache::{Markup, TokenFile};
+use render::{Layout, Markup};
+use token_cache::TokenFile;
 use tokenizer::{FimTokens, Tokenizer};
 
 /// Target that takes no part in the loss.
@@ -200,7 +203,10 @@ impl Sequences {
             eos,
             markers,
         };
-        let tokens = |split, markup| TokenFile::open(&dataset, &tokenizer, split, markup, cache_dir);
+        let tokens = |split, markup| {
+            let layout = Layout { markup, metadata_prefix: spec.metadata_prefix };
+            TokenFile::open(&dataset, &tokenizer, split, layout, cache_dir)
+        };
         let packed = match spec.packing {
             Packing::Continuous => {
                 Packed::Continuous(packing::Continuous::new(tokens(split, Markup::Text)?, settings))

@@ -1,4 +1,4 @@
-//! The tokens of a split, made once per (dataset, tokenizer, split, markup) and read by position.
+//! The tokens of a split, made once per (dataset, tokenizer, split, layout) and read by position.
 //!
 //! One file: header, tokens of all documents end to end (2 or 4 bytes each, little-endian), then
 //! per document the end of its tokens and its characters (8 bytes each). Memory holds only the
@@ -11,12 +11,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use arrow::array::{Array, LargeStringArray};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use tunefleet_proto::digest_hex;
 
-use super::documents::{self, Dataset};
+use super::documents::{self, Dataset, Row, Rows};
+use super::render::{Layout, Renderer};
 use super::tokenizer::{self, Tokenizer};
 use super::{Split, hash_stream};
 
@@ -46,15 +46,6 @@ pub enum Error {
     Tokenizer(#[from] tokenizer::Error),
 }
 
-/// What a special token spelt out in a file becomes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Markup {
-    /// Text.
-    Text,
-    /// A control token, as in the original.
-    Control,
-}
-
 /// An open token file.
 #[derive(Debug)]
 pub struct TokenFile {
@@ -77,10 +68,10 @@ impl TokenFile {
         dataset: &Dataset,
         tokenizer: &Tokenizer,
         split: Split,
-        markup: Markup,
+        layout: Layout,
         cache_dir: &Path,
     ) -> Result<Self, Error> {
-        let inputs = format!("{}\n{}\n{}\n{markup:?}", dataset.digest(), tokenizer.digest(), split.name());
+        let inputs = [&dataset.digest(), tokenizer.digest(), split.name(), &layout.key(dataset)].join("\n");
         let key: [u8; 32] = Sha256::digest(inputs.as_bytes()).into();
         let name = digest_hex(inputs.as_bytes()).chars().take(16).collect::<String>();
         let path = cache_dir.join(format!("{}-{name}.tokens", split.name()));
@@ -100,7 +91,8 @@ impl TokenFile {
             tracing::warn!(path = %path.display(), "the token cache is damaged; making it anew");
         }
         let incomplete = path.with_extension("incomplete");
-        let made = Builder::new(&incomplete, tokenizer, markup)
+        let renderer = Renderer::new(dataset, tokenizer, layout)?;
+        let made = Builder::new(&incomplete, renderer, token_bytes(tokenizer))
             .and_then(|builder| builder.build(dataset, split, &key))
             .and_then(|()| std::fs::rename(&incomplete, &path).map_err(|source| io(&path, source)));
         if let Err(error) = made {
@@ -234,8 +226,8 @@ impl Header {
 /// Writes a token file.
 struct Builder<'a> {
     path: &'a Path,
-    tokenizer: &'a Tokenizer,
-    markup: Markup,
+    renderer: Renderer<'a>,
+    token_bytes: usize,
     out: BufWriter<File>,
     hasher: Sha256,
     ends: Vec<u64>,
@@ -244,12 +236,12 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(path: &'a Path, tokenizer: &'a Tokenizer, markup: Markup) -> Result<Self, Error> {
+    fn new(path: &'a Path, renderer: Renderer<'a>, token_bytes: usize) -> Result<Self, Error> {
         let file = File::create(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
         Ok(Builder {
             path,
-            tokenizer,
-            markup,
+            renderer,
+            token_bytes,
             out: BufWriter::with_capacity(1 << 20, file),
             hasher: Sha256::new(),
             ends: Vec::new(),
@@ -262,8 +254,8 @@ impl<'a> Builder<'a> {
         let began = Instant::now();
         self.write(&[0; HEADER_BYTES as usize])?;
         self.hasher = Sha256::new();
-        for contents in dataset.contents(split) {
-            self.add(&contents?)?;
+        for rows in dataset.rows(split) {
+            self.add(&rows?)?;
         }
         let index = [std::mem::take(&mut self.ends), std::mem::take(&mut self.characters)];
         let documents = index[0].len() as u64;
@@ -273,7 +265,7 @@ impl<'a> Builder<'a> {
         let io = |source| Error::Io { path: self.path.to_owned(), source };
         let file = self.out.into_inner().map_err(|error| io(error.into_error()))?;
         let header = Header {
-            token_bytes: token_bytes(self.tokenizer) as u64,
+            token_bytes: self.token_bytes as u64,
             documents,
             tokens: self.tokens,
             digest: self.hasher.finalize().into(),
@@ -285,42 +277,35 @@ impl<'a> Builder<'a> {
     }
 
     /// Tokenises the rows of a batch in parallel, chunk by chunk, and writes them in order.
-    fn add(&mut self, contents: &LargeStringArray) -> Result<(), Error> {
-        let mut row = 0;
-        while row < contents.len() {
+    fn add(&mut self, rows: &Rows) -> Result<(), Error> {
+        let mut next = 0;
+        while next < rows.len() {
             let mut bytes = 0;
-            let chunk: Vec<&str> = (row..contents.len())
-                .map(|row| contents.value(row))
-                .take_while(|text| {
+            let chunk: Vec<Row<'_>> = (next..rows.len())
+                .map(|index| rows.row(index))
+                .take_while(|row| {
                     let first = bytes == 0;
-                    bytes += text.len() + 1;
+                    bytes += row.content.len() + 1;
                     first || bytes <= CHUNK_BYTES
                 })
                 .collect();
-            row += chunk.len();
+            next += chunk.len();
             let encoded: Vec<Vec<u32>> =
-                chunk.par_iter().map(|text| self.encode(text)).collect::<Result<_, _>>()?;
-            for (text, tokens) in chunk.iter().zip(encoded) {
-                let mut row = Vec::with_capacity(tokens.len() * 4);
-                if token_bytes(self.tokenizer) == 2 {
-                    row.extend(tokens.iter().flat_map(|token| (*token as u16).to_le_bytes()));
+                chunk.par_iter().map(|row| self.renderer.tokens(*row)).collect::<Result<_, _>>()?;
+            for (row, tokens) in chunk.iter().zip(encoded) {
+                let mut out = Vec::with_capacity(tokens.len() * self.token_bytes);
+                if self.token_bytes == 2 {
+                    out.extend(tokens.iter().flat_map(|token| (*token as u16).to_le_bytes()));
                 } else {
-                    row.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
+                    out.extend(tokens.iter().flat_map(|token| token.to_le_bytes()));
                 }
-                self.write(&row)?;
+                self.write(&out)?;
                 self.tokens += tokens.len() as u64;
                 self.ends.push(self.tokens);
-                self.characters.push(text.chars().count() as u64);
+                self.characters.push(row.content.chars().count() as u64);
             }
         }
         Ok(())
-    }
-
-    fn encode(&self, text: &str) -> Result<Vec<u32>, tokenizer::Error> {
-        match self.markup {
-            Markup::Text => self.tokenizer.encode_document(text),
-            Markup::Control => self.tokenizer.encode_document_as_seed(text),
-        }
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {

@@ -58,6 +58,20 @@ pub enum Error {
         /// The markers that are absent or not one token.
         missing: String,
     },
+    /// A setting asks for marks that the vocabulary lacks.
+    #[error(
+        "{}: {setting} needs {missing}, which must each be one special token; use a tokenizer that has them, or \
+         change the setting",
+        path.display()
+    )]
+    NoMark {
+        /// The file.
+        path: PathBuf,
+        /// The setting, as it is written.
+        setting: &'static str,
+        /// The marks that are absent.
+        missing: String,
+    },
     /// No token ends a document.
     #[error("{}: end-of-text token `{token}` is not in the vocabulary; name another as eos_token in {TOKENIZER_CONFIG_FILE} beside it", path.display())]
     NoEos {
@@ -146,6 +160,22 @@ impl Tokenizer {
     /// [`Error::NoFimTokens`] when the vocabulary lacks one.
     pub fn fim(&self) -> Result<FimTokens, Error> {
         self.fim.clone().map_err(|missing| Error::NoFimTokens { path: self.path.clone(), missing })
+    }
+
+    /// The tokens of special marks that `setting` needs.
+    ///
+    /// # Errors
+    /// [`Error::NoMark`] when the vocabulary lacks one.
+    pub fn marks<const N: usize>(&self, marks: [&str; N], setting: &'static str) -> Result<[u32; N], Error> {
+        let added = self.control.get_added_tokens_decoder();
+        let is_special = |id: &u32| added.get(id).is_some_and(|token| token.special);
+        let found = marks.map(|mark| self.control.token_to_id(mark).filter(is_special));
+        let missing: Vec<&str> =
+            marks.iter().zip(&found).filter(|(_, id)| id.is_none()).map(|(mark, _)| *mark).collect();
+        match missing.is_empty() {
+            true => Ok(found.map(Option::unwrap_or_default)),
+            false => Err(Error::NoMark { path: self.path.clone(), setting, missing: missing.join(", ") }),
+        }
     }
 
     /// Ends a document.

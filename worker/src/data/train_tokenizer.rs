@@ -6,7 +6,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use arrow::array::Array;
 use serde_json::json;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -92,15 +91,15 @@ pub fn run(args: Args) -> Result<(), Error> {
 pub fn train_on_dataset(dataset: &Dataset, vocab_size: u32, out: &Path) -> Result<usize, Error> {
     // The trainer takes texts, not results: an unreadable segment ends them and is reported after.
     let failure = Mutex::new(None);
-    let texts = dataset.contents(Split::Train).map_while(|contents| match contents {
-        Ok(contents) => Some(contents),
+    let texts = dataset.rows(Split::Train).map_while(|rows| match rows {
+        Ok(rows) => Some(rows),
         Err(error) => {
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
             None
         }
     });
-    let texts = texts.flat_map(|contents| {
-        (0..contents.len()).map(|row| contents.value(row).to_owned()).collect::<Vec<String>>()
+    let texts = texts.flat_map(|rows| {
+        (0..rows.len()).map(|row| rows.row(row).content.to_owned()).collect::<Vec<String>>()
     });
     let tokenizer = learn(texts, vocab_size)?;
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {

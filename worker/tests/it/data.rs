@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, HashSet};
 
 use crate::data_support::{Workshop, documents, spec};
 use tunefleet_proto::job::{FimLevel, Packing, SegmentFormat};
-use tunefleet_worker::data::documents::Dataset;
+use tunefleet_worker::data::documents::{Dataset, Row};
+use tunefleet_worker::data::render::{Layout, Markup, Renderer};
 use tunefleet_worker::data::tokenizer::Tokenizer;
 use tunefleet_worker::data::{IGNORED, Sequences, Split};
 
@@ -25,8 +26,9 @@ fn count(tokens: impl IntoIterator<Item = u32>) -> BTreeMap<u32, u64> {
 fn corpus(workshop: &Workshop, split: Split) -> BTreeMap<u32, u64> {
     let tokenizer = Tokenizer::load(&workshop.tokenizer()).unwrap();
     let dataset = Dataset::open(&workshop.dataset()).unwrap();
-    let texts = dataset.contents(split).flat_map(|contents| {
-        contents.unwrap().iter().map(|text| text.unwrap().to_owned()).collect::<Vec<_>>()
+    let texts = dataset.rows(split).flat_map(|rows| {
+        let rows = rows.unwrap();
+        (0..rows.len()).map(|row| rows.row(row).content.to_owned()).collect::<Vec<_>>()
     });
     count(texts.flat_map(|text| [tokenizer.encode_document(&text).unwrap(), vec![tokenizer.eos()]].concat()))
 }
@@ -219,4 +221,44 @@ fn a_split_without_files_is_refused_for_training_and_empty_for_validation() {
     let opened =
         Sequences::open(&spec, &workshop.dataset(), &workshop.tokenizer(), Split::Train, &workshop.cache());
     assert!(opened.unwrap_err().to_string().contains("no document"));
+}
+
+#[test]
+fn marks_are_control_tokens_where_this_program_puts_them_and_text_where_a_file_spells_them_out() {
+    let workshop = Workshop::standard();
+    let tokenizer = Tokenizer::load(&workshop.tokenizer()).unwrap();
+    let mut manifest = workshop.manifest();
+    manifest.settings = serde_json::json!({"notebooks": "structured"});
+    workshop.write_manifest(&manifest);
+    let dataset = Dataset::open(&workshop.dataset()).unwrap();
+    let tokens = |metadata_prefix, file_path, content| {
+        let layout = Layout { markup: Markup::Text, metadata_prefix };
+        let renderer = Renderer::new(&dataset, &tokenizer, layout).unwrap();
+        renderer.tokens(Row { repo_id: "a/b", file_path, content }).unwrap()
+    };
+    let prompt = |text: &str| tokenizer.encode_prompt(text).unwrap();
+    let notebook = "<jupyter_start><jupyter_text>x<jupyter_code>y = 1<empty_output>";
+    assert_eq!(tokens(false, "n.ipynb", notebook), prompt(notebook));
+    let named = format!("<reponame>a/b<filename>n.ipynb\n{notebook}");
+    assert_eq!(tokens(true, "n.ipynb", notebook), prompt(&named));
+    assert_eq!(tokens(true, "a.py", "\ndef f()"), prompt("<reponame>a/b<filename>a.py\n\ndef f()"));
+    // Spelt out by a file, or by its path.
+    let spelt = "x <jupyter_code> <|endoftext|>";
+    assert_eq!(tokens(false, "a.py", spelt), tokenizer.encode_document(spelt).unwrap());
+    let controls = |tokens: Vec<u32>| tokens.iter().filter(|token| **token < 19).count();
+    assert_eq!(controls(tokens(true, "<jupyter_code>.ipynb", "<jupyter_code>x <|endoftext|>")), 3);
+}
+
+#[test]
+fn a_tokenizer_without_a_mark_that_is_needed_is_refused_with_the_setting() {
+    let workshop = Workshop::standard();
+    let path = workshop.tokenizer().join("tokenizer.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("<reponame>", "<other>")).unwrap();
+    let mut spec = spec(Packing::Continuous, FimLevel::Window);
+    spec.metadata_prefix = true;
+    let opened =
+        Sequences::open(&spec, &workshop.dataset(), &workshop.tokenizer(), Split::Train, &workshop.cache());
+    let error = opened.unwrap_err().to_string();
+    assert!(error.contains("<reponame>") && error.contains("data.metadata_prefix"), "{error}");
 }

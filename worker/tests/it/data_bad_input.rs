@@ -148,7 +148,7 @@ fn plant(workshop: &Workshop, bytes: &[u8]) {
 
 /// Reads everything; any result will do, a panic will not.
 fn read_all(dataset: &Path) -> bool {
-    Dataset::open(dataset).is_ok_and(|dataset| dataset.contents(Split::Train).all(|batch| batch.is_ok()))
+    Dataset::open(dataset).is_ok_and(|dataset| dataset.rows(Split::Train).all(|batch| batch.is_ok()))
 }
 
 /// `bytes` with some of them replaced, at places and by values from `edits`.

@@ -130,7 +130,15 @@ pub fn documents(count: u64, seed: u64) -> Vec<String> {
 
 /// Settings with a short sequence, so that documents are cut and joined.
 pub fn spec(packing: Packing, fim_level: FimLevel) -> DataSpec {
-    DataSpec { sequence_tokens: 48, fim_rate: 0.5, fim_spm_rate: 0.5, fim_level, packing, seed: 7 }
+    DataSpec {
+        sequence_tokens: 48,
+        fim_rate: 0.5,
+        fim_spm_rate: 0.5,
+        fim_level,
+        packing,
+        metadata_prefix: false,
+        seed: 7,
+    }
 }
 
 /// Runs a script of `tests/parity/data` and returns what it printed. None, with the reason printed,

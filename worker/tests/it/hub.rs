@@ -6,9 +6,9 @@ use std::process::{Command, Output};
 
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+use tunefleet_tests::hub_server::{Content, Fault, FaultKind, HubServer, TOKEN};
 
 use crate::common::{checkpoint_of, fixtures, python, root};
-use crate::hub_server::{Content, Fault, FaultKind, HubServer, TOKEN};
 
 const PART_BYTES: u64 = 100_000;
 const REPO: &str = "team/model";
@@ -222,7 +222,7 @@ fn refusals_say_what_to_do() {
     fault(&server, "POST /api/repos/create", 1, forbidden.clone());
     let message = refusal(&server, dir.path(), TOKEN);
     assert!(message.contains("making team/model at"), "{message}");
-    assert!(message.contains("403: You don't have the rights; the token may not write there"), "{message}");
+    assert!(message.contains("403: You don't have the rights; the token may not do that there"), "{message}");
 
     // A token that may write to what is there, but make nothing.
     push(&server, dir.path(), &[]);

@@ -6,8 +6,6 @@
 mod common;
 /// Datasets, tokenizers and Python references for the tests of the data.
 mod data_support;
-/// A Hugging Face hub, faults on demand.
-mod hub_server;
 
 mod data;
 mod data_bad_input;

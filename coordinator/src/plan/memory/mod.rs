@@ -1,7 +1,7 @@
 //! The memory of one rank, item by item, as the block walk of the worker allocates it.
 //!
 //! Each file mirrors a file of the worker and says which; a change there is a change here. What libtorch
-//! does inside one operation is counted where it allocates tensors. `tests/tests/plan_measure.rs` compares
+//! does inside one operation is counted where it allocates tensors. `tests/tests/it/plan_measure.rs` compares
 //! the sum with what an allocator counted.
 
 mod block;

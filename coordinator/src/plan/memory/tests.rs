@@ -1,4 +1,4 @@
-//! The model against what was worked out by hand. `tests/tests/plan_measure.rs` has it against an allocator.
+//! The model against what was worked out by hand. `tests/tests/it/plan_measure.rs` has it against an allocator.
 
 use std::path::Path;
 

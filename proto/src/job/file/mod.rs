@@ -4,20 +4,23 @@
 //! Relative paths are taken from the directory of the job file; those in a `--set` argument, from
 //! the current directory, where the shell completed them.
 
+mod sources;
 mod train;
 mod words;
 
 use super::diagnostic::Sink;
 use super::read::{At, Field, FromNode, ManualEntry, entries, join, read, section};
 use super::spec::{
-    DuplicateMode, FimLevel, MergeBase, NotebookMode, Packing, Precision, SecretMode, SegmentFormat,
+    DuplicateMode, EncodingMode, FimLevel, MergeBase, NotebookMode, Packing, Precision, SecretMode,
+    SegmentFormat,
 };
-use super::tree::{Node, Value};
+use super::tree::Node;
 use crate::adapter::Targets;
 use crate::base_plan::QuantKind;
 
+pub use sources::{OrganizationFile, RepositoryKeys, SourceFile, TableFile};
 pub use train::TrainFile;
-pub use words::Preset;
+pub use words::{Preset, SplitWord};
 
 section! {
     /// A job file as it was written.
@@ -91,7 +94,8 @@ section! {
     /// What `coordinator collect` does.
     CollectFile {
         /// Git repositories: a path, `https://...`, `ssh://...`, `git@host:org/repo`, `file://...`,
-        /// or a mapping with `location` and `revision`. Must be given.
+        /// or a mapping with `location` and `revision`; `github`, for those of an organisation; `dataset`,
+        /// for the rows of a dataset that others made. Must be given.
         sources: Vec<At<SourceFile>>,
         /// File extensions that are left out, compared with the text after the last dot, case aside.
         /// Replaces the default list; `--set collect.exclude_extensions+=svg` adds to it.
@@ -117,6 +121,20 @@ section! {
         keep_generated: bool,
         /// Keep lists of locked versions, such as `Cargo.lock` and `package-lock.json`. Default: false.
         keep_lock_files: bool,
+        /// Keep what `.gitattributes` marks as `linguist-vendored` or `linguist-documentation`; what it marks
+        /// as generated follows `keep_generated`. Default: false.
+        keep_vendored: bool,
+        /// Text that is not UTF-8: `drop` leaves its file out, `convert` guesses the encoding. Default: `drop`.
+        encodings: EncodingMode,
+        /// Licences by SPDX identifiers, such as `Apache-2.0`: where given, repositories in whose top
+        /// directory none of these is found are left out. Default: any, and none.
+        allow_licenses: Vec<At<String>>,
+        /// Repositories in whose top directory one of these licences is found are left out, and so are files
+        /// that name one with `SPDX-License-Identifier`. Default: none.
+        deny_licenses: Vec<At<String>>,
+        /// Files of evaluation tasks (JSONL, also gzipped, such as HumanEval's): what holds a description or a
+        /// solution out of them is left out, so that scores measure ability and not memory. Default: none.
+        decontaminate: Vec<At<String>>,
         /// Keys and passwords: `redact` replaces them, `drop` leaves their files out, `report` counts them,
         /// `off` does not look. Default: `redact`.
         secrets: SecretMode,
@@ -128,7 +146,8 @@ section! {
         /// Files with this share of their 5-grams of words in common say nearly the same, 0.1 to 1.
         /// Default: 0.7.
         near_duplicate_similarity: f64,
-        /// `code_cells` keeps the code cells of notebooks, joined by a blank line; `skip` leaves
+        /// `code_cells` keeps the code cells of notebooks, joined by a blank line; `structured` keeps text,
+        /// code and outputs, between the marks that StarCoder learned (`<jupyter_start>`, ...); `skip` leaves
         /// notebooks out. Default: `code_cells`.
         notebooks: NotebookMode,
         /// `arrow` (Feather v2) or `parquet`. Default: `arrow`, which `datasets` maps into memory.
@@ -136,20 +155,19 @@ section! {
         /// Share of files held out for evaluation, 0 to 0.5; above 0, at least one file.
         /// Default: 0.005.
         validation_fraction: f64,
+        /// What is held out as one: `file` (files that are alike stay together), `repository`, or `date`:
+        /// what was changed since `validation_since`. Default: `file`.
+        split_by: SplitWord,
+        /// Files whose last change is of this day (UTC, `YYYY-MM-DD`) or later are held out; must be given with
+        /// `split_by: date`, which fetches whole histories, and not otherwise.
+        validation_since: String,
         /// Seed of the choice of held-out files. Default: 0.
         split_seed: u64,
         /// Repositories fetched at once, 1 to 64. Default: 8.
         parallel_fetches: u32,
-    }
-}
-
-section! {
-    /// One repository, with a revision.
-    SourceKeys {
-        /// Path or URL.
-        location: String,
-        /// Branch, tag or commit. Default: the repository's HEAD.
-        revision: String,
+        /// A repository that sends nothing for so long is asked again, a few times, 1 to 86400.
+        /// Default: 60.
+        fetch_timeout_seconds: u64,
     }
 }
 
@@ -214,6 +232,9 @@ section! {
         /// dropped; `seed_compatible` repeats, token for token, the buffers that the original
         /// StarCoder fine-tuning scripts made, dropped tails included. Default: `continuous`.
         packing: Packing,
+        /// Put `<reponame>`, `<filename>` and what they say before each file, as StarCoder learned them; then
+        /// prompts are to have them as well. Not with `packing: seed_compatible`. Default: false.
+        metadata_prefix: bool,
         /// Seed of order and rearrangement. Default: 0.
         seed: u64,
     }
@@ -279,40 +300,6 @@ section! {
         /// What an hour of all workers together costs, in any currency, 0 to 1000000: `coordinator plan`
         /// says what the job will. Default: no price.
         price_per_hour: f64,
-    }
-}
-
-/// One repository, written as text or as [`SourceKeys`].
-#[derive(Debug, Clone)]
-pub struct SourceFile {
-    /// Path or URL.
-    pub location: At<String>,
-    /// Branch, tag or commit.
-    pub revision: Field<String>,
-}
-
-impl FromNode for SourceFile {
-    const KIND: &'static str = "a path, a URL, or a mapping with location and revision";
-
-    fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
-        if !matches!(node.value, Value::Map(_)) {
-            let value = String::from_node(node, path, sink)?;
-            let location = At { value, place: node.place.clone() };
-            return Some(SourceFile { location, revision: Field::Absent });
-        }
-        let keys = SourceKeys::from_node(node, path, sink)?;
-        match keys.location {
-            Field::Given(location) => Some(SourceFile { location, revision: keys.revision }),
-            Field::Wrong => None,
-            Field::Absent => {
-                sink.report(&node.place, format!("{path}: lacks location"));
-                None
-            }
-        }
-    }
-
-    fn describe(path: &str, manual: &mut Vec<ManualEntry>) {
-        SourceKeys::describe(path, manual);
     }
 }
 

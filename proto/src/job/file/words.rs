@@ -3,8 +3,8 @@
 use super::super::diagnostic::{Sink, shown};
 use super::super::read::{At, FromNode, one_of, words};
 use super::super::spec::{
-    DeviceKind, DuplicateMode, FimLevel, MergeBase, NotebookMode, Offload, Optimizer, Packing, Precision,
-    Recompute, Schedule, SecretMode, SegmentFormat, Strategy,
+    DeviceKind, DuplicateMode, EncodingMode, FimLevel, MergeBase, NotebookMode, Offload, Optimizer, Packing,
+    Precision, Recompute, RepositoryOrder, Schedule, SecretMode, SegmentFormat, Strategy,
 };
 use super::super::tree::{Node, Value};
 use crate::adapter::Targets;
@@ -34,7 +34,16 @@ words! { FimLevel, "window or document" { "window" => Window, "document" => Docu
 words! { Packing, "continuous or seed_compatible" {
     "continuous" => Continuous, "seed_compatible" => SeedCompatible,
 } }
-words! { NotebookMode, "code_cells or skip" { "code_cells" => CodeCells, "skip" => Skip, } }
+words! { NotebookMode, "code_cells, structured or skip" {
+    "code_cells" => CodeCells, "structured" => Structured, "skip" => Skip,
+} }
+words! { EncodingMode, "drop or convert" { "drop" => Drop, "convert" => Convert, } }
+words! { RepositoryOrder, "stars, updated or name" {
+    "stars" => Stars, "updated" => Updated, "name" => Name,
+} }
+words! { SplitWord, "file, repository or date" {
+    "file" => File, "repository" => Repository, "date" => Date,
+} }
 words! { DuplicateMode, "drop_near, drop_exact or keep" {
     "drop_near" => DropNear, "drop_exact" => DropExact, "keep" => Keep,
 } }
@@ -42,6 +51,17 @@ words! { SecretMode, "redact, drop, report or off" {
     "redact" => Redact, "drop" => Drop, "report" => Report, "off" => Off,
 } }
 words! { SegmentFormat, "arrow or parquet" { "arrow" => Arrow, "parquet" => Parquet, } }
+
+/// What is held out as one; the day of `date` stands in a key of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SplitWord {
+    /// A file.
+    File,
+    /// A repository.
+    Repository,
+    /// What changed since a day.
+    Date,
+}
 
 /// A name out of [`PRESETS`].
 #[derive(Debug, Clone, Copy)]

@@ -2,16 +2,14 @@
 
 use super::Resolver;
 use crate::job::diagnostic::{Place, shown};
-use crate::job::file::{CollectFile, JobFile, SourceFile};
+use crate::job::file::{CollectFile, JobFile, SplitWord};
 use crate::job::filters::default_filters;
-use crate::job::location;
 use crate::job::read::{At, Field};
 use crate::job::spec::{
-    CollectSpec, DatasetSpec, DuplicateMode, FilterSpec, NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode,
-    SegmentFormat, SourceSpec,
+    CollectSpec, DatasetSpec, DuplicateMode, EncodingMode, FETCH_TIMEOUT_SECONDS, FilterSpec, LicenseSpec,
+    NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode, SegmentFormat, SplitBy, VALIDATION_FRACTION,
+    day_start,
 };
-
-const MAX_SOURCES: usize = 10_000;
 
 impl Resolver<'_> {
     pub(super) fn dataset(&mut self, file: &JobFile) -> Option<DatasetSpec> {
@@ -63,6 +61,16 @@ impl Resolver<'_> {
                 ),
                 keep_generated: collect.keep_generated.or(filters.keep_generated),
                 keep_lock_files: collect.keep_lock_files.or(filters.keep_lock_files),
+                keep_vendored: collect.keep_vendored.or(filters.keep_vendored),
+            },
+            encodings: collect.encodings.or(EncodingMode::Drop),
+            licenses: LicenseSpec {
+                allow: self.licenses("allow_licenses", &collect.allow_licenses),
+                deny: self.licenses("deny_licenses", &collect.deny_licenses),
+            },
+            decontaminate: match collect.decontaminate.given() {
+                Some(files) => files.value.iter().map(|file| self.path(file)).collect(),
+                None => Vec::new(),
             },
             notebooks: collect.notebooks.or(NotebookMode::CodeCells),
             secrets: collect.secrets.or(SecretMode::Redact),
@@ -79,47 +87,57 @@ impl Resolver<'_> {
                 "collect.validation_fraction",
                 &collect.validation_fraction,
                 0.0..=0.5,
-                0.005,
+                VALIDATION_FRACTION,
             ),
+            split_by: self.split_by(collect),
             split_seed: collect.split_seed.or(0),
             parallel_fetches: self.within("collect.parallel_fetches", &collect.parallel_fetches, 1..=64, 8),
+            fetch_timeout_seconds: self.within(
+                "collect.fetch_timeout_seconds",
+                &collect.fetch_timeout_seconds,
+                1..=86_400,
+                FETCH_TIMEOUT_SECONDS,
+            ),
         };
         Some(spec)
     }
 
-    fn sources(&mut self, field: &Field<Vec<At<SourceFile>>>, section: &Place) -> Option<Vec<SourceSpec>> {
-        let At { value: list, place } = match field {
-            Field::Given(list) => list,
-            Field::Wrong => return None,
-            Field::Absent => return self.report(section, "collect lacks sources: a list of repositories"),
-        };
-        if list.is_empty() || list.len() > MAX_SOURCES {
-            let message =
-                format!("collect.sources must hold 1 to {MAX_SOURCES} repositories, got {}", list.len());
-            return self.report(place, message);
-        }
-        let mut sources: Vec<SourceSpec> = Vec::with_capacity(list.len());
-        let mut seen = std::collections::HashMap::new();
-        for (index, At { value: SourceFile { location: at, revision }, place }) in list.iter().enumerate() {
-            let location = match location::resolve(&at.value, self.base(&at.place)) {
-                Ok(location) => location,
-                Err(rule) => {
-                    self.sink.report(&at.place, format!("collect.sources[{index}]: {rule}"));
-                    continue;
+    fn split_by(&mut self, collect: &CollectFile) -> SplitBy {
+        let word = collect.split_by.or(SplitWord::File);
+        match (word, collect.validation_since.given()) {
+            (SplitWord::File, None) => SplitBy::File,
+            (SplitWord::Repository, None) => SplitBy::Repository,
+            (SplitWord::Date, Some(At { value, place })) => {
+                if day_start(value).is_none() {
+                    let rule = "must be a day as YYYY-MM-DD, from 1970 on";
+                    self.sink.report(place, format!("collect.validation_since {rule}, got {}", shown(value)));
                 }
-            };
-            let source = SourceSpec { location, revision: revision.given().map(|at| at.value.clone()) };
-            let key = (source.location.clone(), source.revision.clone());
-            if let Some(first) = seen.insert(key, place) {
-                let message = format!(
-                    "collect.sources[{index}]: {} was given already ({first})",
-                    shown(&source.location)
-                );
-                self.sink.report(place, message);
+                SplitBy::Date(value.clone())
             }
-            sources.push(source);
+            (SplitWord::Date, None) => {
+                if let Field::Given(At { place, .. }) = &collect.split_by {
+                    self.sink.report(place, "collect.split_by: date needs collect.validation_since, a day");
+                }
+                SplitBy::File
+            }
+            (_, Some(At { place, .. })) => {
+                self.sink
+                    .report(place, "collect.validation_since is of use only with collect.split_by: date");
+                SplitBy::File
+            }
         }
-        Some(sources)
+    }
+
+    fn licenses(&mut self, key: &str, field: &Field<Vec<At<String>>>) -> Vec<String> {
+        let Some(list) = field.given() else { return Vec::new() };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '+');
+        for At { value, place } in &list.value {
+            if value.is_empty() || !value.chars().all(is_plain) {
+                let rule = "is no SPDX identifier such as Apache-2.0";
+                self.sink.report(place, format!("collect.{key}: {} {rule}", shown(value)));
+            }
+        }
+        list.value.iter().map(|at| at.value.clone()).collect()
     }
 
     fn extensions(&mut self, field: &Field<Vec<At<String>>>, default: Vec<String>) -> Vec<String> {

@@ -2,6 +2,7 @@
 //! here, once, and reported at the place of the value.
 
 mod dataset;
+mod sources;
 mod model;
 mod adapter;
 mod train;

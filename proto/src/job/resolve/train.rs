@@ -34,12 +34,20 @@ impl Resolver<'_> {
             (Packing::SeedCompatible, None) => FimLevel::Document,
             (Packing::Continuous, None) => FimLevel::Window,
         };
+        if let (Packing::SeedCompatible, Some(At { value: true, place })) =
+            (packing, data.metadata_prefix.given())
+        {
+            let message = "data.metadata_prefix contradicts data.packing seed_compatible, whose token streams hold \
+                           texts alone: leave out one of the two";
+            self.sink.report(place, message);
+        }
         DataSpec {
             sequence_tokens,
             fim_rate: self.within("data.fim_rate", &data.fim_rate, 0.0..=1.0, 0.5),
             fim_spm_rate: self.within("data.fim_spm_rate", &data.fim_spm_rate, 0.0..=1.0, 0.5),
             fim_level,
             packing,
+            metadata_prefix: data.metadata_prefix.or(false),
             seed: data.seed.or(0),
         }
     }

@@ -1,0 +1,106 @@
+//! Disks that fill up: that of the checkpoints, and that of the coordinator's state.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use serde_json::Value;
+use tunefleet_tests::cluster::Cluster;
+use tunefleet_tests::job::Job;
+use tunefleet_tests::process::LIMIT;
+use tunefleet_tests::skip;
+
+const STEPS: u64 = 12;
+
+/// Mounts of this thread alone, and of what it starts: nothing is left to unmount. `false` where there can be none.
+fn own_mounts() -> bool {
+    match unshare(CloneFlags::CLONE_NEWNS) {
+        Ok(()) => {}
+        Err(Errno::EPERM) => {
+            skip("a mount namespace needs root");
+            return false;
+        }
+        Err(error) => panic!("mount namespace: {error}"),
+    }
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+    true
+}
+
+/// Makes `dir` a disk of that size, or changes its size.
+fn disk(dir: &Path, flags: MsFlags, bytes: u64) {
+    let size = format!("size={bytes}");
+    mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some(size.as_str())).unwrap();
+}
+
+#[test]
+fn a_coordinator_whose_disk_is_full_holds_up_no_training_and_loses_nothing() {
+    if !own_mounts() {
+        return;
+    }
+    let job = Job::builder().steps(60).checkpoint_every(10).train("dropout: 0.1").build();
+    let state = job.dir().join("coordinator");
+    fs::create_dir_all(&state).unwrap();
+    disk(&state, MsFlags::empty(), 8 << 20);
+    let mut cluster = Cluster::start(job.dir(), &[1, 1]);
+    cluster.launch(&job, &["--detach"]).wait().expect(0);
+    cluster.wait_for("some steps", |_| job.metrics().last_step() >= 5, "test");
+
+    // Not one byte more.
+    let mut filler = fs::File::create(state.join("filler")).unwrap();
+    while filler.write_all(&[0; 4096]).is_ok() {}
+    cluster.wait_for_coordinator_to_say("the state cannot be written, training goes on");
+    let told = job.metrics().last_step();
+    assert!(told < 60, "it had ended before");
+    // Ranks know nothing of it.
+    let began = Instant::now();
+    while job.checkpoints().last() != Some(&60) {
+        assert!(began.elapsed() < LIMIT, "training stands still: {:?}", job.checkpoints());
+        sleep(Duration::from_millis(50));
+    }
+    assert!(job.metrics().last_step() < 60, "what is told was not kept");
+
+    disk(&state, MsFlags::MS_REMOUNT, 64 << 20);
+    cluster.wait_for_state("test", "completed");
+    let events = cluster.ask(&["events", "test", "--json"]).expect(0).stdout;
+    let steps: Vec<u64> = events
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|event| event["kind"] == "step")
+        .map(|event| event["step"].as_u64().unwrap())
+        .collect();
+    assert_eq!(steps, (1..=60).collect::<Vec<_>>());
+    let twin = job.twin();
+    twin.run(&[]).expect(0);
+    assert_eq!(job.metrics().losses(), twin.metrics().losses());
+}
+
+#[test]
+fn a_full_disk_leaves_the_last_checkpoint_sound() {
+    if !own_mounts() {
+        return;
+    }
+    let job = Job::builder().steps(STEPS).checkpoint_every(4).build();
+    let twin = job.twin();
+    twin.run(&[]).expect(0);
+    let checkpoint = job.checkpoint(4).parent().unwrap().to_owned();
+    let bytes: u64 = fs::read_dir(twin.checkpoint(STEPS))
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
+
+    // Room for one checkpoint and a half.
+    fs::create_dir_all(&checkpoint).unwrap();
+    disk(&checkpoint, MsFlags::empty(), bytes * 3 / 2);
+    job.run(&[]).expect(1).says(&["checkpoint", "No space left on device"]);
+    assert_eq!(job.checkpoints(), [4], "the last good checkpoint must survive, and only it");
+
+    disk(&checkpoint, MsFlags::MS_REMOUNT, bytes * 8);
+    job.run(&["--resume"]).expect(0);
+    assert_eq!(job.metrics().losses(), twin.metrics().losses());
+}
