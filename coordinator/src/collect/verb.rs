@@ -72,7 +72,7 @@ fn plan(args: &Args) -> Result<(CollectSpec, PathBuf, PathBuf), ExitCode> {
         })?;
         let (cache_dir, out_dir) = (job.output.join("repos"), job.dataset_dir());
         return match job.dataset {
-            DatasetSpec::Collect(spec) => Ok((spec, cache_dir, out_dir)),
+            DatasetSpec::Collect(spec) => Ok((*spec, cache_dir, out_dir)),
             DatasetSpec::Existing(dir) => {
                 eprintln!(
                     "error: {} uses the dataset {}; there is nothing to collect",

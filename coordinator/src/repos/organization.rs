@@ -215,7 +215,7 @@ impl Api<'_> {
             if let Some(token) = self.token {
                 request = request.bearer_auth(token.secret());
             }
-            let cause = match request.send().and_then(|response| answer(response)) {
+            let cause = match request.send().and_then(answer) {
                 Ok((404, _, _)) => return Ok(None),
                 Ok((200, headers, body)) => return Ok(Some((headers, body))),
                 Ok((status, headers, body)) => match limit(status, &headers) {

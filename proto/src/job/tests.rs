@@ -57,7 +57,7 @@ fn the_smallest_job_file_gets_the_documented_defaults() {
     assert_eq!((spec.train.learning_rate, spec.train.betas), (5e-5, (0.9, 0.999)));
     let DatasetSpec::Collect(collect) = spec.dataset else { panic!("no collect") };
     assert_eq!(collect.filters, default_filters());
-    assert_eq!(collect, CollectSpec::of(vec![SourceSpec::repository("/home/ann/jobs/a")]));
+    assert_eq!(*collect, CollectSpec::of(vec![SourceSpec::repository("/home/ann/jobs/a")]));
     let spec = load_text("dataset: /d\nmodel: {path: m}\ntrain: {steps: 50}\n", &[]).unwrap();
     assert_eq!(spec.tokenizer, TokenizerSpec::FromModel);
     assert_eq!(spec.tokenizer_dir(), PathBuf::from("/home/ann/jobs/m"));

@@ -19,7 +19,9 @@ impl Resolver<'_> {
                 format!("dataset and collect ({}) contradict each other: keep one", collect.place),
             ),
             (Field::Given(dataset), _) => Some(DatasetSpec::Existing(self.path(dataset))),
-            (_, Field::Given(collect)) => self.collect(collect).map(DatasetSpec::Collect),
+            (_, Field::Given(collect)) => {
+                self.collect(collect).map(|spec| DatasetSpec::Collect(Box::new(spec)))
+            }
             (Field::Absent, Field::Absent) => self.report(
                 &Place::START,
                 "lacks the code to learn from: give collect.sources (repositories) or dataset (a directory)",

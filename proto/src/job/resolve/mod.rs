@@ -16,7 +16,7 @@ use super::diagnostic::{Place, Sink, shown};
 use super::file::{DataFile, ExportFile, JobFile, RestartFile, TrainFile, WorkersFile};
 use super::location;
 use super::read::{At, Field};
-use super::spec::{DatasetSpec, JobSpec, ModelSpec, WorkersSpec};
+use super::spec::{DatasetSpec, JobSpec, ModelSpec, SplitBy, WorkersSpec};
 use crate::model::ModelConfig;
 
 const MAX_RANKS: u32 = 1024;
@@ -48,7 +48,9 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
     let tokenizer = resolver.tokenizer(&file.tokenizer, model.as_ref(), shape.as_ref());
     let data = resolver.data(&file.data.or(DataFile::default()), shape.as_ref());
     let held_out = match &dataset {
-        Some(DatasetSpec::Collect(collect)) => collect.validation_fraction > 0.0,
+        Some(DatasetSpec::Collect(collect)) => {
+            collect.validation_fraction > 0.0 || matches!(collect.split_by, SplitBy::Date(_))
+        }
         _ => true,
     };
     let adapter = resolver.adapter(&file.adapter, model.as_ref(), shape.as_ref());

@@ -96,7 +96,7 @@ pub enum DatasetSpec {
     /// A directory written by `coordinator collect`.
     Existing(PathBuf),
     /// Collect into `<output>/dataset`.
-    Collect(CollectSpec),
+    Collect(Box<CollectSpec>),
 }
 
 /// What `coordinator collect` does.
