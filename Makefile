@@ -28,8 +28,9 @@ demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="
 programs: ## debug programs, which the end-to-end tests start
 	cargo build --workspace --bins
 
+# One thread more than there are cores: end-to-end tests wait for processes much of their time.
 test: setup-tests programs ## everything but the long tests
-	if $(HAS_NEXTEST); then cargo nextest run --workspace --test-threads $$(( 2 * $$(nproc) )); \
+	if $(HAS_NEXTEST); then cargo nextest run --workspace --test-threads $$(( $$(nproc) + 1 )); \
 	else cargo test --workspace --lib --bins --tests -- --skip '$(LONG)'; fi
 
 test-long: setup-tests programs ## the tests that take minutes; SAMPLE=1 runs a bounded sample

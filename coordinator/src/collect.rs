@@ -225,11 +225,12 @@ mod tests {
     use super::*;
     use crate::progress::Task;
 
-    /// Removes a repository when its `nth` task begins.
-    struct Vanishing {
+    /// Does something to a repository when its `nth` task begins.
+    struct Disturbing {
         repository: PathBuf,
         nth: usize,
         seen: AtomicUsize,
+        how: fn(&Path),
     }
 
     struct NoTask;
@@ -239,10 +240,10 @@ mod tests {
         fn position(&self, _done: u64) {}
     }
 
-    impl Progress for Vanishing {
+    impl Progress for Disturbing {
         fn task(&self, label: &str) -> Box<dyn Task> {
             if self.repository.ends_with(label) && self.seen.fetch_add(1, Ordering::Relaxed) + 1 == self.nth {
-                std::fs::remove_dir_all(&self.repository).unwrap();
+                (self.how)(&self.repository);
             }
             Box::new(NoTask)
         }
@@ -251,15 +252,44 @@ mod tests {
     }
 
     fn repository(dir: &Path) {
-        let repository = git2::Repository::init(dir).unwrap();
+        git2::Repository::init(dir).unwrap();
         for file in 0..20 {
             std::fs::write(dir.join(format!("{file}.py")), format!("x = {file}\n")).unwrap();
         }
+        commit(dir);
+    }
+
+    fn commit(dir: &Path) {
+        let repository = git2::Repository::open(dir).unwrap();
         let mut index = repository.index().unwrap();
         index.add_all(["*"], git2::IndexAddOption::DEFAULT, None).unwrap();
         let tree = repository.find_tree(index.write_tree().unwrap()).unwrap();
         let author = git2::Signature::now("Test", "test@example.invalid").unwrap();
-        repository.commit(Some("HEAD"), &author, &author, "Begin", &tree, &[]).unwrap();
+        let parent = repository.head().ok().map(|head| head.peel_to_commit().unwrap());
+        let parents: Vec<_> = parent.iter().collect();
+        repository.commit(Some("HEAD"), &author, &author, "Go on", &tree, &parents).unwrap();
+    }
+
+    #[test]
+    fn a_repository_that_moves_on_midway_is_collected_as_it_was_when_it_was_looked_at() {
+        for nth in [1, 2] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = |name: &str| dir.path().canonicalize().unwrap().join(name);
+            repository(&path("moves"));
+            let head = || git2::Repository::open(path("moves")).unwrap().head().unwrap().target().unwrap();
+            let before = head();
+            let how = |dir: &Path| {
+                std::fs::write(dir.join("later.py"), "later = 1\n").unwrap();
+                commit(dir);
+            };
+            let moving = Disturbing { repository: path("moves"), nth, seen: AtomicUsize::new(0), how };
+            let mut spec = CollectSpec::of(vec![SourceSpec::repository(path("moves").display().to_string())]);
+            spec.duplicates = DuplicateMode::Keep;
+            let manifest = collect(&spec, &path("cache"), &path("out"), &moving).unwrap();
+            assert_ne!(head(), before);
+            let [repository] = &manifest.repositories[..] else { panic!("{manifest:?}") };
+            assert_eq!((repository.commit.clone(), repository.files), (before.to_string(), 20));
+        }
     }
 
     #[test]
@@ -274,7 +304,8 @@ mod tests {
             let mut spec = CollectSpec::of(vec![source("stays")]);
             spec.validation_fraction = 0.1;
             spec.duplicates = DuplicateMode::Keep;
-            let vanishing = Vanishing { repository: path("vanishes"), nth, seen: AtomicUsize::new(0) };
+            let how = |dir: &Path| std::fs::remove_dir_all(dir).unwrap();
+            let vanishing = Disturbing { repository: path("vanishes"), nth, seen: AtomicUsize::new(0), how };
             let (cache, out) = (path("cache"), path("out"));
             let earlier = collect(&spec, &cache, &out, &vanishing).unwrap();
             spec.sources.push(source("vanishes"));

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 use tunefleet_tests::collecting::{Place, Server, git, serve_http};
 use tunefleet_tests::process::Running;
-use tunefleet_tests::{repository, skip};
+use tunefleet_tests::{programs, repository, skip};
 
 /// Files of which some must be dropped, each for a reason of its own.
 fn mixed_files() -> Vec<(String, Vec<u8>)> {
@@ -79,6 +79,28 @@ fn every_file_of_the_commit_is_kept_or_counted_by_the_reason_that_drops_it() {
         assert_eq!(rows["src/main.py"]["size_bytes"], 14);
         assert_eq!(rows["src/main.py"]["repo_id"], "repo");
     }
+}
+
+#[test]
+fn a_count_made_anew_from_what_git_lists_agrees_and_every_row_is_read_back() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let python = root.join(".venv/bin/python");
+    if !python.exists() {
+        return skip("the count is made in Python, with `datasets`, which `make setup-tests` installs");
+    }
+    let place = Place::new();
+    let mut files = mixed_files();
+    let attributes = b"deep/** linguist-vendored\n*.yml linguist-generated\nmade.py -linguist-generated\n";
+    files.push((".gitattributes".to_owned(), attributes.to_vec()));
+    repository::commit_bytes(&place.path("one"), &files);
+    repository::commit(&place.path("two"), &repository::sources("x", 5));
+    let mut command = Command::new(python);
+    command.arg(root.join("tests/collect/check_against_git.py")).arg(programs::coordinator());
+    command.args([place.path("one"), place.path("two")]).env("HF_HUB_OFFLINE", "1");
+    let output = command.env("HF_HOME", place.path("hf")).env("HOME", place.path("home")).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("vendored              1") && said.contains("10 rows read"), "{said}");
 }
 
 #[test]
@@ -276,4 +298,48 @@ fn an_object_that_is_missing_is_named_with_its_path() {
     let ended = place.collect("out", &[repo.to_str().unwrap()], &[]).expect(1);
     ended.says(&["src/x_1.py", blob.trim(), "git fsck"]);
     assert!(!place.path("out").exists());
+}
+
+/// A blob that says it has 5 GiB, as a hostile server may send one: its header alone, and nothing like so much content.
+const HUGE_BLOB: &str = "
+import os, subprocess, sys, zlib
+repo = sys.argv[1]
+oid = 'ab' + '0' * 38
+os.makedirs(f'{repo}/.git/objects/ab', exist_ok=True)
+with open(f'{repo}/.git/objects/{oid[:2]}/{oid[2:]}', 'wb') as file:
+    file.write(zlib.compress(b'blob 5368709120\\0' + b'x' * 1000))
+git = ['git', '-C', repo, '-c', 'user.name=t', '-c', 'user.email=t@example.invalid']
+run = lambda *more, text: subprocess.run([*git, *more], input=text, text=True, check=True, capture_output=True).stdout
+listed = run('ls-tree', 'HEAD', text='')
+tree = run('mktree', '--missing', text=listed + f'100644 blob {oid}\\thuge.py\\n').strip()
+commit = run('commit-tree', tree, '-p', 'HEAD', '-m', 'huge', text='').strip()
+run('update-ref', 'HEAD', commit, text='')
+";
+
+#[test]
+fn a_file_of_gigabytes_is_left_out_unread() {
+    let place = Place::new();
+    let repo = place.path("repo");
+    repository::commit(&repo, &repository::sources("x", 3));
+    let made = Command::new("python3").args(["-c", HUGE_BLOB]).arg(&repo).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    place.collect("out", &[repo.to_str().unwrap()], &[]).expect(0);
+    let manifest = place.manifest("out");
+    assert_eq!((manifest.repositories[0].files, manifest.dropped["too_large"]), (3, 1));
+}
+
+#[test]
+fn a_manifest_of_a_newer_version_is_named() {
+    let place = Place::new();
+    let repo = place.path("repo");
+    repository::commit(&repo, &repository::sources("x", 3));
+    place.collect("out", &[repo.to_str().unwrap()], &[]).expect(0);
+    let path = place.path("out/manifest.json");
+    let newer = fs::read_to_string(&path).unwrap().replace("\"version\": 1", "\"version\": 99");
+    fs::write(&path, &newer).unwrap();
+    let out = place.path("out").display().to_string();
+    Running::start(place.coordinator(&["dataset", "inspect", &out]))
+        .wait()
+        .expect(1)
+        .says(&["version 99", "newer program"]);
 }

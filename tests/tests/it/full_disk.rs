@@ -11,9 +11,10 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
+use tunefleet_tests::collecting::Place;
 use tunefleet_tests::job::Job;
 use tunefleet_tests::process::LIMIT;
-use tunefleet_tests::skip;
+use tunefleet_tests::{repository, skip};
 
 const STEPS: u64 = 12;
 
@@ -103,4 +104,42 @@ fn a_full_disk_leaves_the_last_checkpoint_sound() {
     disk(&checkpoint, MsFlags::MS_REMOUNT, bytes * 8);
     job.run(&["--resume"]).expect(0);
     assert_eq!(job.metrics().losses(), twin.metrics().losses());
+}
+
+#[test]
+fn a_full_disk_while_collecting_leaves_the_earlier_dataset_and_the_next_run_goes_on() {
+    if !own_mounts() {
+        return;
+    }
+    let place = Place::new();
+    // Text that does not compress well.
+    let text = |n: u64| {
+        let mut state = n + 1;
+        let mut word = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            format!("{:x}", state >> 20)
+        };
+        (0..4000).map(|line| format!("v_{line} = \"{}\"\n", word())).collect::<String>()
+    };
+    let file = |n: u64| (format!("f{n}.py"), text(n));
+    let repo = place.path("repo").display().to_string();
+    repository::commit(&place.path("repo"), &[file(0)]);
+    let disk_dir = place.path("disk");
+    fs::create_dir_all(&disk_dir).unwrap();
+    disk(&disk_dir, MsFlags::empty(), 3 << 20);
+    place.collect("disk/set", &[&repo], &[]).expect(0);
+    let earlier = place.manifest("disk/set");
+
+    for n in 1..120 {
+        let (path, text) = file(n);
+        fs::write(place.path("repo").join(path), text).unwrap();
+    }
+    repository::commit_more(&place.path("repo"), "more.py", "more = 1\n");
+    place.collect("disk/set", &[&repo], &[]).expect(1).says(&["train-00000.arrow", "free some space"]);
+    assert_eq!(place.manifest("disk/set"), earlier);
+    assert!(!place.path("disk/set.incomplete").exists(), "the disk stays full");
+
+    disk(&disk_dir, MsFlags::MS_REMOUNT, 64 << 20);
+    place.collect("disk/set", &[&repo], &[]).expect(0);
+    assert_eq!(place.manifest("disk/set").repositories[0].files, 121);
 }

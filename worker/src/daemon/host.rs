@@ -142,8 +142,9 @@ impl Ranks {
         exited.rank = key.rank;
         exited.aborted = aborted;
         metrics::rank_exited(exited.exit_code == Some(0));
-        self.keep(worker_message::Body::Exited(exited), false);
+        // Both at once: who acknowledges the exit forgets a rank that has ended, and would leave this one for ever.
         let mut live = self.live();
+        self.keep(worker_message::Body::Exited(exited), false);
         if let Some(rank) = live.get_mut(key) {
             rank.exited = true;
             rank.commands = None;
