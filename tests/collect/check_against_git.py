@@ -8,6 +8,7 @@ Collects with `--duplicates drop_exact` into Arrow and Parquet. Prints the count
 
 import collections
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from datasets import load_dataset
 
+# What a partial clone lacks is not fetched here either.
+ENVIRONMENT = os.environ | {"GIT_NO_LAZY_FETCH": "1"}
 LOCKS = set(
     "cargo.lock package-lock.json npm-shrinkwrap.json yarn.lock pnpm-lock.yaml bun.lock deno.lock poetry.lock "
     "pipfile.lock pdm.lock uv.lock pixi.lock conda-lock.yml gemfile.lock composer.lock go.sum mix.lock pubspec.lock "
@@ -30,7 +33,8 @@ COMMENT = ("//", "#", "/*", "*", "--", ";", "<!--", "%", '"""', "'")
 
 
 def git(repository, *arguments, **options):
-    return subprocess.run(["git", "-C", repository, *arguments], check=True, capture_output=True, **options).stdout
+    command = ["git", "-C", repository, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT, **options).stdout
 
 
 def attributes(repository, paths):
@@ -85,7 +89,7 @@ def count(repository, settings, seen):
     said = attributes(repository, [path for _, _, _, path in entries])
     reasons, kept = collections.Counter(), {}
     blobs = subprocess.Popen(
-        ["git", "-C", repository, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ["git", "-C", repository, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
     )
 
     def content(oid):
@@ -117,6 +121,8 @@ def count(repository, settings, seen):
         if extension in filters["exclude_extensions"]:
             return "extension"
         is_notebook = name.lower().endswith(".ipynb")
+        if size in (b"-", b"BAD"):
+            return "not_fetched"
         if int(size) == 0:
             return "empty"
         if int(size) > ((32 << 20) if is_notebook else filters["max_file_bytes"]):

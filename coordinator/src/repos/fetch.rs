@@ -181,7 +181,9 @@ impl Source {
         let Ok(repo) = Repository::open(path) else { return false };
         let mut options = StatusOptions::new();
         options.include_untracked(true).recurse_untracked_dirs(false).exclude_submodules(true);
-        !repo.is_bare() && repo.statuses(Some(&mut options)).is_ok_and(|statuses| !statuses.is_empty())
+        // The path may be that of the object store alone, whatever git makes of its parent.
+        let has_work_tree = !repo.is_bare() && repo.path() != path;
+        has_work_tree && repo.statuses(Some(&mut options)).is_ok_and(|statuses| !statuses.is_empty())
     }
 
     /// One directory per location and revision, so that fetches in parallel never share one.

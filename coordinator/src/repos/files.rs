@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use git2::{ObjectType, Oid, Repository};
+use git2::{ErrorCode, ObjectType, Oid, Repository};
 use rayon::prelude::*;
 
 use super::attributes::Marks;
@@ -53,6 +53,7 @@ pub fn read(
     let odb = repo.odb().map_err(|e| pinned.unreadable(b"", commit, &e))?;
     let handles = Handles { open, idle: Mutex::new(Vec::new()) };
 
+    let is_partial = is_partial(&repo);
     let found_licenses = licenses_of(&repo, commit).map_err(|e| pinned.unreadable(b"", commit, &e))?;
     let mut walk = Walk::new(&repo, pinned, commit)?;
     if !filter.licenses.takes_repository(&found_licenses) {
@@ -86,8 +87,14 @@ pub fn read(
             }
         };
         // The header alone: a file that is too large is never loaded.
-        let (size, _) =
-            odb.read_header(entry.oid).map_err(|e| pinned.unreadable(path.as_bytes(), entry.oid, &e))?;
+        let size = match odb.read_header(entry.oid) {
+            Ok((size, _)) => size,
+            Err(error) if error.code() == ErrorCode::NotFound && is_partial => {
+                counts.drop_file(DropReason::NotFetched);
+                continue;
+            }
+            Err(error) => return Err(pinned.unreadable(path.as_bytes(), entry.oid, &error)),
+        };
         match filter.size(&path, size) {
             Ok(()) if !duplicates.is_new_blob(entry.oid) => counts.drop_file(DropReason::Duplicate),
             Ok(()) => {
@@ -133,6 +140,13 @@ where
             Ok((file, found))
         })
         .collect()
+}
+
+/// Whether the repository was cloned with a filter, so that git would fetch what is missing when it is asked for.
+fn is_partial(repo: &Repository) -> bool {
+    let packs = std::fs::read_dir(repo.commondir().join("objects/pack"));
+    let mut names = packs.into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.any(|name| name.as_encoded_bytes().ends_with(b".promisor"))
 }
 
 /// Licences whose texts stand in the top directory, by their identifiers.

@@ -33,6 +33,8 @@ pub enum DropReason {
     PathPart,
     /// The text after the last dot is in `exclude_extensions`.
     Extension,
+    /// A clone with a filter has left it out.
+    NotFetched,
     /// Above `max_file_bytes`.
     TooLarge,
     /// Nothing but white space.
@@ -82,6 +84,7 @@ impl DropReason {
             Self::PathNotUtf8 => "path_not_utf8",
             Self::PathPart => "path_part",
             Self::Extension => "extension",
+            Self::NotFetched => "not_fetched",
             Self::TooLarge => "too_large",
             Self::Empty => "empty",
             Self::LfsPointer => "lfs_pointer",

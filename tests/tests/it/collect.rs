@@ -100,7 +100,7 @@ fn a_count_made_anew_from_what_git_lists_agrees_and_every_row_is_read_back() {
     let output = command.env("HF_HOME", place.path("hf")).env("HOME", place.path("home")).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(said.contains("vendored              1") && said.contains("10 rows read"), "{said}");
+    assert!(said.contains("vendored              1") && said.contains("11 rows read"), "{said}");
 }
 
 #[test]
@@ -342,4 +342,27 @@ fn a_manifest_of_a_newer_version_is_named() {
         .wait()
         .expect(1)
         .says(&["version 99", "newer program"]);
+}
+
+#[test]
+fn what_a_partial_clone_has_left_out_is_counted_and_what_any_other_lacks_is_an_error() {
+    let place = Place::new();
+    let mut files = repository::sources("x", 3);
+    files.push(("large.py".to_owned(), "value = 1\n".repeat(2000)));
+    repository::commit(&place.path("repo"), &files);
+    git(&place.path("repo"), &["config", "uploadpack.allowFilter", "true"]);
+    let url = format!("file://{}", place.path("repo").display());
+    git(place.dir(), &["clone", "--quiet", "--bare", "--filter=blob:limit=10k", &url, "partial.git"]);
+    let partial = place.path("partial.git");
+    let ended = place.collect("out", &[partial.to_str().unwrap()], &[]).expect(0);
+    assert!(!ended.output.contains("uncommitted"), "{}", ended.output);
+    let manifest = place.manifest("out");
+    assert_eq!((manifest.repositories[0].files, manifest.dropped["not_fetched"]), (3, 1));
+    for entry in fs::read_dir(partial.join("objects/pack")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "promisor") {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    place.collect("none", &[partial.to_str().unwrap()], &[]).expect(1).says(&["large.py", "git fsck"]);
 }
