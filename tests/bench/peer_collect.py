@@ -1,10 +1,11 @@
 """A plain Python collection of source files: our `coordinator collect` is compared with it.
 
-    peer_collect.py CHECKOUT OUT
+    peer_collect.py CHECKOUT OUT [--grow]
 
 It walks a checkout, leaves files out by their last letters and by parts of their paths, reads them as UTF-8, takes the
 code cells of notebooks, and writes Feather chunks of 10,000 rows, as the Personal Copilot scripts of Hugging Face do
-with pandas; but it writes the last chunk as well, and gathers rows in a list, not in a growing frame, which is faster.
+with pandas; but it writes the last chunk as well, and gathers rows in a list. With `--grow` it gathers them as the
+scripts do: a frame for each row, joined to the ones before.
 Prints a JSON object with the number of rows.
 """
 
@@ -29,13 +30,17 @@ def notebook_code(text):
 
 
 def main():
-    checkout, out = sys.argv[1:]
+    checkout, out, *options = sys.argv[1:]
+    grow = "--grow" in options
+    frame = pandas.DataFrame()
     os.makedirs(out, exist_ok=True)
     rows, chunks, total = [], 0, 0
 
     def write():
-        nonlocal chunks, total
-        pandas.DataFrame(rows).to_feather(os.path.join(out, f"df_chunk_{chunks}_{len(rows)}.ftr"))
+        nonlocal chunks, total, frame
+        table = frame.reset_index() if grow else pandas.DataFrame(rows)
+        table.to_feather(os.path.join(out, f"df_chunk_{chunks}_{len(rows)}.ftr"))
+        frame = pandas.DataFrame()
         chunks, total = chunks + 1, total + len(rows)
         rows.clear()
 
@@ -52,7 +57,10 @@ def main():
             except Exception:
                 content = ""
             if content:
-                rows.append({"repo_id": os.path.dirname(directory), "file_path": path, "content": content})
+                row = {"repo_id": os.path.dirname(directory), "file_path": path, "content": content}
+                rows.append(row)
+                if grow:
+                    frame = pandas.concat([frame, pandas.DataFrame([row])])
             if len(rows) == CHUNK_ROWS:
                 write()
     if rows:

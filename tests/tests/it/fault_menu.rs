@@ -131,7 +131,7 @@ mod long {
 
     /// Ranks of each of the two workers.
     const MANY_RANKS: u32 = 2;
-    const STRIKES: u32 = 20;
+    const STRIKES: u32 = 6;
 
     #[test]
     fn times_until_the_end_of_a_rank_is_known() {
