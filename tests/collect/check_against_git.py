@@ -127,9 +127,9 @@ def count(repository, settings, seen):
             return "empty"
         if int(size) > ((32 << 20) if is_notebook else filters["max_file_bytes"]):
             return "too_large"
-        if oid in seen:
+        if (oid, is_notebook) in seen:
             return "duplicate"
-        seen.add(oid)
+        seen.add((oid, is_notebook))
         data = content(oid)
         if data.startswith(b"version https://git-lfs.github.com/spec/") and len(data) <= 1024:
             return "lfs_pointer"

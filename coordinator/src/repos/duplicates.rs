@@ -19,7 +19,8 @@ const RECALL: f64 = 0.95;
 
 /// What was seen of a dataset so far.
 pub struct Duplicates {
-    blobs: Option<HashSet<Oid>>,
+    /// Contents, each as a notebook or as it is.
+    blobs: Option<HashSet<(Oid, bool)>>,
     near: Option<Near>,
 }
 
@@ -32,9 +33,9 @@ impl Duplicates {
         }
     }
 
-    /// Whether no file before had this content.
-    pub fn is_new_blob(&mut self, oid: Oid) -> bool {
-        self.blobs.as_mut().is_none_or(|blobs| blobs.insert(oid))
+    /// Whether no file before had this content. A notebook is read as another text than a file with other endings.
+    pub fn is_new_blob(&mut self, oid: Oid, is_notebook: bool) -> bool {
+        self.blobs.as_mut().is_none_or(|blobs| blobs.insert((oid, is_notebook)))
     }
 
     /// What to remember of a text, where that is wanted. For any thread.
@@ -378,8 +379,8 @@ mod tests {
             [(DuplicateMode::Keep, true), (DuplicateMode::DropExact, false), (DuplicateMode::DropNear, false)]
         {
             let mut seen = Duplicates::new(mode, THRESHOLD);
-            assert!(seen.is_new_blob(oid));
-            assert_eq!(seen.is_new_blob(oid), again, "{mode:?}");
+            assert!(seen.is_new_blob(oid, false) && seen.is_new_blob(oid, true));
+            assert_eq!(seen.is_new_blob(oid, false), again, "{mode:?}");
             assert_eq!(seen.sketcher().is_some(), mode == DuplicateMode::DropNear);
         }
     }

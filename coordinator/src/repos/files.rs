@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::attributes::Marks;
 use super::duplicates::{Duplicates, Sketch, Sketcher};
 use super::fetch::Pinned;
-use super::filter::{Counts, DropReason, FileFilter};
+use super::filter::{Counts, DropReason, FileFilter, is_notebook};
 use super::secrets::Found;
 use super::tree::Walk;
 use super::{Error, licenses};
@@ -96,7 +96,9 @@ pub fn read(
             Err(error) => return Err(pinned.unreadable(path.as_bytes(), entry.oid, &error)),
         };
         match filter.size(&path, size) {
-            Ok(()) if !duplicates.is_new_blob(entry.oid) => counts.drop_file(DropReason::Duplicate),
+            Ok(()) if !duplicates.is_new_blob(entry.oid, is_notebook(&path)) => {
+                counts.drop_file(DropReason::Duplicate)
+            }
             Ok(()) => {
                 window_bytes += size;
                 window.push(Candidate { path, marks: entry.marks, oid: entry.oid, size });

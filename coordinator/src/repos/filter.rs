@@ -291,7 +291,8 @@ fn extension(name: &str) -> Option<String> {
     name.rsplit_once('.').map(|(_, ext)| ext.to_lowercase())
 }
 
-fn is_notebook(path: &str) -> bool {
+/// Whether a file of this name is read as a notebook.
+pub fn is_notebook(path: &str) -> bool {
     path.len() >= 6 && path.get(path.len() - 6..).is_some_and(|end| end.eq_ignore_ascii_case(".ipynb"))
 }
 

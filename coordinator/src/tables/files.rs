@@ -8,7 +8,7 @@ use super::{Error, rows};
 use crate::repos::attributes::Marks;
 use crate::repos::duplicates::Duplicates;
 use crate::repos::files::{File, Read, WINDOW_BYTES, WINDOW_FILES, first_ones};
-use crate::repos::filter::{Counts, DropReason, FileFilter, Kind};
+use crate::repos::filter::{Counts, DropReason, FileFilter, Kind, is_notebook};
 use crate::repos::secrets::Found;
 
 /// A row that passed by its name.
@@ -67,7 +67,7 @@ pub fn read(
             };
             // By the name that git would give it: a file may be in a repository as well.
             let is_new = Oid::hash_object(ObjectType::Blob, row.content.as_bytes())
-                .map_or(true, |oid| duplicates.is_new_blob(oid));
+                .map_or(true, |oid| duplicates.is_new_blob(oid, is_notebook(&path)));
             if !is_new {
                 counts.drop_file(DropReason::Duplicate);
                 return true;

@@ -5,6 +5,8 @@
 
 /// Dataset segments -> documents.
 pub mod documents;
+/// Text -> tokens, fast.
+mod byte_level;
 /// Documents -> tokens, and back.
 pub mod tokenizer;
 /// `worker tokenizer train`.

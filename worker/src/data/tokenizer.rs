@@ -5,10 +5,12 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 use tunefleet_proto::digest_hex;
 
+use super::byte_level::{Added, ByteLevel};
 use super::guarded;
 
 /// File name of a tokenizer inside a directory.
@@ -127,6 +129,8 @@ pub struct Tokenizer {
     control: tokenizers::Tokenizer,
     /// The same vocabulary; special tokens in the input are text.
     plain: tokenizers::Tokenizer,
+    /// The same again, faster, where the vocabulary is of its kind.
+    byte_level: Option<Arc<ByteLevel>>,
     fim: Result<FimTokens, String>,
     eos: u32,
     vocab_size: u64,
@@ -142,7 +146,7 @@ impl Tokenizer {
         let path = if path.is_dir() { path.join(TOKENIZER_FILE) } else { path.to_owned() };
         let bytes = read_limited(&path)?;
         let eos = eos_name(&path)?;
-        let control =
+        let (control, byte_level) =
             parse(&bytes, &eos).map_err(|problem| Error::Invalid { path: path.clone(), problem })?;
         let Some(eos) = control.token_to_id(&eos) else {
             return Err(Error::NoEos { path, token: eos });
@@ -151,7 +155,8 @@ impl Tokenizer {
         plain.set_encode_special_tokens(true);
         let vocab_size = control.get_vocab(true).into_values().max().map_or(0, |id| u64::from(id) + 1);
         let fim = find_markers(&control);
-        Ok(Tokenizer { path, control, plain, fim, eos, vocab_size, digest: digest_hex(&bytes) })
+        let digest = digest_hex(&bytes);
+        Ok(Tokenizer { path, control, plain, byte_level, fim, eos, vocab_size, digest })
     }
 
     /// The markers of infilling.
@@ -198,7 +203,7 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary cannot express the text.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.encode(&self.plain, text, false)
+        self.encode(text, Added::SpecialIsText, false)
     }
 
     /// Tokens of a file as the original made them: special tokens spelt out in it become control tokens.
@@ -206,7 +211,7 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary cannot express the text.
     pub fn encode_document_as_seed(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.encode(&self.control, text, true)
+        self.encode(text, Added::IsToken, true)
     }
 
     /// Tokens of a prompt; special tokens in it are control tokens.
@@ -214,10 +219,14 @@ impl Tokenizer {
     /// # Errors
     /// When the vocabulary cannot express the text.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
-        self.encode(&self.control, text, false)
+        self.encode(text, Added::IsToken, false)
     }
 
-    fn encode(&self, inner: &tokenizers::Tokenizer, text: &str, frame: bool) -> Result<Vec<u32>, Error> {
+    fn encode(&self, text: &str, added: Added, frame: bool) -> Result<Vec<u32>, Error> {
+        if let Some(tokens) = self.byte_level.as_ref().and_then(|fast| fast.encode(text, added, frame)) {
+            return Ok(tokens);
+        }
+        let inner = if added == Added::SpecialIsText { &self.plain } else { &self.control };
         let encoding = guarded(|| inner.encode_fast(text, frame));
         encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| self.text_error(problem))
     }
@@ -260,7 +269,7 @@ fn eos_name(tokenizer: &Path) -> Result<String, Error> {
 }
 
 /// Parses the file; the control tokens that we rely on are special whatever the file says.
-fn parse(bytes: &[u8], eos: &str) -> Result<tokenizers::Tokenizer, String> {
+fn parse(bytes: &[u8], eos: &str) -> Result<(tokenizers::Tokenizer, Option<Arc<ByteLevel>>), String> {
     let mut json: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     for token in json.get_mut("added_tokens").and_then(Value::as_array_mut).into_iter().flatten() {
         let is_control = token.get("content").and_then(Value::as_str).is_some_and(|content| {
@@ -270,11 +279,12 @@ fn parse(bytes: &[u8], eos: &str) -> Result<tokenizers::Tokenizer, String> {
             *special = Value::Bool(true);
         }
     }
+    let byte_level = ByteLevel::of(&json).map(Arc::new);
     let mut tokenizer = guarded(|| serde_json::from_value::<tokenizers::Tokenizer>(json))?;
     // A limit left in the file by its last user must not cut documents.
     tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
     tokenizer.with_padding(None);
-    Ok(tokenizer)
+    Ok((tokenizer, byte_level))
 }
 
 /// The first family that is whole, else the markers of the first family that are missing.
