@@ -10,7 +10,7 @@ HAS_NEXTEST = command -v cargo-nextest >/dev/null
 # Tests that take minutes live in modules named `long`.
 LONG = ::long::
 
-.PHONY: help build setup programs demo test test-long lint fmt docs bench audit clean
+.PHONY: help build setup programs demo test test-long fuzz lint fmt docs bench audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-long: setup-tests programs ## the tests that take minutes; SAMPLE=1 runs a 
 	export TUNEFLEET_LONG_SAMPLE='$(SAMPLE)'; \
 	if $(HAS_NEXTEST); then cargo nextest run --workspace --profile long --no-tests pass; \
 	else cargo test --workspace --lib --bins --tests -- '$(LONG)'; fi
+
+fuzz: setup ## readers of notebooks and segments under libFuzzer; SECONDS=60 for each
+	@scripts/fuzz $(SECONDS)
 
 .PHONY: setup-tests
 setup-tests:

@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         fim_level: FimLevel::Window,
         packing: Packing::Continuous,
         metadata_prefix: false,
+        document_mask: false,
         seed: 0,
     };
     let cache = tempfile::tempdir()?;

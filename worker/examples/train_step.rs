@@ -175,7 +175,7 @@ fn random_batch(args: &Args, config: &ModelConfig, device: Device) -> Batch {
     let tokens_bt = Tensor::randint(config.vocab_size as i64, size, (Kind::Int64, device));
     let targets_bt = tokens_bt.roll([-1], [1]);
     let _ = targets_bt.narrow(1, args.sequence - 1, 1).fill_(-100);
-    Batch { tokens_bt, targets_bt }
+    Batch::new(tokens_bt, targets_bt)
 }
 
 /// Steps beside the rate of the device's matrix products at the model's own shapes: 6 floating-point operations

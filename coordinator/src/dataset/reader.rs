@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use arrow::array::{Array, AsArray, LargeStringArray, RecordBatch, StringArray, UInt64Array};
@@ -16,8 +17,22 @@ use super::Error;
 use super::segment::schema;
 use super::writer::Row;
 
+/// End of the names of Parquet files; the others are Arrow files.
+const PARQUET: &str = ".parquet";
+
 /// Calls `each` for every row of a segment whose size, hash, columns and number of rows are as recorded.
-pub fn read(dir: &Path, segment: &Segment, mut each: impl FnMut(Row<'_>)) -> Result<(), Error> {
+///
+/// # Errors
+/// A segment that is not; parsers that panic at it included.
+pub fn read(dir: &Path, segment: &Segment, each: impl FnMut(Row<'_>)) -> Result<(), Error> {
+    let outcome = catch_unwind(AssertUnwindSafe(|| read_rows(dir, segment, each)));
+    outcome.unwrap_or_else(|_| {
+        let detail = "cannot be decoded (its parser panicked)".to_owned();
+        Err(Error::Segment { path: dir.join(&segment.file), detail })
+    })
+}
+
+fn read_rows(dir: &Path, segment: &Segment, mut each: impl FnMut(Row<'_>)) -> Result<(), Error> {
     let path = dir.join(&segment.file);
     let refuse = |detail: String| Error::Segment { path: path.clone(), detail };
     let mut file = File::open(&path).map_err(Error::io(&path))?;
@@ -28,6 +43,9 @@ pub fn read(dir: &Path, segment: &Segment, mut each: impl FnMut(Row<'_>)) -> Res
     let sha256 = hash(&mut file).and_then(|hash| file.rewind().map(|()| hash)).map_err(Error::io(&path))?;
     if sha256 != segment.sha256 {
         return Err(refuse(format!("has SHA-256 {sha256}, the manifest says {}", segment.sha256)));
+    }
+    if !segment.file.ends_with(PARQUET) {
+        tunefleet_claims::check_file(&mut file).map_err(|e| refuse(e.to_string()))?;
     }
     let batches = batches(file, &segment.file).map_err(|e| refuse(e.to_string()))?;
     let mut rows = 0;
@@ -50,7 +68,7 @@ pub fn read(dir: &Path, segment: &Segment, mut each: impl FnMut(Row<'_>)) -> Res
 type Batches = Box<dyn Iterator<Item = Result<RecordBatch, ArrowError>>>;
 
 fn batches(file: File, name: &str) -> Result<Batches, ArrowError> {
-    if name.ends_with(".parquet") {
+    if name.ends_with(PARQUET) {
         return Ok(Box::new(ParquetRecordBatchReaderBuilder::try_new(file)?.build()?));
     }
     Ok(Box::new(FileReader::try_new_buffered(file, None)?))

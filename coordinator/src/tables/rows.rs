@@ -131,6 +131,8 @@ fn arrow(
     let mut magic = [0; ARROW_MAGIC.len()];
     let is_file = file.read_exact(&mut magic).is_ok() && magic == ARROW_MAGIC;
     file.rewind().map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    let check = if is_file { tunefleet_claims::check_file } else { tunefleet_claims::check_stream };
+    check(&mut file).map_err(|e| broken(e.to_string()))?;
     if is_file {
         let reader = FileReader::try_new_buffered(file, None).map_err(|e| broken(e.to_string()))?;
         let columns = Columns::find(path, &reader.schema(), column)?;

@@ -149,6 +149,10 @@ fn every_rule_names_its_place_and_the_value() {
             "data: {packing: seed_compatible, fim_level: window}",
             "data.fim_level window contradicts data.packing",
         ),
+        (
+            "data: {packing: seed_compatible, document_mask: true}",
+            "data.document_mask contradicts data.packing seed_compatible, whose documents see each other",
+        ),
         ("tokenizer: {train: {vocab_size: 5000}}", "the model's embedding has 4096 rows"),
         ("tokenizer: {train: {vocab_size: 10}}", "tokenizer.train.vocab_size must be 275 to 1000000, got 10"),
         ("tokenizer: {train: {}, path: x}", "tokenizer.path and tokenizer.train (line 3) contradict"),

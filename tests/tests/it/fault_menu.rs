@@ -156,7 +156,7 @@ mod long {
         let mut sorted = times.to_vec();
         sorted.sort();
         let at = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100) - 1];
-        println!(
+        eprintln!(
             "{what}: p50 {:.2?}, p99 {:.2?}, longest {:.2?} of {}",
             at(50),
             at(99),

@@ -64,6 +64,7 @@ pub fn compare(request: &Request<'_>) -> Result<Losses, Error> {
         fim_level: FimLevel::Window,
         packing: Packing::Continuous,
         metadata_prefix: false,
+        document_mask: false,
         seed: 0,
     };
     let refuse = |error: crate::data::Error| Error::Refused(error.to_string());

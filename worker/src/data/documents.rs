@@ -273,9 +273,10 @@ impl SegmentReader {
 }
 
 /// Opens a segment by its extension and checks its columns.
-fn decode(file: File, segment: &Segment) -> Result<Batches, String> {
+fn decode(mut file: File, segment: &Segment) -> Result<Batches, String> {
     match Path::new(&segment.file).extension().and_then(|extension| extension.to_str()) {
         Some("arrow") => {
+            tunefleet_claims::check_file(&mut file).map_err(|e| e.to_string())?;
             let reader = FileReader::try_new(BufReader::new(file), None).map_err(|e| e.to_string())?;
             check_schema(&reader.schema())?;
             Ok(Box::new(reader))

@@ -117,9 +117,14 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Pads `tokens` to `sequence_tokens` and shifts them into targets.
-    fn new(mut tokens: Vec<u32>, sequence_tokens: u64, pad: u32) -> Self {
-        let mut targets: Vec<i64> = tokens.iter().skip(1).map(|token| i64::from(*token)).collect();
+    /// Pads `tokens` to `sequence_tokens` and shifts them into targets; where documents are apart, `end` ends one, and
+    /// what follows it is no target.
+    fn new(mut tokens: Vec<u32>, sequence_tokens: u64, pad: u32, end: Option<u32>) -> Self {
+        let target = |pair: &[u32]| match pair {
+            [token, next] if Some(*token) != end => i64::from(*next),
+            _ => IGNORED,
+        };
+        let mut targets: Vec<i64> = tokens.windows(2).map(target).collect();
         tokens.resize(sequence_tokens as usize, pad);
         targets.resize(sequence_tokens as usize, IGNORED);
         Sequence { tokens, targets }
@@ -145,6 +150,7 @@ pub struct Sequences {
     packed: Packed,
     sequence_tokens: u64,
     pad: u32,
+    document_end: Option<u32>,
     len_per_epoch: u64,
     dataset_digest: String,
     tokenizer_digest: String,
@@ -232,6 +238,7 @@ impl Sequences {
             packed,
             sequence_tokens: u64::from(spec.sequence_tokens),
             pad: tokenizer.fim().map_or(eos, |markers| markers.pad),
+            document_end: spec.document_mask.then_some(eos),
             len_per_epoch,
             dataset_digest: dataset.digest(),
             tokenizer_digest: tokenizer.digest().to_owned(),
@@ -254,7 +261,12 @@ impl Sequences {
             Packed::Continuous(packed) => packed.window(index)?,
             Packed::SeedCompatible(packed) => packed.window(index)?,
         };
-        Ok(Sequence::new(tokens, self.sequence_tokens, self.pad))
+        Ok(Sequence::new(tokens, self.sequence_tokens, self.pad, self.document_end))
+    }
+
+    /// The token that ends a document, where documents of a sequence do not see each other.
+    pub fn document_end(&self) -> Option<u32> {
+        self.document_end
     }
 
     /// Changes with any file's content.

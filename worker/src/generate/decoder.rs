@@ -9,9 +9,10 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use crate::adapter;
 use crate::adapter::merge::{self, Dequantized};
 use crate::checkpoint::{Error, hugging_face};
-use crate::model::block::{self, BlockParams, BlockShape, KvCache};
+use crate::model::block::{self, BlockParams, BlockShape, KvCache, Sight};
+use crate::model::embed::{self, Positions};
 use crate::model::head::{self, HeadParams};
-use crate::model::{embed, numerics::Numerics};
+use crate::model::numerics::Numerics;
 use crate::train::units;
 
 /// Weights, shape and how to compute.
@@ -91,10 +92,10 @@ impl Decoder {
         targets_bt: &Tensor,
     ) -> Result<Tensor, tunefleet_kernels::Error> {
         tch::no_grad(|| {
-            let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, 0);
+            let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, Positions::From(0));
             let mut x = x.to_kind(self.numerics.product_kind);
             for params in &self.blocks {
-                x = block::forward(&self.shape, &BlockParams::plain(params), &x, None);
+                x = block::forward(&self.shape, &BlockParams::plain(params), &x, Sight::Row);
             }
             let h = head::norm(&self.head(), &x.to_kind(self.numerics.kind), self.config.norm_epsilon);
             let h_nd = h.reshape([-1, self.config.hidden_size as i64]);
@@ -117,11 +118,12 @@ impl Decoder {
         tch::no_grad(|| {
             let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
             let tokens_bt = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.numerics.device);
-            let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_bt, context.tokens);
+            let positions = Positions::From(context.tokens);
+            let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_bt, positions);
             let mut x = x.to_kind(self.numerics.product_kind);
             for (params, cache) in self.blocks.iter().zip(&mut context.caches) {
                 let params = BlockParams::plain(params);
-                x = block::forward(&self.shape, &params, &x, Some((cache, context.tokens)));
+                x = block::forward(&self.shape, &params, &x, Sight::Cached(cache, context.tokens));
             }
             context.tokens += ids.len() as i64;
             let head = self.head();

@@ -182,7 +182,7 @@ impl Measurement<'_> {
 
 fn random_batch(vocab: i64, size: [i64; 2], device: Device) -> Batch {
     let tokens = || Tensor::randint(vocab, size, (Kind::Int64, device));
-    Batch { tokens_bt: tokens(), targets_bt: tokens() }
+    Batch::new(tokens(), tokens())
 }
 
 fn synchronize(device: Device) {

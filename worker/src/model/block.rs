@@ -4,6 +4,7 @@
 use tch::Tensor;
 use tunefleet_proto::model::{Activation, ModelConfig};
 
+use super::documents::Documents;
 use super::linear::{Adapted, Linear};
 use super::numerics::{Numerics, attention, gelu, layer_norm, residual_dropout};
 
@@ -43,6 +44,22 @@ pub struct BlockParams<'a> {
 pub struct KvCache {
     k_bksc: Tensor,
     v_bksc: Tensor,
+}
+
+/// Which tokens a token sees, besides itself.
+pub enum Sight<'a> {
+    /// Those before it in its row.
+    Row,
+    /// Those before it in its document.
+    Document(&'a Documents),
+    /// So many that came before the row, and those before it in its row. All of them are in the cache afterwards.
+    Cached(&'a mut KvCache, i64),
+}
+
+impl<'a> From<Option<&'a Documents>> for Sight<'a> {
+    fn from(documents: Option<&'a Documents>) -> Self {
+        documents.map_or(Sight::Row, Sight::Document)
+    }
 }
 
 impl BlockShape {
@@ -120,15 +137,8 @@ impl KvCache {
     }
 }
 
-/// The block's output, `[B, T, D]` like its input, in the dtype of input and weights;
-/// differentiable. With a cache, the T tokens come
-/// after `cached_tokens` earlier ones, and their keys and values are added to it.
-pub fn forward(
-    shape: &BlockShape,
-    params: &BlockParams<'_>,
-    x_btd: &Tensor,
-    cache: Option<(&mut KvCache, i64)>,
-) -> Tensor {
+/// The block's output, `[B, T, D]` like its input, in the dtype of input and weights; differentiable.
+pub fn forward(shape: &BlockShape, params: &BlockParams<'_>, x_btd: &Tensor, sight: Sight<'_>) -> Tensor {
     let p = params;
     let into = |residual: &Tensor, x: &Tensor, stream: i64| {
         residual_dropout(residual, x, shape.residual_dropout, shape.dropout_seed, stream)
@@ -136,7 +146,7 @@ pub fn forward(
 
     let normed_btd = layer_norm(x_btd, p.ln_1_weight, p.ln_1_bias, shape.norm_epsilon);
     let qkv = p.c_attn.forward(&normed_btd);
-    let attended_btd = attend(shape, &qkv, cache);
+    let attended_btd = attend(shape, &qkv, sight);
     let x_btd = into(x_btd, &p.c_proj.forward(&attended_btd), 0);
 
     let normed_btd = layer_norm(&x_btd, p.ln_2_weight, p.ln_2_bias, shape.norm_epsilon);
@@ -146,16 +156,17 @@ pub fn forward(
 }
 
 /// Splits the fused projection (all query heads, then keys, then values) and attends.
-fn attend(shape: &BlockShape, qkv: &Tensor, cache: Option<(&mut KvCache, i64)>) -> Tensor {
+fn attend(shape: &BlockShape, qkv: &Tensor, sight: Sight<'_>) -> Tensor {
     let (batch, tokens) = (qkv.size()[0], qkv.size()[1]);
     let kv_width = shape.kv_heads * shape.head_dim;
     let heads = |x: &Tensor, count: i64| x.view([batch, tokens, count, shape.head_dim]).transpose(1, 2);
     let q_bhtc = heads(&qkv.narrow(2, 0, shape.hidden).contiguous(), shape.heads);
     let k_bktc = heads(&qkv.narrow(2, shape.hidden, kv_width).contiguous(), shape.kv_heads);
     let v_bktc = heads(&qkv.narrow(2, shape.hidden + kv_width, kv_width).contiguous(), shape.kv_heads);
-    let attended_bhtc = match cache {
-        None => attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout),
-        Some((cache, cached_tokens)) => {
+    let attended_bhtc = match sight {
+        Sight::Row => attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout),
+        Sight::Document(documents) => documents.attention(&q_bhtc, &k_bktc, &v_bktc, shape.attention_dropout),
+        Sight::Cached(cache, cached_tokens) => {
             let seen = cached_tokens + tokens;
             cache.k_bksc.narrow(2, cached_tokens, tokens).copy_(&k_bktc);
             cache.v_bksc.narrow(2, cached_tokens, tokens).copy_(&v_bktc);

@@ -3,21 +3,45 @@
 
 use tch::{Kind, Tensor};
 
-/// `wte[tokens] + wpe[first_position..]`, `[B, T, D]` in the tables' dtype.
-pub fn forward(wte_vd: &Tensor, wpe_pd: &Tensor, tokens_bt: &Tensor, first_position: i64) -> Tensor {
-    let positions = wpe_pd.narrow(0, first_position, tokens_bt.size()[1]);
+/// Where the tokens of a batch stand.
+#[derive(Debug, Clone, Copy)]
+pub enum Positions<'a> {
+    /// In each row one after the other, from here on.
+    From(i64),
+    /// `[B, T]`, int64: each where this says.
+    Each(&'a Tensor),
+}
+
+/// `wte[tokens] + wpe[positions]`, `[B, T, D]` in the tables' dtype.
+pub fn forward(wte_vd: &Tensor, wpe_pd: &Tensor, tokens_bt: &Tensor, positions: Positions<'_>) -> Tensor {
+    let positions = match positions {
+        Positions::From(first) => wpe_pd.narrow(0, first, tokens_bt.size()[1]),
+        Positions::Each(positions_bt) => Tensor::embedding(wpe_pd, positions_bt, -1, false, false),
+    };
     Tensor::embedding(wte_vd, tokens_bt, -1, false, false) + positions
 }
 
 /// Adds the gradients of the fp32 tables, of those that are trained.
-pub fn backward(dx_btd: &Tensor, tokens_bt: &Tensor, dwte_vd: Option<&Tensor>, dwpe_pd: Option<&Tensor>) {
+pub fn backward(
+    dx_btd: &Tensor,
+    tokens_bt: &Tensor,
+    positions: Positions<'_>,
+    dwte_vd: Option<&Tensor>,
+    dwpe_pd: Option<&Tensor>,
+) {
     let (tokens, width) = (dx_btd.size()[1], dx_btd.size()[2]);
     let dx_btd = dx_btd.to_kind(Kind::Float);
+    let add_rows = |table: &Tensor, ids_bt: &Tensor| {
+        let _ = table.shallow_clone().index_add_(0, &ids_bt.reshape([-1]), &dx_btd.reshape([-1, width]));
+    };
     if let Some(dwte_vd) = dwte_vd {
-        let rows = dx_btd.reshape([-1, width]);
-        let _ = dwte_vd.shallow_clone().index_add_(0, &tokens_bt.reshape([-1]), &rows);
+        add_rows(dwte_vd, tokens_bt);
     }
-    if let Some(dwpe_pd) = dwpe_pd {
-        let _ = dwpe_pd.narrow(0, 0, tokens).g_add_(&dx_btd.sum_dim_intlist(0, false, None));
+    match (dwpe_pd, positions) {
+        (None, _) => {}
+        (Some(dwpe_pd), Positions::Each(positions_bt)) => add_rows(dwpe_pd, positions_bt),
+        (Some(dwpe_pd), Positions::From(first)) => {
+            let _ = dwpe_pd.narrow(0, first, tokens).g_add_(&dx_btd.sum_dim_intlist(0, false, None));
+        }
     }
 }

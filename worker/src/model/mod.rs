@@ -8,6 +8,8 @@
 pub mod numerics;
 /// Token and position embeddings.
 pub mod embed;
+/// Documents that share a row.
+pub mod documents;
 /// One linear, with or without an adapter.
 pub mod linear;
 /// One transformer block.

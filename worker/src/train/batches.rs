@@ -7,6 +7,7 @@ use tunefleet_proto::job::TrainSpec;
 use super::Error;
 use super::walk::Batch;
 use crate::data::{Sequence, Sequences};
+use crate::model::documents::Documents;
 use crate::model::head::IGNORED;
 
 /// The training stream of one rank.
@@ -50,7 +51,7 @@ impl<'a> Batches<'a> {
                 .map(|index| self.sequences.sequence(index))
                 .collect::<Result<_, _>>()?;
             targets += counted(&rows);
-            batches.push(batch(&rows, self.device));
+            batches.push(batch(&rows, self.sequences.document_end(), self.device));
         }
         Ok((batches, targets))
     }
@@ -80,7 +81,7 @@ pub fn validation(
             rows.push(row);
         }
         let targets = counted(&rows);
-        Ok((batch(&rows, device), targets))
+        Ok((batch(&rows, sequences.document_end(), device), targets))
     })
 }
 
@@ -88,7 +89,7 @@ fn counted(rows: &[Sequence]) -> i64 {
     rows.iter().flat_map(|row| &row.targets).filter(|&&t| t != IGNORED).count() as i64
 }
 
-fn batch(rows: &[Sequence], device: Device) -> Batch {
+fn batch(rows: &[Sequence], document_end: Option<u32>, device: Device) -> Batch {
     let tokens: Vec<i64> = rows.iter().flat_map(|row| row.tokens.iter().map(|&t| i64::from(t))).collect();
     let targets: Vec<i64> = rows.iter().flat_map(|row| row.targets.iter().copied()).collect();
     let shape = [rows.len() as i64, -1];
@@ -100,5 +101,7 @@ fn batch(rows: &[Sequence], device: Device) -> Batch {
         // From pinned memory the copy is only queued: the host does not wait for the device.
         host.pin_memory(device).to_device_(device, Kind::Int64, true, false)
     };
-    Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets) }
+    let documents = document_end
+        .map(|end| Documents::ended_by(rows.iter().map(|row| row.tokens.as_slice()), end, device));
+    Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets), documents }
 }

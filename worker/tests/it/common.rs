@@ -69,7 +69,7 @@ pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
 
 /// A fixture's batch.
 pub fn batch(fixture: &HashMap<String, Tensor>) -> Batch {
-    Batch { tokens_bt: fixture["ids"].shallow_clone(), targets_bt: fixture["targets"].shallow_clone() }
+    Batch::new(fixture["ids"].shallow_clone(), fixture["targets"].shallow_clone())
 }
 
 /// A world of one.
@@ -140,11 +140,20 @@ pub fn state(step: u64) -> save::State {
 
 /// One step's loss and gradients (by Hugging Face name) of one batch in a world of one.
 pub fn loss_and_grads(walk: &mut Walk<'_>, batch: &Batch) -> (f64, HashMap<String, Tensor>) {
-    let count = batch.targets_bt.ne(-100).sum(Kind::Double);
+    loss_and_grads_of_all(walk, std::slice::from_ref(batch))
+}
+
+/// [`loss_and_grads`] of several batches in one step.
+pub fn loss_and_grads_of_all(walk: &mut Walk<'_>, batches: &[Batch]) -> (f64, HashMap<String, Tensor>) {
+    let counts = batches.iter().map(|batch| batch.targets_bt.ne(-100).sum(Kind::Double));
+    let count: Tensor = counts.reduce(|a, b| a + b).unwrap();
     walk.begin_step().unwrap();
-    let position = MicroPosition { step: 1, micro: 0, of: 1 };
     let scale = count.reciprocal().to_kind(Kind::Float);
-    let loss = walk.train_micro_batch(batch, position, &scale).unwrap();
+    let mut loss = Tensor::zeros([], (Kind::Double, Device::Cpu));
+    for (micro, batch) in (0..).zip(batches) {
+        let position = MicroPosition { step: 1, micro, of: batches.len() as u32 };
+        loss += walk.train_micro_batch(batch, position, &scale).unwrap();
+    }
     walk.finish_step().unwrap();
     let mut grads = HashMap::new();
     for (unit, shard) in walk.plan().units.iter().zip(walk.shards()) {

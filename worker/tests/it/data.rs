@@ -126,6 +126,30 @@ fn padding_takes_no_part_in_the_loss() {
 }
 
 #[test]
+fn what_follows_the_end_of_a_document_is_no_target_where_documents_are_apart() {
+    let workshop = Workshop::standard();
+    let at = |document_mask| {
+        let spec =
+            tunefleet_proto::job::DataSpec { document_mask, ..spec(Packing::Continuous, FimLevel::Window) };
+        let (dataset, tokenizer) = (workshop.dataset(), workshop.tokenizer());
+        Sequences::open(&spec, &dataset, &tokenizer, Split::Train, &workshop.cache()).unwrap()
+    };
+    let (together, apart) = (at(false), at(true));
+    assert_eq!((together.document_end(), apart.document_end()), (None, Some(0)));
+    let mut ends = 0;
+    for i in 0..together.len_per_epoch() {
+        let (together, apart) = (together.sequence(i).unwrap(), apart.sequence(i).unwrap());
+        assert_eq!(together.tokens, apart.tokens);
+        for ((token, together), apart) in together.tokens.iter().zip(together.targets).zip(apart.targets) {
+            let is_end = *token == 0;
+            assert_eq!(apart, if is_end { IGNORED } else { together });
+            ends += usize::from(is_end);
+        }
+    }
+    assert!(ends > 10, "{ends}");
+}
+
+#[test]
 fn no_infill_is_cut_at_window_level() {
     let workshop = Workshop::standard();
     let sequences = open(&workshop, Packing::Continuous, FimLevel::Window, Split::Train);

@@ -137,6 +137,7 @@ pub fn spec(packing: Packing, fim_level: FimLevel) -> DataSpec {
         fim_level,
         packing,
         metadata_prefix: false,
+        document_mask: false,
         seed: 7,
     }
 }

@@ -14,6 +14,7 @@ use tunefleet_proto::job::{Precision, Recompute, TrainSpec};
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::tcp::subgroup::{self, Credentials};
 use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag, mesh};
+use tunefleet_worker::model::documents::Documents;
 use tunefleet_worker::train::optimizer;
 use tunefleet_worker::train::units;
 use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk, WalkOptions};
@@ -69,7 +70,7 @@ fn rows(range: Range<u64>) -> (Batch, f64) {
 pub fn batch_of(tokens: &[i64], targets: &[i64], sequence_tokens: i64) -> (Batch, f64) {
     let counted = targets.iter().filter(|&&t| t != -100).count() as f64;
     let tensor = |values: &[i64]| Tensor::from_slice(values).view([-1, sequence_tokens]);
-    (Batch { tokens_bt: tensor(tokens), targets_bt: tensor(targets) }, counted)
+    (Batch::new(tensor(tokens), tensor(targets)), counted)
 }
 
 /// Losses of all steps.
@@ -104,8 +105,7 @@ pub fn train_over(
             let (batch, count) = rows(first..first + micro_batch);
             counted += count;
             let there = |t: &Tensor| t.to_device(device);
-            micro_batches
-                .push(Batch { tokens_bt: there(&batch.tokens_bt), targets_bt: there(&batch.targets_bt) });
+            micro_batches.push(Batch::new(there(&batch.tokens_bt), there(&batch.targets_bt)));
         }
         let targets = Tensor::from(counted).to_device(device);
         walk.mesh().world.all_reduce(&targets, Tag { unit: None, what: "count" }).unwrap().wait().unwrap();
@@ -243,6 +243,56 @@ fn one_two_and_four_ranks_train_the_same_model() {
     for (ranks, micro_batch) in [(2, 2), (4, 1)] {
         let more = run(&model, &spec(ranks, micro_batch, 1), RECOMPUTE, Precision::Fp32);
         assert_close(&one, &more);
+    }
+}
+
+#[test]
+fn documents_that_share_a_row_train_as_if_each_had_its_own() {
+    const END: u32 = 0;
+    let (_dir, model) = model();
+    let token = |at: u32| 1 + (at * 7919 + at * at * 31) % 1023;
+    // Lengths of the documents of each row, ends included; the last ones are cut.
+    let lengths = [vec![5, 11, 8], vec![24], vec![1, 2, 3, 18]];
+    let mut at = 0;
+    let rows = lengths.map(|lengths| {
+        lengths
+            .into_iter()
+            .map(|tokens| {
+                let mut document: Vec<u32> = (0..tokens).map(|i| token(at + i)).collect();
+                at += tokens;
+                document[tokens as usize - 1] = END;
+                document
+            })
+            .collect::<Vec<_>>()
+    });
+    let batch = |rows: &[Vec<u32>], documents| {
+        let target = |row: &[u32], i: usize| match row.get(i + 1) {
+            Some(next) if row[i] != END => i64::from(*next),
+            _ => -100,
+        };
+        let tokens: Vec<i64> = rows.iter().flatten().map(|t| i64::from(*t)).collect();
+        let targets: Vec<i64> = rows.iter().flat_map(|row| (0..row.len()).map(|i| target(row, i))).collect();
+        let (batch, _) = batch_of(&tokens, &targets, rows[0].len() as i64);
+        Batch { documents, ..batch }
+    };
+    let packed: Vec<Vec<u32>> = rows.iter().map(|row| row.concat()).collect();
+    let documents = Documents::ended_by(packed.iter().map(Vec::as_slice), END, tch::Device::Cpu);
+    let alone: Vec<Batch> =
+        rows.iter().flatten().filter(|d| d.len() > 1).map(|d| batch(std::slice::from_ref(d), None)).collect();
+    let mut walk = walk(&model, Precision::Fp32, SOLO, RECOMPUTE, |_| ());
+    let (expected, expected_grads) = loss_and_grads_of_all(&mut walk, &alone);
+    let mut of = |documents| loss_and_grads(&mut walk, &batch(&packed, documents));
+    let (mixed, _) = of(None);
+    let (loss, grads) = of(Some(documents));
+    assert!((loss - expected).abs() <= 1e-6 * expected, "{loss} and {expected}");
+    assert!(
+        (mixed - expected).abs() > 1e-4 * expected,
+        "documents that see each other learn the same: {mixed}"
+    );
+    let all = expected_grads.values().map(|g| norm(g).powi(2)).sum::<f64>().sqrt();
+    for (name, expected) in &expected_grads {
+        let (error, limit) = (distance(&grads[name], expected), 1e-5 * norm(expected) + 1e-7 * all);
+        assert!(error <= limit, "{name}: {error:.2e} > {limit:.2e}");
     }
 }
 

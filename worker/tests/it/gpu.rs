@@ -102,7 +102,7 @@ fn step(
     tch::manual_seed(11);
     let tokens = Tensor::randint(config.vocab_size as i64, [4, 128], (Kind::Int64, Device::Cpu));
     let targets = tokens.roll([-1], [1]);
-    let batch = Batch { tokens_bt: tokens.to_device(device), targets_bt: targets.to_device(device) };
+    let batch = Batch::new(tokens.to_device(device), targets.to_device(device));
     let scale = Tensor::from(1.0 / 512.0).to_kind(Kind::Float).to_device(device);
     walk.begin_step().unwrap();
     let loss = walk.train_micro_batch(&batch, MicroPosition { step: 1, micro: 0, of: 1 }, &scale).unwrap();

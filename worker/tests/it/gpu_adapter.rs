@@ -120,7 +120,7 @@ fn adapter_gradients_on_the_gpu_are_the_peers() {
     for case in qlora::cases() {
         let fixture = tensors(&case.adapter.join("fixture.safetensors"));
         let there = |name: &str| fixture[name].to_device(GPU);
-        let batch = Batch { tokens_bt: there("ids"), targets_bt: there("targets") };
+        let batch = Batch::new(there("ids"), there("targets"));
         let qlora::Case { model, adapter, quantization, name } = &case;
         let mut walk =
             qlora::adapter_walk(model, adapter, *quantization, Precision::Fp32, SOLO, RECOMPUTE, GPU);

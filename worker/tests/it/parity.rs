@@ -62,7 +62,7 @@ fn bf16_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers() {
             let mut squares = HashMap::<String, f64>::new();
             for k in 0..batches {
                 let of_batch = |name: &str| fixture[name].get(k);
-                let batch = Batch { tokens_bt: of_batch("ids"), targets_bt: of_batch("targets") };
+                let batch = Batch::new(of_batch("ids"), of_batch("targets"));
                 for (name, ours) in loss_and_grads(&mut walk, &batch).1 {
                     let error = distance(&ours, &of_batch(&format!("fp64.grad.{name}")));
                     *squares.entry(name).or_default() += error.powi(2);

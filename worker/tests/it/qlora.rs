@@ -142,7 +142,7 @@ fn bf16_adapter_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers()
             let mut squares = HashMap::<String, f64>::new();
             for k in 0..batches {
                 let of_batch = |name: &str| fixture[name].get(k);
-                let batch = Batch { tokens_bt: of_batch("ids"), targets_bt: of_batch("targets") };
+                let batch = Batch::new(of_batch("ids"), of_batch("targets"));
                 for (name, ours) in loss_and_grads(&mut walk, &batch).1 {
                     let error = distance(&ours, &of_batch(&format!("fp64.grad.{name}")));
                     *squares.entry(name).or_default() += error.powi(2);
@@ -200,7 +200,7 @@ fn curve(walk: &mut Walk<'_>, file: &HashMap<String, Tensor>) -> Vec<f64> {
     let steps = file["ids"].size()[0];
     let step = |step: i64| {
         let of_step = |name: &str| file[name].get(step);
-        let batch = Batch { tokens_bt: of_step("ids"), targets_bt: of_step("targets") };
+        let batch = Batch::new(of_step("ids"), of_step("targets"));
         let targets = batch.targets_bt.ne(-100).sum(Kind::Double);
         let scale = targets.reciprocal().to_kind(Kind::Float);
         walk.begin_step().unwrap();

@@ -282,7 +282,7 @@ fn a_cpu_that_multiplies_16_bits_slowly_computes_on_their_values_in_fp32() {
         let mut walk = Walk::new(config, plan, shards, numerics, SOLO, Seeds::new(3), RECOMPUTE);
         let mut losses = train_range(&mut walk, &spec, 1..=3);
         let tokens_bt = Tensor::arange(40, (Kind::Int64, Device::Cpu)).view([2, 20]);
-        let batch = Batch { targets_bt: &tokens_bt + 1, tokens_bt };
+        let batch = Batch::new(tokens_bt.shallow_clone(), &tokens_bt + 1);
         losses.push(walk.evaluate(&batch).unwrap().double_value(&[]) / 40.0);
         losses
     });

@@ -83,7 +83,7 @@ fn shards_and_the_first_loss_are_those_of_the_safetensors_file() {
             }
         }
         let tokens_bt = tch::Tensor::arange(40, (tch::Kind::Int64, Device::Cpu)).view([2, 20]);
-        let batch = Batch { targets_bt: &tokens_bt + 1, tokens_bt };
+        let batch = Batch::new(tokens_bt.shallow_clone(), &tokens_bt + 1);
         let losses = dirs.map(|dir| {
             let mut walk = walk(&dir, Precision::Fp32, SOLO, KEEP, |_| ());
             loss_and_grads(&mut walk, &batch).0

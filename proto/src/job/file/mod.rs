@@ -235,6 +235,9 @@ section! {
         /// Put `<reponame>`, `<filename>` and what they say before each file, as StarCoder learned them; then
         /// prompts are to have them as well. Not with `packing: seed_compatible`. Default: false.
         metadata_prefix: bool,
+        /// Let documents that share a sequence not see each other: attention stays within a document, and positions
+        /// begin anew with each. Not with `packing: seed_compatible`. Default: false, as StarCoder was trained.
+        document_mask: bool,
         /// Seed of order and rearrangement. Default: 0.
         seed: u64,
     }

@@ -34,12 +34,16 @@ impl Resolver<'_> {
             (Packing::SeedCompatible, None) => FimLevel::Document,
             (Packing::Continuous, None) => FimLevel::Window,
         };
-        if let (Packing::SeedCompatible, Some(At { value: true, place })) =
-            (packing, data.metadata_prefix.given())
-        {
-            let message = "data.metadata_prefix contradicts data.packing seed_compatible, whose token streams hold \
-                           texts alone: leave out one of the two";
-            self.sink.report(place, message);
+        for (key, given, they) in [
+            ("metadata_prefix", data.metadata_prefix.given(), "token streams hold texts alone"),
+            ("document_mask", data.document_mask.given(), "documents see each other"),
+        ] {
+            if let (Packing::SeedCompatible, Some(At { value: true, place })) = (packing, given) {
+                let message = format!(
+                    "data.{key} contradicts data.packing seed_compatible, whose {they}: leave out one of the two"
+                );
+                self.sink.report(place, message);
+            }
         }
         DataSpec {
             sequence_tokens,
@@ -48,6 +52,7 @@ impl Resolver<'_> {
             fim_level,
             packing,
             metadata_prefix: data.metadata_prefix.or(false),
+            document_mask: data.document_mask.or(false),
             seed: data.seed.or(0),
         }
     }

@@ -147,6 +147,9 @@ pub struct DataSpec {
     /// Whether repository and path stand before each file.
     #[serde(default)]
     pub metadata_prefix: bool,
+    /// Whether documents of a sequence do not see each other, and positions begin anew with each.
+    #[serde(default)]
+    pub document_mask: bool,
     /// Seed of order and FIM.
     pub seed: u64,
 }

@@ -4,7 +4,7 @@ use tch::Tensor;
 use tunefleet_proto::shard_plan::Slot;
 
 use super::{MicroPosition, Walk};
-use crate::model::block::{self, BlockParams, BlockShape};
+use crate::model::block::{self, BlockParams, BlockShape, Sight};
 use crate::train::Error;
 use crate::train::adapter::Frozen;
 use crate::train::units;
@@ -83,11 +83,12 @@ impl Walk<'_> {
         i: usize,
         weights: &BlockWeights,
         x: &Tensor,
+        sight: Sight<'_>,
     ) -> Kept {
         let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
         let x = leaf(&x.to_kind(self.numerics.product_kind));
         let trained: Vec<Tensor> = weights.trained.iter().map(leaf).collect();
-        let y = block::forward(shape, &self.block_params(i, &weights.base, &trained, true), &x, None);
+        let y = block::forward(shape, &self.block_params(i, &weights.base, &trained, true), &x, sight);
         Kept { x, trained, y }
     }
 
@@ -98,11 +99,12 @@ impl Walk<'_> {
         i: usize,
         weights: &BlockWeights,
         x: &Tensor,
+        sight: Sight<'_>,
         training: bool,
     ) -> Tensor {
         let x = x.to_kind(self.numerics.product_kind);
         let params = self.block_params(i, &weights.base, &weights.trained, training);
-        block::forward(shape, &params, &x, None).to_kind(self.numerics.kind)
+        block::forward(shape, &params, &x, sight).to_kind(self.numerics.kind)
     }
 
     fn block_params<'t>(

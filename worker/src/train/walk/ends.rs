@@ -35,7 +35,7 @@ impl Walk<'_> {
         batch: &Batch,
         position: MicroPosition,
     ) -> (Tensor, Option<Tensor>) {
-        let x = embed::forward(&params[0], &params[1], &batch.tokens_bt, 0);
+        let x = embed::forward(&params[0], &params[1], &batch.tokens_bt, batch.positions());
         let dropout = self.config.dropout.embedding;
         if dropout == 0.0 {
             return (x, None);
@@ -54,7 +54,7 @@ impl Walk<'_> {
             None => dx,
         };
         let grads = self.embed_grads();
-        embed::backward(&dx, &batch.tokens_bt, grads[0].as_ref(), grads[1].as_ref());
+        embed::backward(&dx, &batch.tokens_bt, batch.positions(), grads[0].as_ref(), grads[1].as_ref());
     }
 
     pub(super) fn loss_and_dx(

@@ -14,7 +14,7 @@ impl Walk<'_> {
     /// # Errors
     /// Whatever a collective meets.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<Tensor, Error> {
-        let (h_btd, embed_params) = self.forward(&batch.tokens_bt)?;
+        let (h_btd, embed_params) = self.forward(batch)?;
         let width = self.config.hidden_size as i64;
         let head = self.head(&embed_params);
         let (h_nd, targets_n) = (h_btd.reshape([-1, width]), batch.targets_bt.reshape([-1]));
@@ -26,18 +26,22 @@ impl Walk<'_> {
     /// # Errors
     /// Whatever a collective meets.
     pub fn logits(&mut self, tokens_bt: &Tensor) -> Result<Tensor, Error> {
-        let (h_btd, embed_params) = self.forward(tokens_bt)?;
+        let batch = Batch::new(tokens_bt.shallow_clone(), tokens_bt.shallow_clone());
+        let (h_btd, embed_params) = self.forward(&batch)?;
         Ok(tch::no_grad(|| head::logits(self.numerics, self.head(&embed_params).weight_vd, &h_btd)))
     }
 
     /// Normed states of the last block, and the embeddings' parameters.
-    fn forward(&mut self, tokens_bt: &Tensor) -> Result<(Tensor, Vec<Tensor>), Error> {
+    fn forward(&mut self, batch: &Batch) -> Result<(Tensor, Vec<Tensor>), Error> {
         let shape = BlockShape::new(&self.config, false);
         let embed_params = self.gathered_embed()?;
-        let mut x = tch::no_grad(|| embed::forward(&embed_params[0], &embed_params[1], tokens_bt, 0));
+        let mut x = tch::no_grad(|| {
+            embed::forward(&embed_params[0], &embed_params[1], &batch.tokens_bt, batch.positions())
+        });
         for i in 0..self.plan.units.len() - 1 {
             let weights = self.gathered_block(i, Direction::Forward)?;
-            x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, false));
+            let sight = || batch.documents.as_ref().into();
+            x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, sight(), false));
         }
         let h = tch::no_grad(|| head::norm(&self.head(&embed_params), &x, self.config.norm_epsilon));
         Ok((h, embed_params))

@@ -35,6 +35,8 @@ use super::rng::Seeds;
 use super::units::{EMBED, Gathered, Shard};
 use crate::comm::Mesh;
 use crate::model::block::BlockShape;
+use crate::model::documents::Documents;
+use crate::model::embed::Positions;
 use crate::model::head;
 use crate::model::numerics::Numerics;
 use blocks::{Direction, Kept};
@@ -45,6 +47,19 @@ pub struct Batch {
     pub tokens_bt: Tensor,
     /// `[B, T]`, int64; [`head::IGNORED`] does not count.
     pub targets_bt: Tensor,
+    /// Where documents lie that do not see each other; `None` where a row is one.
+    pub documents: Option<Documents>,
+}
+
+impl Batch {
+    /// A batch whose rows are one document each.
+    pub fn new(tokens_bt: Tensor, targets_bt: Tensor) -> Self {
+        Batch { tokens_bt, targets_bt, documents: None }
+    }
+
+    fn positions(&self) -> Positions<'_> {
+        self.documents.as_ref().map_or(Positions::From(0), |d| Positions::Each(d.positions_bt()))
+    }
 }
 
 /// Choices of a walk that change memory and speed; of these, only the dtype of reductions changes the
@@ -217,6 +232,7 @@ impl<'a> Walk<'a> {
         let blocks = self.plan.units.len() - 1;
         // Below it nothing is trained: no gradient goes there.
         let lowest = self.lowest_trained_block();
+        let documents = batch.documents.as_ref();
         let embed_params = self.gathered_embed()?;
         let (mut x, embed_mask) = tch::no_grad(|| self.embed(&embed_params, batch, position));
 
@@ -228,9 +244,9 @@ impl<'a> Walk<'a> {
             if i < lowest || self.residency.recomputed[i] {
                 inputs.push(x.shallow_clone());
                 kept.push(None);
-                x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, true));
+                x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, documents.into(), true));
             } else {
-                let run = self.forward_with_grad(&shape, i, &weights, &x);
+                let run = self.forward_with_grad(&shape, i, &weights, &x, documents.into());
                 x = run.y.detach().to_kind(self.numerics.kind);
                 inputs.push(run.x.shallow_clone());
                 kept.push(Some(run));
@@ -252,7 +268,7 @@ impl<'a> Walk<'a> {
                 None => {
                     let weights = self.gathered_block(i, Direction::Backward)?;
                     let shape = shape.seeded(self.seed(position, i + 1));
-                    self.forward_with_grad(&shape, i, &weights, &inputs[i])
+                    self.forward_with_grad(&shape, i, &weights, &inputs[i], documents.into())
                 }
             };
             let mut leaves = vec![run.x.shallow_clone()];

@@ -1,0 +1,77 @@
+//! Documents that share a row, each by itself: no token sees another document, and positions begin anew. A document is
+//! attended to as a row of its own, so that nothing is computed that a mask would throw away.
+
+use tch::{Device, Kind, Tensor};
+
+use super::numerics::attention;
+
+/// Where documents lie in the rows of a batch.
+#[derive(Debug)]
+pub struct Documents {
+    /// For each row, the first token and the tokens of each document; they fill the row.
+    runs: Vec<Vec<(i64, i64)>>,
+    /// `[B, T]`, int64: the place of each token in its document.
+    positions_bt: Tensor,
+}
+
+impl Documents {
+    /// The documents of `rows` of equal length, each ended by the token `eos`. Several of those in a row, as padding
+    /// has them, are one document.
+    pub fn ended_by<'a>(rows: impl Iterator<Item = &'a [u32]>, eos: u32, device: Device) -> Self {
+        let (mut runs, mut positions) = (Vec::new(), Vec::new());
+        for row in rows {
+            let mut begin = 0;
+            let mut documents = Vec::new();
+            for (at, token) in row.iter().enumerate() {
+                let ends = match row.get(at + 1) {
+                    Some(next) => *token == eos && *next != eos,
+                    None => true,
+                };
+                positions.push((at - begin) as i64);
+                if ends {
+                    documents.push((begin as i64, (at + 1 - begin) as i64));
+                    begin = at + 1;
+                }
+            }
+            runs.push(documents);
+        }
+        let host = Tensor::from_slice(&positions).view([runs.len() as i64, -1]);
+        let positions_bt = match device {
+            Device::Cpu => host,
+            // From pinned memory the copy is only queued.
+            _ => host.pin_memory(device).to_device_(device, Kind::Int64, true, false),
+        };
+        Documents { runs, positions_bt }
+    }
+
+    /// `[B, T]`, int64: the place of each token in its document.
+    pub fn positions_bt(&self) -> &Tensor {
+        &self.positions_bt
+    }
+
+    /// [`attention`] within each document, causal.
+    pub fn attention(&self, q_bhtc: &Tensor, k_bktc: &Tensor, v_bktc: &Tensor, dropout: f64) -> Tensor {
+        let row = |(row, runs): (usize, &Vec<(i64, i64)>)| {
+            let document = |&(begin, tokens): &(i64, i64)| {
+                let part = |x: &Tensor| x.narrow(0, row as i64, 1).narrow(2, begin, tokens);
+                attention(&part(q_bhtc), &part(k_bktc), &part(v_bktc), true, dropout)
+            };
+            Tensor::cat(&runs.iter().map(document).collect::<Vec<_>>(), 2)
+        };
+        Tensor::cat(&self.runs.iter().enumerate().map(row).collect::<Vec<_>>(), 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_end_with_their_last_token_and_padding_is_one() {
+        let rows: [&[u32]; 3] = [&[5, 6, 0, 7, 8, 9], &[5, 0, 6, 0, 0, 0], &[5, 6, 7, 8, 9, 5]];
+        let documents = Documents::ended_by(rows.into_iter(), 0, Device::Cpu);
+        assert_eq!(documents.runs, [vec![(0, 3), (3, 3)], vec![(0, 2), (2, 4)], vec![(0, 6)]]);
+        let positions = Vec::<i64>::try_from(documents.positions_bt.view([-1])).unwrap();
+        assert_eq!(positions, [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]);
+    }
+}
