@@ -17,6 +17,8 @@ use super::{Error, licenses};
 /// keep all cores busy, and the bound on memory.
 pub(crate) const WINDOW_FILES: usize = 1024;
 pub(crate) const WINDOW_BYTES: usize = 32 << 20;
+/// After so much text a repository is opened anew: what libgit2 has mapped of its packs is let go.
+const REOPEN_BYTES: usize = 256 << 20;
 
 /// A file that is kept.
 #[derive(Debug)]
@@ -49,33 +51,36 @@ pub fn read(
 ) -> Result<Vec<String>, Error> {
     let Some(commit) = pinned.commit else { return Ok(Vec::new()) };
     let open = || Repository::open(&pinned.git_dir).map_err(|e| pinned.unreadable(b"", commit, &e));
-    let repo = open()?;
-    let odb = repo.odb().map_err(|e| pinned.unreadable(b"", commit, &e))?;
+    let mut repo = open()?;
     let handles = Handles { open, idle: Mutex::new(Vec::new()) };
 
     let is_partial = is_partial(&repo);
     let found_licenses = licenses_of(&repo, commit).map_err(|e| pinned.unreadable(b"", commit, &e))?;
     let mut walk = Walk::new(&repo, pinned, commit)?;
     if !filter.licenses.takes_repository(&found_licenses) {
-        for entry in walk {
-            entry?;
+        while walk.next(&repo)?.is_some() {
             counts.drop_file(DropReason::License);
         }
         return Ok(found_licenses);
     }
 
     let mut window = Vec::new();
-    let mut window_bytes = 0;
+    let (mut window_bytes, mut read_bytes) = (0, 0);
     loop {
-        let entry = walk.next().transpose()?;
+        let entry = walk.next(&repo)?;
         let full = window.len() == WINDOW_FILES || window_bytes >= WINDOW_BYTES;
         if (entry.is_none() || full) && !window.is_empty() {
             let read =
                 read_window(std::mem::take(&mut window), pinned, filter, duplicates.sketcher(), &handles)?;
             let files = first_ones(read, duplicates, counts);
-            window_bytes = 0;
+            read_bytes += std::mem::take(&mut window_bytes);
             if !take(files) {
                 return Ok(found_licenses);
+            }
+            if read_bytes >= REOPEN_BYTES {
+                read_bytes = 0;
+                handles.close();
+                repo = open()?;
             }
         }
         let Some(entry) = entry else { return Ok(found_licenses) };
@@ -87,7 +92,8 @@ pub fn read(
             }
         };
         // The header alone: a file that is too large is never loaded.
-        let size = match odb.read_header(entry.oid) {
+        let header = repo.odb().and_then(|odb| odb.read_header(entry.oid));
+        let size = match header {
             Ok((size, _)) => size,
             Err(error) if error.code() == ErrorCode::NotFound && is_partial => {
                 counts.drop_file(DropReason::NotFetched);
@@ -194,6 +200,10 @@ struct Handles<F> {
 }
 
 impl<F: Fn() -> Result<Repository, Error>> Handles<F> {
+    fn close(&self) {
+        self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+    }
+
     fn with<T>(&self, read: impl FnOnce(&Repository) -> Result<T, Error>) -> Result<T, Error> {
         let idle = || self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let taken = idle().pop();

@@ -37,73 +37,67 @@ pub struct Entry {
     pub marks: Marks,
 }
 
-/// Depth-first walk; a tree is loaded when it is entered.
-pub struct Walk<'repo> {
-    repo: &'repo Repository,
-    pinned: &'repo Pinned,
-    open: Vec<OpenTree<'repo>>,
+/// Depth-first walk; a tree is loaded when it is entered. Nothing of the repository is held between two steps, so that
+/// it may be closed and opened again.
+pub struct Walk<'a> {
+    pinned: &'a Pinned,
+    open: Vec<OpenTree>,
     attributes: Attributes,
     paths: u64,
 }
 
-struct OpenTree<'repo> {
-    tree: Tree<'repo>,
-    next: usize,
+struct OpenTree {
+    /// What has not been visited.
+    entries: std::vec::IntoIter<TreeEntry>,
     /// Path with a trailing slash, empty for the top.
     prefix: Vec<u8>,
     /// Whether there is a `.gitattributes` in it.
     has_attributes: bool,
 }
 
-impl<'repo> Walk<'repo> {
-    /// A walk over `commit`, which `pinned` names.
-    pub fn new(repo: &'repo Repository, pinned: &'repo Pinned, commit: Oid) -> Result<Self, Error> {
+/// An entry as the tree has it.
+struct TreeEntry {
+    name: Vec<u8>,
+    oid: Oid,
+    object: Option<ObjectType>,
+    mode: i32,
+}
+
+impl<'a> Walk<'a> {
+    /// A walk over `commit` of `repo`, which `pinned` names.
+    pub fn new(repo: &Repository, pinned: &'a Pinned, commit: Oid) -> Result<Self, Error> {
         let tree = repo
             .find_commit(commit)
             .and_then(|commit| commit.tree())
             .map_err(|e| pinned.unreadable(b"", commit, &e))?;
-        let mut walk = Self { repo, pinned, open: Vec::new(), attributes: Attributes::default(), paths: 0 };
-        walk.enter(tree, Vec::new());
+        let mut walk = Self { pinned, open: Vec::new(), attributes: Attributes::default(), paths: 0 };
+        walk.enter(repo, &tree, Vec::new());
         Ok(walk)
     }
 
-    fn enter(&mut self, tree: Tree<'repo>, prefix: Vec<u8>) {
-        let named = tree.get_name(attributes::FILE_NAME);
-        let blob = named.and_then(|entry| self.repo.find_blob(entry.id()).ok());
-        let blob = blob.filter(|blob| blob.size() <= attributes::MAX_BYTES);
-        if let Some(blob) = &blob {
-            self.attributes.enter(&prefix, blob.content());
-        }
-        let has_attributes = blob.is_some();
-        self.open.push(OpenTree { tree, next: 0, prefix, has_attributes });
-    }
-
-    fn step(&mut self) -> Result<Option<Entry>, Error> {
+    /// The next path of the same commit in `repo`; none after the last one.
+    pub fn next(&mut self, repo: &Repository) -> Result<Option<Entry>, Error> {
         while let Some(top) = self.open.last_mut() {
-            let Some(entry) = top.tree.get(top.next) else {
+            let Some(entry) = top.entries.next() else {
                 if top.has_attributes {
                     self.attributes.leave();
                 }
                 self.open.pop();
                 continue;
             };
-            top.next += 1;
             self.paths += 1;
             if self.paths > MAX_PATHS {
                 return Err(Error::TooManyPaths { repo_id: self.pinned.repo_id.clone(), limit: MAX_PATHS });
             }
-            let (oid, mode) = (entry.id(), entry.filemode_raw());
+            let TreeEntry { name, oid, object, mode } = entry;
             let mut path = top.prefix.clone();
-            path.extend_from_slice(entry.name_bytes());
-            let object = entry.kind();
-            drop(entry);
+            path.extend_from_slice(&name);
             let kind = match object {
                 Some(ObjectType::Commit) => Kind::Submodule,
                 Some(ObjectType::Tree) if path.len() < MAX_PATH_BYTES => {
-                    let tree =
-                        self.repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
+                    let tree = repo.find_tree(oid).map_err(|e| self.pinned.unreadable(&path, oid, &e))?;
                     path.push(b'/');
-                    self.enter(tree, path);
+                    self.enter(repo, &tree, path);
                     continue;
                 }
                 Some(ObjectType::Tree) => Kind::TooDeep,
@@ -115,12 +109,22 @@ impl<'repo> Walk<'repo> {
         }
         Ok(None)
     }
-}
 
-impl Iterator for Walk<'_> {
-    type Item = Result<Entry, Error>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.step().transpose()
+    fn enter(&mut self, repo: &Repository, tree: &Tree<'_>, prefix: Vec<u8>) {
+        let named = tree.get_name(attributes::FILE_NAME);
+        let blob = named.and_then(|entry| repo.find_blob(entry.id()).ok());
+        let blob = blob.filter(|blob| blob.size() <= attributes::MAX_BYTES);
+        if let Some(blob) = &blob {
+            self.attributes.enter(&prefix, blob.content());
+        }
+        let has_attributes = blob.is_some();
+        let entry = |entry: git2::TreeEntry<'_>| TreeEntry {
+            name: entry.name_bytes().to_vec(),
+            oid: entry.id(),
+            object: entry.kind(),
+            mode: entry.filemode_raw(),
+        };
+        let entries = tree.iter().map(entry).collect::<Vec<_>>().into_iter();
+        self.open.push(OpenTree { entries, prefix, has_attributes });
     }
 }
