@@ -120,8 +120,22 @@ def collecting(repositories, pairs):
     print(f"| walk, filter, secrets, write | {median(o[0] for o in ours):,.0f} | {median(t[0] for t in theirs):,.0f} "
           f"| {median(ratios):.1f}x ({min(ratios):.1f}-{max(ratios):.1f}) | {max(o[1] for o in ours) / 1e6:,.0f} "
           f"| {max(t[1] for t in theirs) / 1e6:,.0f} |")
+    out, took, _ = as_the_original(repositories)
+    print(f"| the peer as the original's scripts gather rows, once | | {out / took:,.0f} | {took * median(o[0] for o in ours) / rows:.0f}x | | |")
     print(f"\nWith near-duplicates left out: {median(n[0] for n in near):,.0f} files/s in all; their removal alone "
           f"{median(n[1] for n in near):,.0f} files/s, peak {max(n[2] for n in near) / 1e6:,.0f} MB.")
+
+
+def as_the_original(repositories):
+    """Plain Python with a frame for each row: minutes."""
+    say("collect: the peer with a frame for each row")
+    rows, seconds, memory = 0, 0.0, 0
+    for repository in repositories:
+        shutil.rmtree(BENCH / "peer", ignore_errors=True)
+        command = [sys.executable, ROOT / "tests/bench/peer_collect.py", repository, BENCH / "peer", "--grow"]
+        output, took, memory_of = run(command)
+        rows, seconds, memory = rows + json.loads(output)["rows"], seconds + took, max(memory, memory_of)
+    return rows, seconds, memory
 
 
 def packing(repositories, pairs):
