@@ -9,7 +9,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tunefleet_proto::findings::Findings;
 use tunefleet_proto::flags_file;
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank};
+use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank, serve};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -47,6 +47,8 @@ enum Verb {
     Adapter(adapter::cli::Args),
     /// Completes a prompt, or fills in its `<FILL_ME>`.
     Generate(generate::Args),
+    /// Serves completions to editors over HTTP.
+    Serve(serve::Args),
     /// Measures steps and checkpoints of a job's rank on this machine; asked by `coordinator plan --measure`.
     Measure(measure::Args),
     /// Prints a script that completes verbs and flags in a shell.
@@ -108,6 +110,7 @@ fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Export(args) => Ok(export::run(args)?),
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
+        Verb::Serve(args) => Ok(serve::run(args)?),
         Verb::Measure(args) => Ok(measure::run(args)?),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "worker", &mut std::io::stdout());

@@ -28,6 +28,8 @@ pub mod init_model;
 pub mod export;
 /// `generate`: completions from a model directory.
 pub mod generate;
+/// `worker serve`: completions for editors.
+pub mod serve;
 /// The node daemon: owns slots, runs ranks as child processes.
 pub mod daemon;
 /// The process of one rank: session to its daemon, task.

@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
+use super::adapters::Adapter;
 use crate::adapter;
 use crate::adapter::merge::{self, Dequantized};
 use crate::checkpoint::{Error, hugging_face};
-use crate::model::block::{self, BlockParams, BlockShape, KvCache, Sight};
+use crate::model::block::{self, BlockParams, BlockShape, KvCache, Run, Sight};
 use crate::model::embed::{self, Positions};
 use crate::model::head::{self, HeadParams};
+use crate::model::linear::Adapted;
 use crate::model::numerics::Numerics;
 use crate::train::units;
 
@@ -27,9 +29,40 @@ pub struct Decoder {
 }
 
 /// What one sequence has been shown so far.
+#[derive(Debug)]
 pub struct Context {
     caches: Vec<KvCache>,
-    tokens: i64,
+    tokens: usize,
+    max_tokens: usize,
+}
+
+/// New tokens of one sequence.
+pub struct Piece<'a> {
+    /// What came before them; they are added to it.
+    pub context: &'a mut Context,
+    /// The tokens.
+    pub tokens: &'a [u32],
+    /// So many of the last ones give logits of what follows them.
+    pub logits: usize,
+    /// What is added to the model for them.
+    pub adapter: Option<&'a Adapter>,
+}
+
+impl Context {
+    /// Tokens that it has been shown.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Tokens that the model has positions for.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// Forgets all but the first `tokens`.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+    }
 }
 
 impl Decoder {
@@ -76,10 +109,11 @@ impl Decoder {
         &self.config
     }
 
-    /// An empty context with room for `max_tokens`.
-    pub fn context(&self, max_tokens: usize) -> Context {
-        let cache = |_| KvCache::new(&self.config, self.numerics, 1, max_tokens as i64);
-        Context { caches: (0..self.blocks.len()).map(cache).collect(), tokens: 0 }
+    /// An empty context with room for `tokens`; more is made as it is needed.
+    pub fn context(&self, tokens: usize) -> Context {
+        let cache = |_| KvCache::new(&self.config, self.numerics, tokens as i64);
+        let caches = (0..self.blocks.len()).map(cache).collect();
+        Context { caches, tokens: 0, max_tokens: self.config.max_positions as usize }
     }
 
     /// Sum of the loss over counted targets, fp64 scalar on the device, of whole sequences `[B, T]`.
@@ -112,24 +146,66 @@ impl Decoder {
         }
     }
 
-    /// Shows `tokens` (the whole prompt first, then one at a time); the next token's logits, fp32
-    /// `[V]` on the CPU.
+    /// Shows `tokens`; the next token's logits, fp32 `[V]` on the CPU.
     pub fn next_logits(&self, context: &mut Context, tokens: &[u32]) -> Tensor {
-        tch::no_grad(|| {
-            let ids: Vec<i64> = tokens.iter().map(|&t| i64::from(t)).collect();
-            let tokens_bt = Tensor::from_slice(&ids).unsqueeze(0).to_device(self.numerics.device);
-            let positions = Positions::From(context.tokens);
-            let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_bt, positions);
-            let mut x = x.to_kind(self.numerics.product_kind);
-            for (params, cache) in self.blocks.iter().zip(&mut context.caches) {
-                let params = BlockParams::plain(params);
-                x = block::forward(&self.shape, &params, &x, Sight::Cached(cache, context.tokens));
-            }
-            context.tokens += ids.len() as i64;
-            let head = self.head();
-            let last = x.narrow(1, ids.len() as i64 - 1, 1).to_kind(self.numerics.kind);
-            let h = head::norm(&head, &last, self.config.norm_epsilon);
-            head::logits(self.numerics, head.weight_vd, &h).view([-1]).to_device(tch::Device::Cpu)
-        })
+        self.step(&mut [Piece { context, tokens, logits: 1, adapter: None }]).view([-1])
+    }
+
+    /// Shows new tokens of several sequences at once: the weights are read once for all. Gives the logits that are
+    /// wanted, piece after piece, fp32 `[R, V]` on the CPU.
+    ///
+    /// # Panics
+    /// Where libtorch fails, as every operation of tch does.
+    pub fn step(&self, pieces: &mut [Piece<'_>]) -> Tensor {
+        tch::no_grad(|| self.shown(pieces))
+    }
+
+    fn shown(&self, pieces: &mut [Piece<'_>]) -> Tensor {
+        let Numerics { device, kind, product_kind } = self.numerics;
+        let (mut ids, mut positions, mut wanted, mut spans) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for piece in &*pieces {
+            let first = ids.len() as i64;
+            ids.extend(piece.tokens.iter().map(|token| i64::from(*token)));
+            positions
+                .extend((piece.context.tokens..).take(piece.tokens.len()).map(|position| position as i64));
+            wanted.extend(ids.len() as i64 - piece.logits.min(piece.tokens.len()) as i64..ids.len() as i64);
+            spans.push((first, piece.tokens.len() as i64));
+        }
+        let row = |values: &[i64]| Tensor::from_slice(values).to_device(device);
+        let (tokens_1n, positions_1n) = (row(&ids).unsqueeze(0), row(&positions).unsqueeze(0));
+        let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_1n, Positions::Each(&positions_1n));
+        let mut x = x.to_kind(product_kind);
+        let adapters: Vec<_> = pieces.iter().map(|piece| piece.adapter).collect();
+        for (block, params) in self.blocks.iter().enumerate() {
+            let adapted = |linear: usize| {
+                let pairs = adapters.iter().zip(&spans).filter_map(|(adapter, (first, count))| {
+                    Some((*first, *count, adapter.as_ref()?.pair(block, linear)?))
+                });
+                match pairs.collect::<Vec<_>>() {
+                    none if none.is_empty() => Adapted::Trained,
+                    runs => Adapted::Runs(runs),
+                }
+            };
+            let params = BlockParams::new(&params.iter().collect::<Vec<_>>(), adapted);
+            let mut runs: Vec<Run<'_>> = pieces
+                .iter_mut()
+                .filter_map(|piece| {
+                    let (cached_tokens, tokens) = (piece.context.tokens as i64, piece.tokens.len() as i64);
+                    Some(Run { cache: piece.context.caches.get_mut(block)?, cached_tokens, tokens })
+                })
+                .collect();
+            x = block::forward(&self.shape, &params, &x, Sight::Cached(&mut runs));
+        }
+        for piece in pieces {
+            piece.context.tokens += piece.tokens.len();
+        }
+        if wanted.is_empty() {
+            return Tensor::zeros([0, self.config.vocab_size as i64], (Kind::Float, tch::Device::Cpu));
+        }
+        let head = self.head();
+        let last = x.index_select(1, &row(&wanted)).squeeze_dim(0).to_kind(kind);
+        let h = head::norm(&head, &last, self.config.norm_epsilon);
+        head::logits(self.numerics, head.weight_vd, &h).to_device(tch::Device::Cpu)
     }
 }

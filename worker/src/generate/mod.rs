@@ -1,5 +1,7 @@
 //! `worker generate`: completions from a Hugging Face model directory, with a KV cache.
 
+/// Adapters beside one base.
+pub mod adapters;
 /// A whole model on one device.
 pub mod decoder;
 /// From text to tokens.
@@ -112,7 +114,8 @@ pub fn run(args: Args) -> Result<(), Error> {
         )));
     }
     prompt.check_room(args.max_new_tokens, decoder.config().max_positions)?;
-    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let sampling =
+        Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed, ..Sampling::default() };
     let tokens = complete(&decoder, &prompt.tokens, args.max_new_tokens, tokenizer.eos(), sampling);
     let completion = tokenizer.decode(&tokens, true)?;
     let (before, after) = if args.completion_only { ("", "") } else { (&*prompt.before, &*prompt.after) };
@@ -131,15 +134,14 @@ pub fn complete(
 ) -> Vec<u32> {
     let mut sampler = Sampler::new(sampling);
     let mut context = decoder.context(prompt.len() + max_new_tokens);
-    let mut out = Vec::new();
-    let mut shown = prompt.to_vec();
-    while out.len() < max_new_tokens {
-        let next = sampler.next(&decoder.next_logits(&mut context, &shown));
+    let mut tokens = prompt.to_vec();
+    while tokens.len() - prompt.len() < max_new_tokens {
+        let shown = tokens.get(context.tokens()..).unwrap_or_default();
+        let next = sampler.next(&decoder.next_logits(&mut context, shown), &tokens);
         if next == eos {
             break;
         }
-        out.push(next);
-        shown = vec![next];
+        tokens.push(next);
     }
-    out
+    tokens.split_off(prompt.len())
 }

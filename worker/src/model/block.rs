@@ -1,7 +1,7 @@
 //! One transformer block of the GPTBigCode family:
 //! `x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use tunefleet_proto::model::{Activation, ModelConfig};
 
 use super::documents::Documents;
@@ -40,10 +40,22 @@ pub struct BlockParams<'a> {
     ln_2_bias: &'a Tensor,
 }
 
-/// Keys and values of the tokens seen so far: two tensors `[B, K, S_max, C]`.
+/// Keys and values of the tokens that one sequence has been shown: two tensors `[K, S, C]`, longer than what is used.
+#[derive(Debug)]
 pub struct KvCache {
-    k_bksc: Tensor,
-    v_bksc: Tensor,
+    k_ksc: Tensor,
+    v_ksc: Tensor,
+}
+
+/// Some tokens of one sequence in a row of several, and those that came before them.
+#[derive(Debug)]
+pub struct Run<'a> {
+    /// Of the sequence; these tokens are added to it.
+    pub cache: &'a mut KvCache,
+    /// Tokens of it that count.
+    pub cached_tokens: i64,
+    /// New tokens.
+    pub tokens: i64,
 }
 
 /// Which tokens a token sees, besides itself.
@@ -52,8 +64,8 @@ pub enum Sight<'a> {
     Row,
     /// Those before it in its document.
     Document(&'a Documents),
-    /// So many that came before the row, and those before it in its row. All of them are in the cache afterwards.
-    Cached(&'a mut KvCache, i64),
+    /// Those before it in its sequence: the row holds runs of several, one behind the other.
+    Cached(&'a mut [Run<'a>]),
 }
 
 impl<'a> From<Option<&'a Documents>> for Sight<'a> {
@@ -129,11 +141,54 @@ impl<'a> BlockParams<'a> {
 }
 
 impl KvCache {
-    /// Room for `max_tokens` of `batch` sequences.
-    pub fn new(config: &ModelConfig, numerics: Numerics, batch: i64, max_tokens: i64) -> Self {
-        let size = [batch, config.kv_heads as i64, max_tokens, config.head_dim() as i64];
+    /// Room for `tokens`; more is made as it is needed.
+    pub fn new(config: &ModelConfig, numerics: Numerics, tokens: i64) -> Self {
+        let size = [config.kv_heads as i64, tokens, config.head_dim() as i64];
         let zeros = || Tensor::zeros(size, (numerics.product_kind, numerics.device));
-        KvCache { k_bksc: zeros(), v_bksc: zeros() }
+        KvCache { k_ksc: zeros(), v_ksc: zeros() }
+    }
+
+    fn reserve(&mut self, tokens: i64) {
+        let now = self.k_ksc.size()[1];
+        if tokens <= now {
+            return;
+        }
+        let more = tokens.max(now + now / 2) - now;
+        for cache in [&mut self.k_ksc, &mut self.v_ksc] {
+            let mut size = cache.size();
+            size[1] = more;
+            *cache =
+                Tensor::cat(&[&*cache, &Tensor::zeros(size.as_slice(), (cache.kind(), cache.device()))], 1);
+        }
+    }
+}
+
+impl Run<'_> {
+    /// What the run's queries `[1, H, T, C]` find among all keys and values of its sequence, the new ones included.
+    fn attention(&mut self, q_1htc: &Tensor, k_1ktc: &Tensor, v_1ktc: &Tensor) -> Tensor {
+        let Run { cache, cached_tokens, tokens } = self;
+        let (cached, tokens) = (*cached_tokens, *tokens);
+        let seen = cached + tokens;
+        cache.reserve(seen);
+        cache.k_ksc.narrow(1, cached, tokens).copy_(&k_1ktc.squeeze_dim(0));
+        cache.v_ksc.narrow(1, cached, tokens).copy_(&v_1ktc.squeeze_dim(0));
+        if cached == 0 && tokens > 1 {
+            return attention(q_1htc, k_1ktc, v_1ktc, true, 0.0);
+        }
+        let (k_ksc, v_ksc) = (cache.k_ksc.narrow(1, 0, seen), cache.v_ksc.narrow(1, 0, seen));
+        let (heads, head_dim, kv_heads) = (q_1htc.size()[1], q_1htc.size()[3], k_ksc.size()[0]);
+        let group = heads / kv_heads;
+        // Query heads that share keys are rows of one product: nothing is repeated for each of them.
+        let q_knc = q_1htc.reshape([kv_heads, group * tokens, head_dim]);
+        let scores_kns = q_knc.bmm(&k_ksc.transpose(1, 2)) * (1.0 / (head_dim as f64).sqrt());
+        let scores_kns = if tokens == 1 {
+            scores_kns
+        } else {
+            let hidden_ts = Tensor::ones([tokens, seen], (Kind::Bool, q_1htc.device())).triu(cached + 1);
+            scores_kns.masked_fill(&hidden_ts.repeat([group, 1]), f64::NEG_INFINITY)
+        };
+        let weights_kns = scores_kns.softmax(-1, Kind::Float).to_kind(v_ksc.kind());
+        weights_kns.bmm(&v_ksc).view([1, heads, tokens, head_dim])
     }
 }
 
@@ -166,15 +221,15 @@ fn attend(shape: &BlockShape, qkv: &Tensor, sight: Sight<'_>) -> Tensor {
     let attended_bhtc = match sight {
         Sight::Row => attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout),
         Sight::Document(documents) => documents.attention(&q_bhtc, &k_bktc, &v_bktc, shape.attention_dropout),
-        Sight::Cached(cache, cached_tokens) => {
-            let seen = cached_tokens + tokens;
-            cache.k_bksc.narrow(2, cached_tokens, tokens).copy_(&k_bktc);
-            cache.v_bksc.narrow(2, cached_tokens, tokens).copy_(&v_bktc);
-            let (k_bksc, v_bksc) = (cache.k_bksc.narrow(2, 0, seen), cache.v_bksc.narrow(2, 0, seen));
-            // One token sees all; the first tokens see each other causally.
-            let causal = tokens > 1;
-            debug_assert!(!causal || cached_tokens == 0, "a second prompt piece needs an offset mask");
-            attention(&q_bhtc, &k_bksc, &v_bksc, causal, 0.0)
+        Sight::Cached(runs) => {
+            let mut first = 0;
+            let attended = runs.iter_mut().map(|run| {
+                let of_run = |x: &Tensor| x.narrow(2, first, run.tokens);
+                let (q, k, v) = (of_run(&q_bhtc), of_run(&k_bktc), of_run(&v_bktc));
+                first += run.tokens;
+                run.attention(&q, &k, &v)
+            });
+            Tensor::cat(&attended.collect::<Vec<_>>(), 2)
         }
     };
     attended_bhtc.transpose(1, 2).reshape([batch, tokens, shape.hidden])

@@ -22,6 +22,8 @@ pub enum Adapted<'a> {
     Frozen,
     /// A pair, and the weight is frozen.
     Pair(Pair<'a>),
+    /// Pairs for runs of rows (first row, rows), without dropout, magnitudes and gradients.
+    Runs(Vec<(i64, i64, Pair<'a>)>),
 }
 
 /// A low-rank pair (Hu et al. 2021), with a magnitude in DoRA (Liu et al. 2024).
@@ -57,6 +59,17 @@ impl<'a> Linear<'a> {
             Adapted::Trained => return x.linear(self.weight, Some(self.bias)),
             Adapted::Frozen => return frozen(x, self.weight, Some(self.bias)),
             Adapted::Pair(pair) => pair,
+            Adapted::Runs(runs) => {
+                let y = x.linear(self.weight, Some(self.bias));
+                let rows = |t: &Tensor| t.reshape([-1, t.size().last().copied().unwrap_or(1)]);
+                // Of what a product has just written, a view.
+                let (x_ni, y_no) = (rows(x), rows(&y));
+                for (first, count, pair) in runs {
+                    let inner_nr = x_ni.narrow(0, *first, *count).mm(&pair.a.tr()) * pair.scaling;
+                    let _ = y_no.narrow(0, *first, *count).addmm_(&inner_nr, &pair.b.tr());
+                }
+                return y;
+            }
         };
         let mut size = x.size();
         // Rows and columns from here on: in-place sums on views would cost copies in the backward pass.

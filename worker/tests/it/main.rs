@@ -22,6 +22,7 @@ mod fsdp2;
 mod parity;
 mod qlora;
 mod adapter_parity;
+mod serve;
 mod torch_bin;
 mod hub;
 mod hub_tls;

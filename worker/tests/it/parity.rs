@@ -123,7 +123,7 @@ fn greedy_tokens_with_the_cache_equal_full_forward_passes() {
         let numerics = Numerics::new(tch::Device::Cpu, Precision::Fp32);
         let decoder = Decoder::load(&dir, numerics).unwrap();
         let prompt = [5u32, 9, 2, 7, 7, 1];
-        let greedy = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
+        let greedy = Sampling::default();
         let made = complete(&decoder, &prompt, 12, u32::MAX, greedy);
         let mut walk = walk(&dir, Precision::Fp32, SOLO, KEEP, |_| ());
         let mut tokens: Vec<i64> = prompt.iter().map(|&t| i64::from(t)).collect();

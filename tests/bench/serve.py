@@ -1,0 +1,169 @@
+"""Latency and throughput of `worker serve` beside transformers' `generate`, on one model of random weights.
+
+    serve.py [--pairs N] [--layers N] [--width N]
+
+Both compute in fp32, greedily, without guessing tokens. Prompts are tokens of the virtual environment's own sources.
+Markdown goes to stdout, progress to stderr.
+"""
+
+import argparse
+import http.client
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "target/bench"
+WORKER = ROOT / "target/release/worker"
+CONTEXT, NEW = 1500, 64
+CLIENTS, CLIENT_CONTEXT = 16, 300
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_model(layers, width):
+    import torch
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    directory = BENCH / f"serve-{layers}-{width}"
+    if not (directory / "model.safetensors").exists():
+        say(f"making a model of {layers} layers, width {width}")
+        torch.manual_seed(0)
+        config = GPTBigCodeConfig(
+            vocab_size=49152, n_positions=2048, n_embd=width, n_layer=layers, n_head=width // 64, n_inner=4 * width,
+            bos_token_id=0, eos_token_id=0, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        )
+        GPTBigCodeForCausalLM(config).save_pretrained(directory)
+        for file in (BENCH / "tokenizer").iterdir():
+            shutil.copy(file, directory / file.name)
+    return directory
+
+
+def prompts(directory, count, tokens, offset):
+    """Runs of tokens that have nothing in common."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    found = []
+    for path in sorted((ROOT / ".venv").glob("lib/python*/site-packages/transformers/models/*/modeling_*.py"))[offset:]:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8")[3000:20000], add_special_tokens=False).ids
+        if len(ids) >= tokens:
+            found.append(ids[:tokens])
+        if len(found) == count:
+            return found
+    sys.exit("too few sources for prompts")
+
+
+class Ours:
+    def __init__(self, directory):
+        self.process = subprocess.Popen(
+            [WORKER, "serve", "--model", directory, "--name", "bench", "--listen", "127.0.0.1:0", "--no-speculation"],
+            stderr=subprocess.PIPE, text=True, env={"NO_COLOR": "1", "PATH": "/usr/bin:/bin"},
+        )
+        for line in self.process.stderr:
+            if "address=" in line:
+                host, port = line.split("address=")[1].split()[0].rsplit(":", 1)
+                self.address = host, int(port)
+                break
+        threading.Thread(target=lambda: [None for _ in self.process.stderr], daemon=True).start()
+
+    def complete(self, prompt, new=NEW):
+        """Seconds to the first token and to the last one, and the number of tokens."""
+        connection = http.client.HTTPConnection(*self.address)
+        body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True, "logprobs": 0}
+        began = time.perf_counter()
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        first, made = None, 0
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                if choice["logprobs"]:
+                    first = first or time.perf_counter() - began
+                    made += len(choice["logprobs"]["tokens"])
+        connection.close()
+        return first, time.perf_counter() - began, made
+
+
+class Peer:
+    def __init__(self, directory):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def complete(self, prompt, new=NEW):
+        ids = self.torch.tensor([prompt])
+        began = time.perf_counter()
+        with self.torch.no_grad():
+            made = self.model.generate(
+                ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
+            )
+        return time.perf_counter() - began, made.shape[1] - len(prompt)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    args = parser.parse_args()
+    directory = make_model(args.layers, args.width)
+    ours, peer = Ours(directory), Peer(directory)
+    try:
+        long = prompts(directory, args.pairs + 1, CONTEXT, 0)
+        firsts, rests, single, seconds = [], [], [], []
+        for number, prompt in enumerate(long):
+            first, took, made = ours.complete(prompt)
+            again, _, _ = ours.complete(prompt + [5], new=1)
+            theirs, theirs_made = peer.complete(prompt)
+            say(f"single: ours {took:.2f} s for {made}, first after {first:.2f} s, again {again:.3f} s; peer {theirs:.2f} s for {theirs_made}")
+            if number:
+                single.append((took / made) / (theirs / theirs_made))
+                seconds.append((took, theirs))
+                firsts.append(again / first)
+                rests.append((made - 1) / (took - first))
+        many = [prompts(directory, CLIENTS, CLIENT_CONTEXT, 40 + 20 * pair) for pair in range(args.pairs)]
+        ratios, rates = [], []
+        for batch in many:
+            total = [0] * CLIENTS
+
+            def client(number):
+                total[number] = ours.complete(batch[number])[2]
+
+            threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+            began = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            rate = sum(total) / (time.perf_counter() - began)
+            began = time.perf_counter()
+            made = sum(peer.complete(prompt)[1] for prompt in batch)
+            theirs = made / (time.perf_counter() - began)
+            say(f"{CLIENTS} clients: ours {rate:.0f} tokens/s, peer {theirs:.0f}")
+            ratios.append(rate / theirs)
+            rates.append((rate, theirs))
+    finally:
+        ours.process.kill()
+    median = statistics.median
+    span = lambda values: f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    weights = (directory / "model.safetensors").stat().st_size
+    print(f"\n| {args.layers} layers, width {args.width}, fp32 | ours | transformers | ratio (of single pairs) |")
+    print("| --- | --- | --- | --- |")
+    print(f"| {NEW} tokens after {CONTEXT}, seconds | {median(s[0] for s in seconds):.2f} "
+          f"| {median(s[1] for s in seconds):.2f} | {span(single)} |")
+    print(f"| {CLIENTS} clients at once, {NEW} tokens after {CLIENT_CONTEXT}, tokens/s (the peer one after the other) "
+          f"| {median(r[0] for r in rates):.0f} | {median(r[1] for r in rates):.0f} | {span(ratios)} |")
+    print(f"| first token of the prompt and one more token, beside the first time | | | {span(firsts)} |")
+    print(f"\nAlone it makes {median(rests):.0f} tokens/s, which read {median(rests) * weights / 1e9:.1f} GB/s of weights.")
+
+
+main()

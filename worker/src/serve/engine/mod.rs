@@ -1,0 +1,344 @@
+//! Completions of many requests at once: each step shows the model the next tokens of all of them, so that its weights
+//! are read once for all (continuous batching). One thread owns the model; requests come and answers go by channels.
+
+/// What is asked, and what is answered.
+pub mod request;
+/// Contexts that are kept: a prompt that begins like an earlier one is not computed again.
+mod contexts;
+/// Guesses of what comes next.
+mod speculate;
+/// One completion under way.
+mod running;
+/// Tokens to text as they come.
+pub mod text;
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use tch::Tensor;
+
+use crate::data::tokenizer::Tokenizer;
+use crate::generate::adapters::Adapter;
+use crate::generate::decoder::{Decoder, Piece};
+use contexts::Contexts;
+use request::{Event, Failure, Request};
+use running::Running;
+
+/// How the engine works.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Completions under way at once.
+    pub max_batch: usize,
+    /// Requests that wait, at most.
+    pub max_queue: usize,
+    /// Tokens of prompts in one step, so that other completions go on meanwhile.
+    pub prefill_tokens: usize,
+    /// Tokens of all contexts, those kept for later included.
+    pub cache_tokens: usize,
+    /// Whether contexts are kept for prompts that begin alike.
+    pub prefix_cache: bool,
+    /// Whether tokens are guessed.
+    pub speculate: bool,
+    /// Whether what is made does not depend on what is made beside it, to the last bit. Slower: nothing is shared.
+    pub batch_invariant: bool,
+}
+
+/// What others know of the engine.
+#[derive(Debug, Default)]
+pub struct Gauges {
+    /// Requests that wait.
+    pub waiting: AtomicUsize,
+    /// Completions under way.
+    pub running: AtomicUsize,
+    /// Tokens of contexts in memory.
+    pub cached_tokens: AtomicUsize,
+}
+
+/// A way to the engine.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    sender: Sender<Command>,
+    next_adapter: Arc<AtomicU64>,
+    gauges: Arc<Gauges>,
+    is_ending: Arc<AtomicBool>,
+    max_queue: usize,
+}
+
+/// What the engine is told.
+#[derive(Debug)]
+enum Command {
+    Complete(Box<Request>),
+    Add(AdapterId, Adapter),
+    Weigh { known: AdapterId, new: AdapterId, weight: f64 },
+    Forget(AdapterId),
+}
+
+/// An adapter with its weight, as requests name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AdapterId(u64);
+
+/// The engine takes no more requests at the moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too many wait.
+    #[error("too many requests are waiting; try again")]
+    Busy,
+    /// It ends.
+    #[error("the server is shutting down")]
+    Ending,
+}
+
+impl Handle {
+    /// Hands a request to the engine.
+    ///
+    /// # Errors
+    /// See [`Refused`].
+    pub fn submit(&self, request: Request) -> Result<(), Refused> {
+        if self.is_ending.load(Ordering::Acquire) {
+            return Err(Refused::Ending);
+        }
+        let waiting = self.gauges.waiting.fetch_add(1, Ordering::AcqRel);
+        if waiting >= self.max_queue || self.sender.send(Command::Complete(Box::new(request))).is_err() {
+            self.gauges.waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(if waiting >= self.max_queue { Refused::Busy } else { Refused::Ending });
+        }
+        Ok(())
+    }
+
+    /// Adds an adapter.
+    ///
+    /// # Errors
+    /// An engine that has ended.
+    pub fn add(&self, adapter: Adapter) -> Result<AdapterId, Refused> {
+        let id = self.new_id();
+        self.tell(Command::Add(id, adapter))?;
+        Ok(id)
+    }
+
+    /// Adds an adapter that is known with another weight.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn weigh(&self, known: AdapterId, weight: f64) -> Result<AdapterId, Refused> {
+        let new = self.new_id();
+        self.tell(Command::Weigh { known, new, weight })?;
+        Ok(new)
+    }
+
+    /// Forgets an adapter when no completion needs it any more.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn forget(&self, id: AdapterId) -> Result<(), Refused> {
+        self.tell(Command::Forget(id))
+    }
+
+    fn new_id(&self) -> AdapterId {
+        AdapterId(self.next_adapter.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn tell(&self, command: Command) -> Result<(), Refused> {
+        self.sender.send(command).map_err(|_| Refused::Ending)
+    }
+
+    /// What is going on.
+    pub fn gauges(&self) -> &Gauges {
+        &self.gauges
+    }
+
+    /// Lets completions under way and waiting end, and takes no more.
+    pub fn end(&self) {
+        self.is_ending.store(true, Ordering::Release);
+    }
+}
+
+/// Starts the engine's thread; it ends when all handles are gone.
+///
+/// # Errors
+/// Where the system has no thread.
+pub fn start(
+    decoder: Decoder,
+    tokenizer: Arc<Tokenizer>,
+    settings: Settings,
+) -> std::io::Result<(Handle, JoinHandle<()>)> {
+    let (sender, receiver) = channel();
+    let gauges = Arc::new(Gauges::default());
+    let handle = Handle {
+        sender,
+        next_adapter: Arc::default(),
+        gauges: gauges.clone(),
+        is_ending: Arc::default(),
+        max_queue: settings.max_queue,
+    };
+    let run = move || {
+        let engine = Engine {
+            contexts: Contexts::new(settings, decoder.config().max_positions as usize),
+            adapters: HashMap::new(),
+            decoder,
+            tokenizer,
+            settings,
+            receiver,
+            gauges,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+        };
+        engine.run();
+    };
+    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(run)?;
+    Ok((handle, thread))
+}
+
+struct Engine {
+    decoder: Decoder,
+    tokenizer: Arc<Tokenizer>,
+    settings: Settings,
+    receiver: Receiver<Command>,
+    adapters: HashMap<AdapterId, Rc<Adapter>>,
+    gauges: Arc<Gauges>,
+    contexts: Contexts,
+    waiting: VecDeque<Request>,
+    running: Vec<Running>,
+}
+
+impl Engine {
+    fn run(mut self) {
+        while self.receive() {
+            self.give_up();
+            self.admit();
+            self.step();
+            self.retire();
+        }
+    }
+
+    /// Takes what has come; waits where there is nothing else to do. False when nobody can ask any more.
+    fn receive(&mut self) -> bool {
+        if self.running.is_empty() && self.waiting.is_empty() {
+            match self.receiver.recv() {
+                Ok(command) => self.obey(command),
+                Err(_) => return false,
+            }
+        }
+        loop {
+            match self.receiver.try_recv() {
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => {
+                    return !(self.running.is_empty() && self.waiting.is_empty());
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Complete(request) => self.waiting.push_back(*request),
+            Command::Add(id, adapter) => drop(self.adapters.insert(id, Rc::new(adapter))),
+            Command::Weigh { known, new, weight } => {
+                if let Some(adapter) = self.adapters.get(&known) {
+                    let adapter = Rc::new(adapter.weighing(weight));
+                    self.adapters.insert(new, adapter);
+                }
+            }
+            Command::Forget(id) => drop(self.adapters.remove(&id)),
+        }
+    }
+
+    /// Drops what nobody waits for, and what has taken too long.
+    fn give_up(&mut self) {
+        let now = Instant::now();
+        let before = self.waiting.len();
+        self.waiting.retain(|request| {
+            let is_late = now >= request.deadline;
+            if is_late {
+                let _ = request.events.send(Event::Failed(Failure::TimedOut));
+            }
+            !is_late && !request.events.is_closed()
+        });
+        self.gauges.waiting.fetch_sub(before - self.waiting.len(), Ordering::AcqRel);
+        for running in &mut self.running {
+            running.give_up(now);
+        }
+        self.retire();
+    }
+
+    /// Begins what there is room for.
+    fn admit(&mut self) {
+        while self.running.len() < self.settings.max_batch {
+            let Some(request) = self.waiting.front() else { break };
+            let Some((context, known)) = self.contexts.take(request, &self.decoder) else { break };
+            let Some(request) = self.waiting.pop_front() else { break };
+            self.gauges.waiting.fetch_sub(1, Ordering::AcqRel);
+            let adapter = request.adapter.and_then(|id| self.adapters.get(&id).cloned());
+            let is_gone = request.adapter.is_some() && adapter.is_none();
+            let running = Running::new(request, adapter, context, known);
+            if is_gone {
+                // It was removed while this waited.
+                self.contexts.give_back(running.abandoned(Failure::AdapterGone));
+                continue;
+            }
+            self.running.push(running);
+        }
+        self.gauges.running.store(self.running.len(), Ordering::Release);
+    }
+
+    /// Shows the model the next tokens, and takes what it makes of them.
+    fn step(&mut self) {
+        if self.running.is_empty() {
+            return;
+        }
+        let Settings { prefill_tokens, speculate, batch_invariant, .. } = self.settings;
+        let mut budget = prefill_tokens;
+        for running in &mut self.running {
+            running.prepare(&mut budget, prefill_tokens, speculate && !batch_invariant, batch_invariant);
+        }
+        let (decoder, tokenizer) = (&self.decoder, &self.tokenizer);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            if batch_invariant {
+                for running in &mut self.running {
+                    let logits = compute(decoder, std::slice::from_mut(running));
+                    running.take(&logits, tokenizer);
+                }
+                return;
+            }
+            let logits = compute(decoder, &mut self.running);
+            let mut first = 0;
+            for running in &mut self.running {
+                let rows = running.rows();
+                running.take(&logits.narrow(0, first, rows), tokenizer);
+                first += rows;
+            }
+        }));
+        if let Err(panic) = outcome {
+            let cause = crate::rank::message_of(&*panic);
+            tracing::error!(%cause, "the model failed; all completions under way are given up");
+            for running in self.running.drain(..) {
+                running.fail(Failure::Model(cause.clone()));
+            }
+            self.contexts.clear();
+        }
+    }
+
+    /// Keeps the contexts of what is complete.
+    fn retire(&mut self) {
+        let (done, going): (Vec<_>, Vec<_>) = self.running.drain(..).partition(Running::is_done);
+        self.running = going;
+        for running in done {
+            self.contexts.give_back(running.into_context());
+        }
+        self.gauges.running.store(self.running.len(), Ordering::Release);
+        self.gauges.cached_tokens.store(self.contexts.tokens(), Ordering::Release);
+    }
+}
+
+/// Logits of the rows that are wanted, in order, fp32 on the CPU.
+fn compute(decoder: &Decoder, running: &mut [Running]) -> Tensor {
+    let pieces = running.iter_mut().map(Running::piece);
+    let mut pieces: Vec<Piece<'_>> = pieces.filter(|piece| !piece.tokens.is_empty()).collect();
+    decoder.step(&mut pieces)
+}

@@ -1,0 +1,253 @@
+//! `worker serve`: completions for editors, over the routes that their extensions know.
+//!
+//! request -> tokens and rules (`server`) -> steps of many at once (`engine`) -> text, ended where a person would (`stop`)
+
+/// Where a completion ends.
+pub mod stop;
+/// Steps of the model for many requests at once.
+pub mod engine;
+/// What a request asks for, in tokens.
+pub mod server;
+/// Routes.
+pub mod http;
+/// What Prometheus sees.
+mod metrics;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ::metrics::SetRecorderError;
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
+use sha2::{Digest, Sha256};
+use tch::Device;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tunefleet_proto::job::Precision;
+
+use crate::data::tokenizer::{self, Tokenizer};
+use crate::generate::decoder::Decoder;
+use crate::model::numerics::Numerics;
+use engine::Settings;
+use http::Shared;
+use server::{InfillOrder, Server};
+
+/// Environment variable with a token that requests must bear.
+const TOKEN_VARIABLE: &str = "TUNEFLEET_SERVE_TOKEN";
+/// Contexts of full length that are kept in memory where nothing else is said.
+const DEFAULT_CONTEXTS: usize = 16;
+
+/// Command line of `worker serve`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A Hugging Face model directory with its tokenizer.
+    #[arg(long)]
+    model: PathBuf,
+    /// An adapter beside the model, `NAME=DIR` or `NAME=DIR@WEIGHT`; requests choose it by NAME.
+    #[arg(long = "adapter", value_name = "NAME=DIR[@WEIGHT]", value_parser = parse_adapter)]
+    adapters: Vec<(String, PathBuf, f64)>,
+    /// Address to listen on; beyond this machine only with a token.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+    /// Names by which requests may call the model; the directory's name when absent.
+    #[arg(long = "name")]
+    names: Vec<String>,
+    /// A file with tokens, one in a line, of which requests must bear one.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// Completions under way at once.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    max_batch: u16,
+    /// Requests that wait for a place; more are told to come again.
+    #[arg(long, default_value_t = 128)]
+    max_queue: u16,
+    /// Tokens of prompts that are computed in one step.
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    prefill_tokens: u32,
+    /// Tokens of all contexts in memory; 16 full contexts when absent.
+    #[arg(long)]
+    cache_tokens: Option<usize>,
+    /// Tokens of a completion where a request does not say.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    default_new_tokens: u32,
+    /// Longest time for a completion, waiting included.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+    timeout_seconds: u32,
+    /// How a prompt with a hole is laid out.
+    #[arg(long, value_enum, default_value = "spm")]
+    infill_order: InfillOrder,
+    /// Dtype of weights and activations; fp32 on a CPU and bf16 on a GPU when absent.
+    #[arg(long, value_parser = crate::export::parse_dtype)]
+    dtype: Option<Precision>,
+    /// Compute every prompt whole, whatever was computed before.
+    #[arg(long)]
+    no_prefix_cache: bool,
+    /// Guess no tokens from what stands in the prompt.
+    #[arg(long)]
+    no_speculation: bool,
+    /// Make each completion as if it were alone, to the last bit. Slower.
+    #[arg(long)]
+    batch_invariant: bool,
+}
+
+/// What can keep a server from starting.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model's files.
+    #[error(transparent)]
+    Model(#[from] crate::checkpoint::Error),
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// An adapter.
+    #[error(transparent)]
+    Adapter(#[from] server::Error),
+    /// A setting that breaks a rule.
+    #[error("{0}")]
+    Setting(String),
+    /// A file of tokens.
+    #[error("{path}: {source}", path = path.display())]
+    Tokens {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The address.
+    #[error("cannot listen on {address}: {source}; choose another with --listen")]
+    Listen {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The system refused something.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// There is a recorder already.
+    #[error(transparent)]
+    Metrics(#[from] SetRecorderError<PrometheusRecorder>),
+}
+
+/// Serves until it is told to end; then completions under way are finished.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run(args: Args) -> Result<(), Error> {
+    let tokens = tokens(&args)?;
+    if tokens.is_empty() && !args.listen.ip().is_loopback() {
+        return Err(Error::Setting(format!(
+            "--listen {} is open to other machines: give --token-file, or {TOKEN_VARIABLE}, so that not everybody may ask",
+            args.listen
+        )));
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    // Before the model is read: a wrong address is told at once.
+    let listener = runtime
+        .block_on(TcpListener::bind(args.listen))
+        .map_err(|source| Error::Listen { address: args.listen, source })?;
+    let recorder = PrometheusBuilder::new().build_recorder();
+    let rendered = recorder.handle();
+    ::metrics::set_global_recorder(recorder)?;
+    metrics::describe();
+    let server = load(&args)?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, model = server.model_name, "serving");
+    let engine = server.engine.clone();
+    let router = http::router(Shared { server: Arc::new(server), tokens: tokens.into(), metrics: rendered });
+    runtime.block_on(async move {
+        let mut ends = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+        let ended = async move {
+            let [terminate, interrupt] = &mut ends;
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            tracing::info!("completions under way are finished, then the server ends");
+            engine.end();
+        };
+        axum::serve(listener, router).with_graceful_shutdown(ended).await
+    })?;
+    Ok(())
+}
+
+/// Reads model, tokenizer and adapters, and starts the engine.
+fn load(args: &Args) -> Result<Server, Error> {
+    let tokenizer = Arc::new(Tokenizer::load(&args.model)?);
+    let device = Device::cuda_if_available();
+    let default = if device == Device::Cpu { Precision::Fp32 } else { Precision::Bf16 };
+    let numerics = Numerics::new(device, args.dtype.unwrap_or(default));
+    let decoder = Decoder::load(&args.model, numerics)?;
+    let config = decoder.config().clone();
+    let (tokens, rows) = (tokenizer.vocab_size(), config.vocab_size);
+    if tokens > rows {
+        return Err(Error::Setting(format!(
+            "{}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together",
+            args.model.display()
+        )));
+    }
+    let settings = Settings {
+        max_batch: args.max_batch.into(),
+        max_queue: args.max_queue.into(),
+        prefill_tokens: args.prefill_tokens as usize,
+        cache_tokens: args.cache_tokens.unwrap_or(DEFAULT_CONTEXTS * config.max_positions as usize),
+        prefix_cache: !args.no_prefix_cache,
+        speculate: !args.no_speculation,
+        batch_invariant: args.batch_invariant,
+    };
+    let (engine, _) = engine::start(decoder, tokenizer.clone(), settings)?;
+    let mut names = args.names.iter().cloned();
+    let server = Server {
+        engine,
+        tokenizer,
+        config,
+        numerics,
+        model_name: names.next().unwrap_or_else(|| name_of(&args.model)),
+        other_names: names.collect(),
+        infill_order: args.infill_order,
+        timeout: Duration::from_secs(args.timeout_seconds.into()),
+        default_new_tokens: args.default_new_tokens as usize,
+        adapters: RwLock::new(BTreeMap::new()),
+        started_unix: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+    };
+    for (name, dir, weight) in &args.adapters {
+        server.load_adapter(name, dir, *weight)?;
+    }
+    Ok(server)
+}
+
+/// Digests of the tokens that are given.
+fn tokens(args: &Args) -> Result<Vec<[u8; 32]>, Error> {
+    let mut tokens: Vec<String> = std::env::var(TOKEN_VARIABLE).into_iter().collect();
+    if let Some(path) = &args.token_file {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Tokens { path: path.clone(), source })?;
+        let before = tokens.len();
+        tokens.extend(text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned));
+        if tokens.len() == before {
+            return Err(Error::Setting(format!(
+                "{}: holds no token, write one in each line",
+                path.display()
+            )));
+        }
+    }
+    Ok(tokens.iter().map(|token| Sha256::digest(token.as_bytes()).into()).collect())
+}
+
+fn name_of(dir: &Path) -> String {
+    let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// `NAME=DIR` or `NAME=DIR@WEIGHT`.
+fn parse_adapter(text: &str) -> Result<(String, PathBuf, f64), String> {
+    let (name, dir) = text
+        .split_once('=')
+        .filter(|(name, dir)| !name.is_empty() && !dir.is_empty())
+        .ok_or_else(|| format!("`{text}` must look like NAME=DIR or NAME=DIR@WEIGHT"))?;
+    match dir.rsplit_once('@') {
+        Some((dir, weight)) if weight.parse::<f64>().is_ok_and(f64::is_finite) && !dir.is_empty() => {
+            Ok((name.to_owned(), dir.into(), weight.parse().unwrap_or(1.0)))
+        }
+        _ => Ok((name.to_owned(), dir.into(), 1.0)),
+    }
+}
