@@ -15,7 +15,8 @@ use tunefleet_worker::adapter::prune::MajoritySign;
 use tunefleet_worker::adapter::scale::{self, Into};
 use tunefleet_worker::checkpoint::hugging_face;
 use tunefleet_worker::checkpoint::safetensors::WriteDtype;
-use tunefleet_worker::generate::decoder::Decoder;
+use tunefleet_worker::generate::adapters::Adapter as Beside;
+use tunefleet_worker::generate::decoder::{Decoder, Piece};
 use tunefleet_worker::model::numerics::Numerics;
 
 use crate::common::*;
@@ -207,6 +208,48 @@ fn what_is_written_loads_in_peft_with_the_same_logits() {
     }
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     print!("{}", run_python(&peft.python, &arguments));
+}
+
+#[test]
+fn adapters_beside_the_base_share_a_step_and_each_completes_as_if_it_were_merged() {
+    let Some(peft) = Peft::new() else { return };
+    let numerics = Numerics::new(tch::Device::Cpu, Precision::Fp32);
+    let base = Decoder::load(&peft.base, numerics).unwrap();
+    let names = ["plain", "patterns", "regex"];
+    let load = |name: &str| Beside::load(&peft.dir.join(name), 1.0, base.config(), numerics).unwrap();
+    let adapters = names.map(load);
+    let shown: [&[u32]; 4] = [&[5, 9, 2, 7], &[3, 3], &[8], &[5, 9, 2, 7, 1]];
+    let mut contexts = shown.map(|_| base.context(8));
+    let mut pieces: Vec<Piece<'_>> = contexts
+        .iter_mut()
+        .zip(shown)
+        .zip([None, Some(&adapters[0]), Some(&adapters[1]), Some(&adapters[2])])
+        .map(|((context, tokens), adapter)| Piece { context, tokens, logits: 1, adapter })
+        .collect();
+    let together = base.step(&mut pieces);
+    let alone = |decoder: &Decoder, tokens: &[u32]| decoder.next_logits(&mut decoder.context(8), tokens);
+    assert!(largest_difference(&together.get(0), &alone(&base, shown[0])) <= 1e-4);
+    for (at, name) in (1..).zip(names) {
+        let merged = Decoder::load_merged(&peft.base, &peft.dir.join(name), false, None, numerics).unwrap();
+        let apart = largest_difference(&together.get(at), &alone(&merged, shown[at as usize]));
+        let effect = largest_difference(&together.get(at), &alone(&base, shown[at as usize]));
+        assert!(
+            apart <= 1e-4 && effect > 1e-2,
+            "{name}: {apart:.1e} from merged, {effect:.1e} from the base"
+        );
+    }
+    // With half of its weight it is half of the way.
+    let half = adapters[0].weighing(0.5);
+    let of = |adapter: &Beside| {
+        let mut context = base.context(8);
+        base.step(&mut [Piece { context: &mut context, tokens: &[7], logits: 1, adapter: Some(adapter) }])
+    };
+    assert!(largest_difference(&of(&half), &of(&adapters[0])) > 1e-3);
+    assert!(largest_difference(&of(&adapters[0].weighing(0.0)).get(0), &alone(&base, &[7])) <= 1e-5);
+    for (name, words) in [("dora", "magnitudes (DoRA)"), ("saved", "ln_f")] {
+        let error = Beside::load(&peft.dir.join(name), 1.0, base.config(), numerics).unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains("worker adapter merge"), "{error}");
+    }
 }
 
 #[test]

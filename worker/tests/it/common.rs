@@ -26,14 +26,16 @@ pub fn python() -> Option<PathBuf> {
     let python = root().join(".venv/bin/python");
     // Found, not imported: that takes seconds.
     let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))";
-    let peers = ["torch", "transformers", "safetensors", "peft", "bitsandbytes"];
+    let peers = ["torch", "transformers", "safetensors", "peft", "bitsandbytes", "openai"];
     let ready = python.exists()
         && Command::new(&python).args(["-c", find]).args(peers).output().is_ok_and(|o| o.status.success());
     if ready {
         return Some(python);
     }
     assert!(std::env::var_os("CI").is_none(), "no .venv with the tests' peers: run make setup-tests");
-    println!("skipped: no .venv with torch, transformers, peft and bitsandbytes; run make setup-tests");
+    println!(
+        "skipped: no .venv with torch, transformers, peft, bitsandbytes and openai; run make setup-tests"
+    );
     None
 }
 

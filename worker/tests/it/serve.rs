@@ -360,6 +360,15 @@ fn every_route_answers_in_the_shape_that_its_clients_read() {
 }
 
 #[test]
+fn the_clients_of_openai_and_hugging_face_understand_every_answer() {
+    let Some(python) = crate::common::python() else { return };
+    let (_workshop, model) = model();
+    let server = Server::start(&model, &[], None);
+    let url = format!("http://{}", server.address);
+    assert_eq!(crate::common::run_python(&python, &["tests/serve/clients.py", &url]), "understood\n");
+}
+
+#[test]
 fn requests_that_break_a_rule_are_told_so_in_their_clients_words() {
     let (_workshop, model) = model();
     let server = Server::start(&model, &[], None);
