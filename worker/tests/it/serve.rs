@@ -9,6 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::data_support::{Workshop, documents};
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 use tch::Device;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -405,4 +407,145 @@ fn only_who_bears_a_token_is_answered() {
     let refused = open.output().unwrap();
     assert!(!refused.status.success());
     assert!(String::from_utf8_lossy(&refused.stderr).contains("open to other machines"));
+}
+
+/// Bodies of every route, each sound.
+fn bodies() -> Vec<(&'static str, Value)> {
+    let few = json!({ "max_new_tokens": 3, "temperature": 0.5, "stop": ["x"], "seed": 1, "details": true });
+    let hole = json!({ "prompt": "def f(", "suffix": ")\n", "max_tokens": 3, "logprobs": 1, "n": 2, "stop": ["a", "b"] });
+    vec![
+        (
+            "/",
+            json!({ "inputs": "<fim_prefix>def f(<fim_suffix>)\n<fim_middle>", "parameters": few, "stream": false }),
+        ),
+        ("/generate", json!({ "inputs": "def f(x):", "parameters": few })),
+        ("/generate_stream", json!({ "inputs": "def f(x):", "parameters": few })),
+        ("/v1/completions", hole),
+        (
+            "/v1/completions",
+            json!({ "prompt": [[5, 6], [7]], "max_tokens": 3, "stream": true, "echo": true }),
+        ),
+        (
+            "/v1/chat/completions",
+            json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 3 }),
+        ),
+        ("/infill", json!({ "input_prefix": "a", "input_suffix": "b", "n_predict": 3, "stream": true })),
+        (
+            "/api/generate",
+            json!({ "prompt": "a", "options": { "num_predict": 3, "top_k": 5 }, "stream": false }),
+        ),
+        ("/tokenize", json!({ "inputs": "gr\u{f6}\u{df}e" })),
+        ("/lora-adapters", json!([{ "id": 0, "scale": 0.5 }])),
+    ]
+}
+
+/// A body with one value, or some bytes, replaced.
+fn altered(body: &Value, random: &mut StdRng) -> Vec<u8> {
+    const ODD: [&str; 12] = [
+        "null",
+        "-1",
+        "1e400",
+        "18446744073709551616",
+        "\"\"",
+        "[]",
+        "{}",
+        "true",
+        "\"\\ud800\"",
+        "0.0",
+        "[[[[]]]]",
+        "99999",
+    ];
+    let mut bytes = body.to_string().into_bytes();
+    if random.random_bool(0.5) {
+        let text = body.to_string();
+        // Of what stands between a colon and the next comma.
+        let colons: Vec<usize> = text.match_indices(':').map(|(at, _)| at + 1).collect();
+        if let Some(at) = colons.get(random.random_range(0..colons.len().max(1))) {
+            let end = text[*at..].find([',', '}']).map_or(text.len(), |end| at + end);
+            let odd = ODD[random.random_range(0..ODD.len())];
+            return format!("{}{odd}{}", &text[..*at], &text[end..]).into_bytes();
+        }
+    }
+    for _ in 0..random.random_range(1..6) {
+        let at = random.random_range(0..bytes.len());
+        bytes[at] = random.random();
+    }
+    bytes.truncate(random.random_range(0..=bytes.len()));
+    bytes
+}
+
+/// Sends as many altered requests, and hangs up on others at any moment; then the server is as it was.
+fn survives(requests: usize, hang_ups: usize) {
+    let (_workshop, model) = model();
+    let server = Server::start(&model, &["--cache-tokens", "4000"], None);
+    let mut random = StdRng::seed_from_u64(17);
+    let bodies = bodies();
+    let send = |path: &str, body: &[u8]| {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: t\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
+        stream
+    };
+    let resident_kb = || {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let mut warm = 0;
+    for number in 0..requests {
+        let (path, body) = &bodies[random.random_range(0..bodies.len())];
+        let altered = altered(body, &mut random);
+        let mut answer = Vec::new();
+        let _ = send(path, &altered).read_to_end(&mut answer);
+        let said = String::from_utf8_lossy(&altered);
+        assert!(answer.starts_with(b"HTTP/1.1 "), "{path}: {said}: no answer");
+        assert!(!answer.starts_with(b"HTTP/1.1 5"), "{path}: {said}: {}", String::from_utf8_lossy(&answer));
+        if number == requests / 4 {
+            warm = resident_kb();
+        }
+    }
+    for _ in 0..hang_ups {
+        let (path, body) = &bodies[random.random_range(0..bodies.len() - 2)];
+        let mut stream = send(path, body.to_string().as_bytes());
+        if random.random_bool(0.7) {
+            let wanted = random.random_range(0..400);
+            let _ = stream.read_exact(&mut vec![0; wanted]);
+        }
+    }
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let (_, page) = server.send("GET", "/metrics", "", "");
+        let gauge = |name: &str| {
+            let line = page.lines().find(|line| line.starts_with(name)).unwrap();
+            line.split(' ').nth(1).unwrap().parse::<f64>().unwrap()
+        };
+        let (waiting, running) =
+            (gauge("tunefleet_serve_waiting_requests"), gauge("tunefleet_serve_running_completions"));
+        if waiting + running == 0.0 {
+            assert!(gauge("tunefleet_serve_cached_tokens") <= 4000.0);
+            break;
+        }
+        assert!(Instant::now() < deadline, "{waiting} wait and {running} run although all have hung up");
+    }
+    let after = resident_kb();
+    assert!(after < warm + 64 * 1024, "{warm} kB became {after} kB");
+    assert_eq!(server.post("/generate", &json!({ "inputs": "x" })).0, 200);
+}
+
+#[test]
+fn no_request_and_no_hanging_up_ends_or_fills_the_server() {
+    survives(300, 50);
+}
+
+/// Minutes: CI runs a sample.
+mod long {
+    #[test]
+    fn ten_thousand_requests_and_a_thousand_hang_ups_leave_the_server_as_it_was() {
+        let is_sample = std::env::var("TUNEFLEET_LONG_SAMPLE").is_ok_and(|sample| !sample.is_empty());
+        let share = if is_sample { 10 } else { 1 };
+        super::survives(10_000 / share, 1000 / share);
+    }
 }
