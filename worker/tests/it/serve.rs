@@ -362,6 +362,33 @@ fn every_route_answers_in_the_shape_that_its_clients_read() {
 }
 
 #[test]
+fn what_llm_ls_sends_through_each_of_its_backends_is_answered_as_it_reads_it() {
+    let (_workshop, model) = model();
+    let server = Server::start(&model, &[], None);
+    // Made by `tests/serve/llm_ls.py` with the real program.
+    let recorded: Vec<Value> =
+        serde_json::from_str(include_str!("../../../tests/serve/llm_ls_requests.json")).unwrap();
+    for request in &recorded {
+        let (status, answer) = server.post(request["path"].as_str().unwrap(), &request["body"]);
+        let text = match request["backend"].as_str().unwrap() {
+            "huggingface" => &answer[0]["generated_text"],
+            "tgi" => &answer["generated_text"],
+            "openai" | "llamacpp" => &answer["choices"][0]["text"],
+            "ollama" => &answer["response"],
+            other => panic!("{other}"),
+        };
+        assert!(status == 200 && text.is_string(), "{request}: {status}: {answer}");
+        // There is something on the cursor's line: a line is what is asked for.
+        assert!(
+            !text.as_str().unwrap().trim_start().contains('\n')
+                || text.as_str().unwrap().contains(['(', '[', '{']),
+            "{text}"
+        );
+    }
+    assert_eq!(recorded.len(), 5);
+}
+
+#[test]
 fn the_clients_of_openai_and_hugging_face_understand_every_answer() {
     let Some(python) = crate::common::python() else { return };
     let (_workshop, model) = model();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::exchange::{Dialect, Refusal, answer, error_body, parse, send, stream};
-use super::native::StopAt;
+use super::native::{Parameters, StopAt};
 use crate::generate::sampling::Sampling;
 use crate::serve::engine::request::{End, Event, Reason};
 use crate::serve::server::{Ask, Prompt};
@@ -142,6 +142,8 @@ struct OllamaBody {
     suffix: Option<String>,
     stream: Option<bool>,
     options: OllamaOptions,
+    /// As llm-vscode sends them to every route.
+    parameters: Option<Parameters>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -159,16 +161,19 @@ struct OllamaOptions {
 /// `POST /api/generate`, as Ollama has it. Streams are lines of JSON.
 pub async fn ollama(State(shared): State<Shared>, body: Bytes) -> Response {
     let outcome = parse::<OllamaBody>(&body).and_then(|body| {
-        let OllamaBody { model, prompt, suffix, stream, options } = body;
+        let OllamaBody { model, prompt, suffix, stream, options, parameters } = body;
+        let nested = parameters.as_ref().map(Parameters::sampling);
+        let or = |own: Option<f64>, nested: Option<f64>, default: f64| own.or(nested).unwrap_or(default);
         let ask = Ask {
             prompt: match suffix.filter(|suffix| !suffix.is_empty()) {
                 Some(suffix) => Prompt::Between { prefix: prompt, suffix },
                 None => Prompt::Text(prompt),
             },
-            max_new_tokens: options.num_predict.and_then(|tokens| usize::try_from(tokens).ok()),
+            max_new_tokens: (options.num_predict.and_then(|tokens| usize::try_from(tokens).ok()))
+                .or_else(|| parameters.as_ref().and_then(Parameters::max_new_tokens)),
             sampling: Sampling {
-                temperature: options.temperature.unwrap_or(0.8),
-                top_p: options.top_p.unwrap_or(0.9),
+                temperature: or(options.temperature, nested.map(|nested| nested.temperature), 0.8),
+                top_p: or(options.top_p, nested.map(|nested| nested.top_p), 0.9),
                 top_k: options.top_k.unwrap_or(40),
                 repetition_penalty: options.repeat_penalty.unwrap_or(1.0),
                 seed: options.seed.and_then(|seed| u64::try_from(seed).ok()).unwrap_or_else(rand::random),
