@@ -110,10 +110,11 @@ fn main() {
     // Where programs must look at run time, for their own build scripts.
     let mut rpath = vec![lib.canonicalize().unwrap_or_else(|_| lib.clone())];
     if cuda_includes(&torch).is_some() {
-        // cuda.cpp references symbols of both, so `--as-needed` keeps libtorch_cuda in the binary;
-        // without it CUDA would be invisible at run time, silently.
         println!("cargo:rustc-link-lib=torch_cuda");
         println!("cargo:rustc-link-lib=c10_cuda");
+        // For the build scripts of programs: libtorch finds its CUDA half only where it is loaded, and
+        // `--as-needed` drops it from a program that calls nothing in it.
+        println!("cargo:link_arg=-Wl,--push-state,--no-as-needed,-ltorch_cuda,--pop-state");
         // The kernels' own runtime calls; the one that libtorch loads.
         let cuda_lib = cuda_root(&torch).join("lib");
         println!("cargo:rustc-link-search=native={}", cuda_lib.display());

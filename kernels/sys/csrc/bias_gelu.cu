@@ -21,8 +21,10 @@ __device__ __forceinline__ float derivative(float x) {
   // Nothing changes beyond 16, and infinity times 0 is avoided. A NaN stays one.
   if (fabsf(x) > 16.0f) x = copysignf(16.0f, x);
   if (TANH) {
-    const float s = sigmoid_2u(x);
-    return s + s * (1.0f - s) * x * (1.5957691f + 0.21406445f * x * x);
+    // Both sigmoids from the exponential that cannot overflow: 1 - s would lose what is left of a small one.
+    const float e = expf(-fabsf(x) * (1.5957691f + 0.07135481f * x * x));
+    const float larger = 1.0f / (1.0f + e), smaller = e * larger;
+    return (x < 0.0f ? smaller : larger) + larger * smaller * x * (1.5957691f + 0.21406445f * x * x);
   }
   return normal_below(x) + x * 0.39894228f * expf(-0.5f * x * x);
 }

@@ -8,10 +8,10 @@ namespace {
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sum_parts_kernel(const float *partials, int64_t parts, int64_t sums, int64_t columns, T *first, T *second) {
-  __shared__ float shared[kWarps][32];
+  __shared__ double shared[kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t width = sums * columns, at = int64_t(blockIdx.x) * 32 + lane;
-  float total = 0.0f;
+  double total = 0.0;
   if (at < width) {
 #pragma unroll 4
     for (int64_t part = warp; part < parts; part += kWarps) total += partials[part * width + at];
@@ -20,8 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (warp > 0 || at >= width) return;
   for (int w = 1; w < kWarps; w++) total += shared[w][lane];
-  if (at < columns) first[at] = from_float<T>(total);
-  else second[at - columns] = from_float<T>(total);
+  if (at < columns) first[at] = from_float<T>(float(total));
+  else second[at - columns] = from_float<T>(float(total));
 }
 
 template <typename T>

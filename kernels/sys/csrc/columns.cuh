@@ -1,6 +1,6 @@
 // Elementwise work on matrices on the GPU, with sums over rows: a warp holds neighbouring columns and walks
-// over rows, the warps of a block add up through shared memory, blocks write partial sums. No atomics: the
-// order of additions is that of the launch, which is that of the shape.
+// over rows, the warps of a block add up in fp64 through shared memory, blocks write partial sums. No atomics:
+// the order of additions is that of the launch, which is that of the shape.
 #pragma once
 #include <algorithm>
 
@@ -38,9 +38,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < N; i++) shared[warp][lane * N + i] = sums[s][i];
     __syncthreads();
     for (int i = threadIdx.x; i < 32 * N && strip + i < columns; i += kThreads) {
-      float total = 0.0f;
+      double total = 0.0;
       for (int w = 0; w < kWarps; w++) total += shared[w][i];
-      partials[(int64_t(blockIdx.y) * Op::kSums + s) * columns + strip + i] = total;
+      partials[(int64_t(blockIdx.y) * Op::kSums + s) * columns + strip + i] = float(total);
     }
   }
 }

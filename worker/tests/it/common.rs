@@ -41,7 +41,10 @@ pub fn python() -> Option<PathBuf> {
 
 /// Runs one of the parity programs and returns its output.
 pub fn run_python(python: &Path, arguments: &[&str]) -> String {
-    let output = Command::new(python).current_dir(root()).args(arguments).output().unwrap();
+    // What the peers write is what they compute on a CPU, on every machine.
+    let mut command = Command::new(python);
+    let output =
+        command.current_dir(root()).args(arguments).env("CUDA_VISIBLE_DEVICES", "").output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{arguments:?}:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
     text

@@ -84,6 +84,8 @@ fn step(
     precision: Precision,
     comm: &dyn Communicator,
 ) -> (f64, Vec<Tensor>) {
+    // As a rank does: some of libtorch's kernels add up in no fixed order otherwise.
+    tunefleet_kernels::device::set_deterministic(true).unwrap();
     let config = hugging_face::read_config(dir).unwrap();
     let plan = ShardPlan::new(&config, 1);
     let numerics = Numerics::new(device, precision);

@@ -58,10 +58,16 @@ fn the_gpu_dequantises_the_cpus_codes_to_the_same_bits() {
             };
             assert_eq!(dequantize(&parts, Device::Cpu), dequantize(&there, GPU), "{len} {block} {kind:?}");
         }
-        // Its own codes differ where a scale's reciprocal rounds otherwise, or a tie falls.
+        // Its own codes differ where a scale's reciprocal rounds otherwise, or a tie falls. Zero has two codes in
+        // FP4, and bitsandbytes' CPU code takes the other one.
         let own = quantized(&values.to_device(GPU), code, block);
-        let apart = own[0].to_device(Device::Cpu).ne_tensor(&parts[0]).sum(Kind::Int64).int64_value(&[]);
-        assert!(apart * 1000 <= len, "{apart} of {len} bytes of codes differ");
+        let codes = |parts: &[Tensor; 4]| {
+            let bytes = parts[0].to_device(Device::Cpu).to_kind(Kind::Int64);
+            let codes = Tensor::cat(&[bytes.bitwise_right_shift(&Tensor::from(4)), bytes.bitwise_and(15)], 0);
+            if code == Code4::Fp4 { codes.masked_fill(&codes.eq(8), 0) } else { codes }
+        };
+        let apart = codes(&own).ne_tensor(&codes(&parts)).sum(Kind::Int64).int64_value(&[]);
+        assert!(apart * 1000 <= len, "{apart} of {len} codes differ");
     }
 }
 
