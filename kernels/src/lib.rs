@@ -17,6 +17,8 @@ pub mod nccl;
 pub mod optim;
 /// Quantised weights.
 pub mod quant;
+/// Products of a few rows with a large matrix, quantised or not.
+pub mod few_rows;
 
 mod ffi;
 

@@ -230,7 +230,7 @@ pub fn blocks(len: i64, block: i64) -> i64 {
     len.div_euclid(block.max(1)) + i64::from(len.rem_euclid(block.max(1)) > 0)
 }
 
-fn code_number(code: Code4) -> i32 {
+pub(crate) fn code_number(code: Code4) -> i32 {
     match code {
         Code4::Nf4 => 0,
         Code4::Fp4 => 1,
@@ -241,7 +241,7 @@ fn refuse<T>(op: &'static str, rule: &'static str, got: String) -> Result<T, Err
     Err(Error::Precondition { op, rule, got })
 }
 
-fn check_kind(op: &'static str, tensor: &Tensor) -> Result<(), Error> {
+pub(crate) fn check_kind(op: &'static str, tensor: &Tensor) -> Result<(), Error> {
     match tensor.kind() {
         Kind::Float | Kind::BFloat16 => Ok(()),
         other => refuse(op, "must be fp32 or bf16", format!("{other:?}")),
@@ -256,7 +256,7 @@ fn check_dense(op: &'static str, tensor: &Tensor) -> Result<(), Error> {
 }
 
 /// `len` dense elements of `kind` on `device`.
-fn check_part(
+pub(crate) fn check_part(
     op: &'static str,
     rule: &'static str,
     tensor: &Tensor,
@@ -275,7 +275,12 @@ fn check_part(
     refuse(op, rule, got)
 }
 
-fn check_4bit(op: &'static str, len: i64, device: Device, parts: &FourBit<'_>) -> Result<(), Error> {
+pub(crate) fn check_4bit(
+    op: &'static str,
+    len: i64,
+    device: Device,
+    parts: &FourBit<'_>,
+) -> Result<(), Error> {
     if !(32..=4096).contains(&parts.block) || parts.block & (parts.block - 1) != 0 {
         return refuse(op, "blocks must be a power of two from 32 to 4096", parts.block.to_string());
     }

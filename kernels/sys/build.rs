@@ -5,7 +5,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 14] = [
+const SOURCES: [&str; 16] = [
     "csrc/core.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/attention_cpu.cpp",
@@ -20,6 +20,8 @@ const SOURCES: [&str; 14] = [
     "csrc/accumulate_cpu.cpp",
     "csrc/quant.cpp",
     "csrc/quant_cpu.cpp",
+    "csrc/few_rows.cpp",
+    "csrc/few_rows_cpu.cpp",
 ];
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
@@ -35,7 +37,7 @@ const KERNELS: [&str; 8] = [
     "csrc/quant_adamw.cu",
 ];
 const NO_KERNELS: [&str; 2] = ["csrc/fused_no_cuda.cpp", "csrc/quant_no_cuda.cpp"];
-const HEADERS: [&str; 14] = [
+const HEADERS: [&str; 15] = [
     "csrc/capi.h",
     "csrc/guard.h",
     "csrc/simd.h",
@@ -49,6 +51,7 @@ const HEADERS: [&str; 14] = [
     "csrc/attention_cpu.h",
     "csrc/quant.h",
     "csrc/quant_simd.h",
+    "csrc/few_rows.h",
     "csrc/quant_device.cuh",
 ];
 /// A100 and H100, and PTX for what comes after.

@@ -1,8 +1,8 @@
 """Latency and throughput of `worker serve` beside transformers' `generate`, on one model of random weights.
 
-    serve.py [--pairs N] [--layers N] [--width N]
+    serve.py [--pairs N] [--layers N] [--width N] [--dtype fp32] [--dtype bf16] ...
 
-Both compute in fp32, greedily, without guessing tokens. Prompts are tokens of the virtual environment's own sources.
+Both compute in the same dtype, greedily, without guessing tokens. Prompts are tokens of the virtual environment's own sources.
 Markdown goes to stdout, progress to stderr.
 """
 
@@ -62,9 +62,10 @@ def prompts(directory, count, tokens, offset):
 
 
 class Ours:
-    def __init__(self, directory):
+    def __init__(self, directory, *flags):
+        command = [WORKER, "serve", "--model", directory, "--name", "bench", "--listen", "127.0.0.1:0", "--no-speculation"]
         self.process = subprocess.Popen(
-            [WORKER, "serve", "--model", directory, "--name", "bench", "--listen", "127.0.0.1:0", "--no-speculation"],
+            [*command, *flags],
             stderr=subprocess.PIPE, text=True, env={"NO_COLOR": "1", "PATH": "/usr/bin:/bin"},
         )
         for line in self.process.stderr:
@@ -92,21 +93,98 @@ class Ours:
 
 
 class Peer:
-    def __init__(self, directory):
+    def __init__(self, directory, dtype):
         import torch
         from transformers import AutoModelForCausalLM
 
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
-    def complete(self, prompt, new=NEW):
-        ids = self.torch.tensor([prompt])
+    def complete(self, prompts, new=NEW):
+        """Seconds and number of tokens, of prompts of one length in one batch."""
+        ids = self.torch.tensor(prompts)
         began = time.perf_counter()
         with self.torch.no_grad():
             made = self.model.generate(
                 ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0
             )
-        return time.perf_counter() - began, made.shape[1] - len(prompt)
+        return time.perf_counter() - began, made[:, ids.shape[1]:].numel()
+
+
+def single_stream(ours, peer, prompts):
+    """Of each prompt: our seconds a token beside the peer's, both times, a second keystroke's first token beside the
+    first one's, and tokens a second after the first."""
+    rows = []
+    for prompt in prompts:
+        first, took, made = ours.complete(prompt)
+        again, _, _ = ours.complete(prompt + [5], new=1)
+        theirs, theirs_made = peer.complete([prompt])
+        say(f"single: ours {took:.2f} s for {made}, first after {first:.2f} s, again {again:.3f} s; peer {theirs:.2f} s for {theirs_made}")
+        rows.append(((took / made) / (theirs / theirs_made), took, theirs, again / first, (made - 1) / (took - first)))
+    return list(zip(*rows[1:]))  # the first warms up
+
+
+def many_clients(ours, peer, batches):
+    """Tokens a second of all clients: ours, the peer's one after the other, the peer's in one batch."""
+    rows = []
+    for batch in batches:
+        total = [0] * CLIENTS
+
+        def client(number):
+            total[number] = ours.complete(batch[number])[2]
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rate = sum(total) / (time.perf_counter() - began)
+        began = time.perf_counter()
+        made = sum(peer.complete([prompt])[1] for prompt in batch)
+        alone = made / (time.perf_counter() - began)
+        took, made = peer.complete(batch)
+        say(f"{CLIENTS} clients: ours {rate:.0f} tokens/s, peer {alone:.0f}, in one batch {made / took:.0f}")
+        rows.append((rate, alone, made / took))
+    return list(zip(*rows))
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def span(values):
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def compare(directory, dtype, pairs):
+    ours, peer = Ours(directory, "--dtype", dtype), Peer(directory, dtype)
+    try:
+        ratios, took, theirs, again, rest = single_stream(ours, peer, prompts(directory, pairs + 1, CONTEXT, 0))
+        rates, alone, batched = many_clients(
+            ours, peer, [prompts(directory, CLIENTS, CLIENT_CONTEXT, 40 + 20 * pair) for pair in range(pairs)]
+        )
+    finally:
+        ours.process.kill()
+    print(f"| {dtype}: {NEW} tokens after {CONTEXT}, seconds | {median(took):.2f} | {median(theirs):.2f} | {span(ratios)} |")
+    clients = f"{dtype}: {CLIENTS} clients at once, {NEW} tokens after {CLIENT_CONTEXT}, tokens/s"
+    print(f"| {clients}; the peer's one after the other | {median(rates):.0f} | {median(alone):.0f} "
+          f"| {span([a / b for a, b in zip(rates, alone)])} |")
+    print(f"| {clients}; the peer's in one batch of equal lengths | {median(rates):.0f} | {median(batched):.0f} "
+          f"| {span([a / b for a, b in zip(rates, batched)])} |")
+    print(f"| {dtype}: first token after one more token of the prompt, beside the first time | | | {span(again)} |")
+    size = (directory / "model.safetensors").stat().st_size / (1 if dtype == "fp32" else 2)
+    return f"{dtype} {median(rest):.0f} tokens/s, {median(rest) * size / 1e9:.1f} GB/s of weights"
+
+
+def quantised(directory, kind, pairs):
+    ours = Ours(directory, "--quantize", kind)
+    try:
+        rows = [ours.complete(prompt) for prompt in prompts(directory, pairs + 1, CONTEXT, 0)][1:]
+    finally:
+        ours.process.kill()
+    return f"{kind} {median((made - 1) / (took - first) for first, took, made in rows):.0f} tokens/s"
 
 
 def main():
@@ -114,56 +192,14 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--dtype", action="append", choices=("fp32", "bf16"))
     args = parser.parse_args()
     directory = make_model(args.layers, args.width)
-    ours, peer = Ours(directory), Peer(directory)
-    try:
-        long = prompts(directory, args.pairs + 1, CONTEXT, 0)
-        firsts, rests, single, seconds = [], [], [], []
-        for number, prompt in enumerate(long):
-            first, took, made = ours.complete(prompt)
-            again, _, _ = ours.complete(prompt + [5], new=1)
-            theirs, theirs_made = peer.complete(prompt)
-            say(f"single: ours {took:.2f} s for {made}, first after {first:.2f} s, again {again:.3f} s; peer {theirs:.2f} s for {theirs_made}")
-            if number:
-                single.append((took / made) / (theirs / theirs_made))
-                seconds.append((took, theirs))
-                firsts.append(again / first)
-                rests.append((made - 1) / (took - first))
-        many = [prompts(directory, CLIENTS, CLIENT_CONTEXT, 40 + 20 * pair) for pair in range(args.pairs)]
-        ratios, rates = [], []
-        for batch in many:
-            total = [0] * CLIENTS
-
-            def client(number):
-                total[number] = ours.complete(batch[number])[2]
-
-            threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
-            began = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            rate = sum(total) / (time.perf_counter() - began)
-            began = time.perf_counter()
-            made = sum(peer.complete(prompt)[1] for prompt in batch)
-            theirs = made / (time.perf_counter() - began)
-            say(f"{CLIENTS} clients: ours {rate:.0f} tokens/s, peer {theirs:.0f}")
-            ratios.append(rate / theirs)
-            rates.append((rate, theirs))
-    finally:
-        ours.process.kill()
-    median = statistics.median
-    span = lambda values: f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-    weights = (directory / "model.safetensors").stat().st_size
-    print(f"\n| {args.layers} layers, width {args.width}, fp32 | ours | transformers | ratio (of single pairs) |")
-    print("| --- | --- | --- | --- |")
-    print(f"| {NEW} tokens after {CONTEXT}, seconds | {median(s[0] for s in seconds):.2f} "
-          f"| {median(s[1] for s in seconds):.2f} | {span(single)} |")
-    print(f"| {CLIENTS} clients at once, {NEW} tokens after {CLIENT_CONTEXT}, tokens/s (the peer one after the other) "
-          f"| {median(r[0] for r in rates):.0f} | {median(r[1] for r in rates):.0f} | {span(ratios)} |")
-    print(f"| first token of the prompt and one more token, beside the first time | | | {span(firsts)} |")
-    print(f"\nAlone it makes {median(rests):.0f} tokens/s, which read {median(rests) * weights / 1e9:.1f} GB/s of weights.")
+    print(f"\n| {args.layers} layers, width {args.width} | ours | transformers | ratio (of single pairs) |")
+    print("| --- | --- | --- | --- |", flush=True)
+    alone = [compare(directory, dtype, args.pairs) for dtype in args.dtype or ("fp32", "bf16")]
+    alone += [quantised(directory, kind, args.pairs) for kind in ("int8", "nf4")]
+    print(f"\nAlone, after the first token: {'; '.join(alone)}.")
 
 
 main()

@@ -74,6 +74,21 @@ struct tf_adamw_8bit_state {
 };
 int tf_adamw_8bit(const struct tf_adamw_8bit_state *state, int64_t step, const struct tf_adamw *options);
 
+/* x W^T + bias of a few rows x `[N, I]` (fp32 or bf16) on a CPU, in x's dtype; a row's results do not depend on the
+ * others. Not differentiable. A matrix `[outputs, I]`: `values` are fp32 or bf16 (`held` 0 and 1), the codes of
+ * tf_quantize_int8_rows (2) or of tf_quantize_4bit (3), with their `scales`, and what else those take. `*out` is null
+ * where this CPU or this shape does not suit. */
+struct tf_held_matrix {
+  int held;
+  int64_t outputs;
+  tf_tensor values;
+  tf_tensor scales; /* null of a matrix that is not quantised */
+  struct tf_nested_scales nested; /* nulls where there are none */
+  int code;
+  int64_t block;
+};
+int tf_few_rows(tf_tensor x, const struct tf_held_matrix *matrix, tf_tensor bias, tf_tensor *out);
+
 /* x W^T + bias, differentiable in x alone. The graph keeps the handle of `weight` and reads it again in
  * the backward pass: whoever rewrites it must have put the same values back by then. */
 int tf_frozen_linear(tf_tensor x, tf_tensor weight, tf_tensor bias, tf_tensor *out);

@@ -104,16 +104,16 @@ QUANT_TARGET inline __m256i round16_plain(__m512 values) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-// The block's 16 possible values fit one register: each weight is one lane of a permutation.
+// The block's 16 possible values fit one register: each weight is one lane of a permutation. With `past_caches`
+// finish_stores() orders what is written: a weight may be far larger than the caches, and reading its old values first
+// would double the traffic.
 QUANT_TARGET inline bool dequantize_4bit_avx512(const Table4 &table, float scale, const uint8_t *codes,
-                                                int64_t len, c10::BFloat16 *out) {
+                                                int64_t len, c10::BFloat16 *out, bool past_caches) {
   static const bool native = __builtin_cpu_supports("avx512bf16");
   const __m512 products = _mm512_mul_ps(_mm512_loadu_ps(table.values), _mm512_set1_ps(scale));
   const __m512i values = _mm512_castsi256_si512(native ? round16_native(products) : round16_plain(products));
   const __m512i low_mask = _mm512_set1_epi32(0x000f0000);
-  // Past the caches: a weight is far larger than they are, and reading its old values first would double
-  // the traffic. finish_stores() orders them.
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const bool aligned = past_caches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   for (int64_t i = 0; i < len; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i / 2));
     const __m512i wide = _mm512_cvtepu8_epi32(bytes);
@@ -130,7 +130,7 @@ QUANT_TARGET inline bool dequantize_4bit_avx512(const Table4 &table, float scale
   return true;
 }
 QUANT_TARGET inline bool dequantize_4bit_avx512(const Table4 &table, float scale, const uint8_t *codes,
-                                                int64_t len, float *out) {
+                                                int64_t len, float *out, bool) {
   const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(table.values), _mm512_set1_ps(scale));
   for (int64_t i = 0; i < len; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i / 2));
@@ -163,10 +163,11 @@ bool quantize_4bit(const Table4 &table, const T *values, int64_t len, uint8_t *c
 }
 
 template <typename T>
-bool dequantize_4bit(const Table4 &table, float scale, const uint8_t *codes, int64_t len, T *out) {
+bool dequantize_4bit(const Table4 &table, float scale, const uint8_t *codes, int64_t len, T *out,
+                     bool past_caches = true) {
 #if QUANT_AVX512
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, c10::BFloat16>) {
-    if (len % 32 == 0 && has_avx512()) return dequantize_4bit_avx512(table, scale, codes, len, out);
+    if (len % 32 == 0 && has_avx512()) return dequantize_4bit_avx512(table, scale, codes, len, out, past_caches);
   }
 #endif
   return false;

@@ -46,6 +46,17 @@ pub struct tf_nested_scales {
 }
 
 #[repr(C)]
+pub struct tf_held_matrix {
+    pub held: c_int,
+    pub outputs: i64,
+    pub values: tf_tensor,
+    pub scales: tf_tensor,
+    pub nested: tf_nested_scales,
+    pub code: c_int,
+    pub block: i64,
+}
+
+#[repr(C)]
 pub struct tf_adamw_8bit_state {
     pub param: tf_tensor,
     pub grad: tf_tensor,
@@ -132,6 +143,12 @@ unsafe extern "C" {
     pub fn tf_dequantize_int8_rows(codes: tf_tensor, scales: tf_tensor, out: tf_tensor) -> c_int;
     pub fn tf_dynamic_code(is_signed: c_int, table: *mut tf_tensor) -> c_int;
     pub fn tf_adamw_8bit(state: *const tf_adamw_8bit_state, step: i64, options: *const tf_adamw) -> c_int;
+    pub fn tf_few_rows(
+        x: tf_tensor,
+        matrix: *const tf_held_matrix,
+        bias: tf_tensor,
+        out: *mut tf_tensor,
+    ) -> c_int;
     pub fn tf_frozen_linear(x: tf_tensor, weight: tf_tensor, bias: tf_tensor, out: *mut tf_tensor) -> c_int;
     pub fn tf_attention_cpu(
         q_bhtc: tf_tensor,

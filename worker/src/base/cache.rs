@@ -101,6 +101,22 @@ pub fn open(
     Ok(Opened { shards: shards.collect::<Result<_, _>>()?, base_sha256: manifest.base_sha256, built })
 }
 
+/// The whole base in `model_dir`, laid out by `plan`, the bytes of each unit on `device`; nothing is kept on disk.
+///
+/// # Errors
+/// As [`open`].
+pub fn whole(
+    model_dir: &Path,
+    config: &ModelConfig,
+    plan: &BasePlan,
+    device: Device,
+) -> Result<Vec<Tensor>, Error> {
+    let files = ModelFiles::open(model_dir)?;
+    files.check(model_dir, config)?;
+    let units = plan.units.iter();
+    units.map(|unit| Ok(encode_unit(model_dir, &files, plan, unit, device)?.0)).collect()
+}
+
 /// The entry's manifest where the entry is sound, for all ranks or none. Else why it is not, on the first
 /// rank that found it so.
 fn find(

@@ -78,7 +78,11 @@ pub fn round_trip(values: &Tensor, quantization: Quantization, kind: Kind) -> Re
     }
 }
 
-fn with_four_bit<T>(
+/// Hands the parts of a tensor that is held in 4 bits to `body`.
+///
+/// # Errors
+/// A tensor that is held otherwise, and what `body` meets.
+pub fn with_four_bit<T>(
     tensor: &BaseTensor,
     quantization: Quantization,
     buffer: &Tensor,

@@ -125,7 +125,7 @@ impl Base {
 }
 
 /// An unquantised tensor of a unit, as a view; `None` for another.
-fn plain(tensor: &BaseTensor, buffer: &Tensor) -> Option<Tensor> {
+pub fn plain(tensor: &BaseTensor, buffer: &Tensor) -> Option<Tensor> {
     let Encoding::Plain(part) = &tensor.encoding else { return None };
     let shape: Vec<i64> = tensor.shape.iter().map(|&n| n as i64).collect();
     Some(encode::view(buffer, part).view(shape.as_slice()))

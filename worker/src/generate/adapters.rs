@@ -6,11 +6,9 @@ use tch::Tensor;
 use tunefleet_proto::model::ModelConfig;
 
 use crate::adapter::{self, files};
+use crate::model::block::LINEARS;
 use crate::model::linear::Pair;
 use crate::model::numerics::Numerics;
-
-/// Linears of a block.
-const LINEARS: usize = 4;
 
 /// One adapter with its weight. Another weight is another adapter, with the same tensors.
 #[derive(Debug)]

@@ -3,17 +3,21 @@
 use std::path::Path;
 
 use tch::{Kind, Tensor};
+use tunefleet_kernels::quant;
+use tunefleet_proto::base_plan::{BasePlan, PartDtype, Quantization};
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::shard_plan::ShardPlan;
 
 use super::adapters::Adapter;
 use crate::adapter;
 use crate::adapter::merge::{self, Dequantized};
+use crate::base::{self, cache};
 use crate::checkpoint::{Error, hugging_face};
-use crate::model::block::{self, BlockParams, BlockShape, KvCache, Run, Sight};
+use crate::model::block::{self, BlockParams, BlockShape, KvCache, LINEARS, Run, Sight};
 use crate::model::embed::{self, Positions};
 use crate::model::head::{self, HeadParams};
-use crate::model::linear::Adapted;
+use crate::model::linear::{Pair, Served};
+use crate::model::matrix::Matrix;
 use crate::model::numerics::Numerics;
 use crate::train::units;
 
@@ -25,7 +29,27 @@ pub struct Decoder {
     embed: Vec<Tensor>,
     /// Output embedding in the dtype of products.
     head_vd: Tensor,
-    blocks: Vec<Vec<Tensor>>,
+    /// The same.
+    head: Matrix,
+    blocks: Vec<Block>,
+}
+
+/// A block's weights, in the dtype of products but for what is quantised.
+struct Block {
+    linears: Vec<Matrix>,
+    /// Norms and biases, in the order of the model.
+    others: Vec<Tensor>,
+}
+
+/// What a model directory can break, or a kernel refuse.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The directory's files.
+    #[error(transparent)]
+    Files(#[from] Error),
+    /// Quantising.
+    #[error(transparent)]
+    Kernel(#[from] tunefleet_kernels::Error),
 }
 
 /// What one sequence has been shown so far.
@@ -95,13 +119,61 @@ impl Decoder {
         Ok(Self::new(config, &plan, &buffers, numerics))
     }
 
+    /// As [`load`](Self::load), with the linears of the blocks quantised as they are read: nobody holds the whole model.
+    ///
+    /// # Errors
+    /// Whatever the files break.
+    pub fn load_quantized(
+        dir: &Path,
+        quantization: Quantization,
+        numerics: Numerics,
+    ) -> Result<Self, LoadError> {
+        let config = hugging_face::read_config(dir)?;
+        let plain = if numerics.kind == Kind::Float { PartDtype::F32 } else { PartDtype::Bf16 };
+        let plan = BasePlan::new(&config, quantization, plain);
+        let units = cache::whole(dir, &config, &plan, numerics.device)?;
+        let code8 = quant::dynamic_code(true, numerics.device)?;
+        let (mut embed, mut blocks) = (Vec::new(), Vec::new());
+        for (at, (layout, unit)) in plan.units.iter().zip(&units).enumerate() {
+            let mut block = Block { linears: Vec::new(), others: Vec::new() };
+            for tensor in &layout.tensors {
+                match base::plain(tensor, unit) {
+                    Some(values) => block.others.push(values),
+                    None => block.linears.push(Matrix::Quantized {
+                        tensor: tensor.clone(),
+                        quantization,
+                        unit: unit.shallow_clone(),
+                        code8: code8.shallow_clone(),
+                    }),
+                }
+            }
+            if at == 0 {
+                embed = block.others;
+            } else {
+                block.others = numerics.for_products(block.others);
+                blocks.push(block);
+            }
+        }
+        Ok(Self::of(config, embed, blocks, numerics))
+    }
+
     fn new(config: ModelConfig, plan: &ShardPlan, buffers: &[Tensor], numerics: Numerics) -> Self {
         let mut views = plan.units.iter().zip(buffers).map(|(unit, buffer)| units::views(unit, buffer));
         let embed = views.next().unwrap_or_default();
+        let block = |views| {
+            let mut params = numerics.for_products(views);
+            let others = params.split_off(LINEARS.min(params.len()));
+            Block { linears: params.into_iter().map(Matrix::Dense).collect(), others }
+        };
+        let blocks = views.map(block).collect();
+        Self::of(config, embed, blocks, numerics)
+    }
+
+    fn of(config: ModelConfig, embed: Vec<Tensor>, blocks: Vec<Block>, numerics: Numerics) -> Self {
         // Widened once: a token's products are too small to pay for it each time.
         let head_vd = if config.tied_head { &embed[0] } else { &embed[2] }.to_kind(numerics.product_kind);
-        let blocks = views.map(|views| numerics.for_products(views)).collect();
-        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks }
+        let head = Matrix::Dense(head_vd.shallow_clone());
+        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, head, blocks }
     }
 
     /// The model's shape.
@@ -128,8 +200,8 @@ impl Decoder {
         tch::no_grad(|| {
             let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, Positions::From(0));
             let mut x = x.to_kind(self.numerics.product_kind);
-            for params in &self.blocks {
-                x = block::forward(&self.shape, &BlockParams::plain(params), &x, Sight::Row);
+            for block in &self.blocks {
+                x = block::forward(&self.shape, &block.params(|_| Vec::new()), &x, Sight::Row);
             }
             let h = head::norm(&self.head(), &x.to_kind(self.numerics.kind), self.config.norm_epsilon);
             let h_nd = h.reshape([-1, self.config.hidden_size as i64]);
@@ -177,22 +249,18 @@ impl Decoder {
         let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_1n, Positions::Each(&positions_1n));
         let mut x = x.to_kind(product_kind);
         let adapters: Vec<_> = pieces.iter().map(|piece| piece.adapter).collect();
-        for (block, params) in self.blocks.iter().enumerate() {
-            let adapted = |linear: usize| {
+        for (at, block) in self.blocks.iter().enumerate() {
+            let params = block.params(|linear| {
                 let pairs = adapters.iter().zip(&spans).filter_map(|(adapter, (first, count))| {
-                    Some((*first, *count, adapter.as_ref()?.pair(block, linear)?))
+                    Some((*first, *count, adapter.as_ref()?.pair(at, linear)?))
                 });
-                match pairs.collect::<Vec<_>>() {
-                    none if none.is_empty() => Adapted::Trained,
-                    runs => Adapted::Runs(runs),
-                }
-            };
-            let params = BlockParams::new(&params.iter().collect::<Vec<_>>(), adapted);
+                pairs.collect()
+            });
             let mut runs: Vec<Run<'_>> = pieces
                 .iter_mut()
                 .filter_map(|piece| {
                     let (cached_tokens, tokens) = (piece.context.tokens as i64, piece.tokens.len() as i64);
-                    Some(Run { cache: piece.context.caches.get_mut(block)?, cached_tokens, tokens })
+                    Some(Run { cache: piece.context.caches.get_mut(at)?, cached_tokens, tokens })
                 })
                 .collect();
             x = block::forward(&self.shape, &params, &x, Sight::Cached(&mut runs));
@@ -205,7 +273,18 @@ impl Decoder {
         }
         let head = self.head();
         let last = x.index_select(1, &row(&wanted)).squeeze_dim(0).to_kind(kind);
-        let h = head::norm(&head, &last, self.config.norm_epsilon);
-        head::logits(self.numerics, head.weight_vd, &h).to_device(tch::Device::Cpu)
+        let h = head::norm(&head, &last, self.config.norm_epsilon).to_kind(product_kind);
+        self.head.times(&h, None).to_kind(Kind::Float).to_device(tch::Device::Cpu)
+    }
+}
+
+impl Block {
+    /// The block with `pairs` beside its linears.
+    fn params<'a>(&'a self, pairs: impl Fn(usize) -> Vec<(i64, i64, Pair<'a>)>) -> BlockParams<'a> {
+        BlockParams::served(&self.others, |at, bias| Served {
+            matrix: &self.linears[at],
+            bias,
+            runs: pairs(at),
+        })
     }
 }

@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use tunefleet_proto::model::{Activation, ModelConfig};
 
 use super::documents::Documents;
-use super::linear::{Adapted, Linear};
+use super::linear::{Adapted, Linear, Projection, Served};
 use super::numerics::{Numerics, attention, gelu, layer_norm, residual_dropout};
 
 /// What a block does, apart from its weights.
@@ -25,15 +25,17 @@ pub struct BlockShape {
     dropout_seed: i64,
 }
 
-/// Parameters of a block, and which of them are the weights of linears.
+/// Parameters of a block.
 pub const PARAMETERS: usize = 12;
+/// The first of them, the weights of linears.
+pub const LINEARS: usize = 4;
 
 /// A block's weights.
 pub struct BlockParams<'a> {
-    c_attn: Linear<'a>,
-    c_proj: Linear<'a>,
-    c_fc: Linear<'a>,
-    mlp_proj: Linear<'a>,
+    c_attn: Projection<'a>,
+    c_proj: Projection<'a>,
+    c_fc: Projection<'a>,
+    mlp_proj: Projection<'a>,
     ln_1_weight: &'a Tensor,
     ln_1_bias: &'a Tensor,
     ln_2_weight: &'a Tensor,
@@ -121,7 +123,8 @@ impl<'a> BlockParams<'a> {
         else {
             panic!("a block has {PARAMETERS} parameters, got {}", params.len());
         };
-        let linear = |index, weight, bias| Linear { weight, bias, adapted: adapted(index) };
+        let linear =
+            |index, weight, bias| Projection::Trained(Linear { weight, bias, adapted: adapted(index) });
         BlockParams {
             c_attn: linear(0, c_attn_weight, c_attn_bias),
             c_proj: linear(1, c_proj_weight, c_proj_bias),
@@ -137,6 +140,42 @@ impl<'a> BlockParams<'a> {
     /// A block with nothing beside its weights.
     pub fn plain(params: &'a [Tensor]) -> Self {
         BlockParams::new(&params.iter().collect::<Vec<_>>(), |_| Adapted::Trained)
+    }
+
+    /// A block of a model that completes text: the linears from `served`, by the index of their weight; `others` are
+    /// the parameters behind the weights, in order.
+    ///
+    /// # Panics
+    /// With another number of tensors, which is a programming error.
+    pub fn served(others: &'a [Tensor], served: impl Fn(usize, &'a Tensor) -> Served<'a>) -> Self {
+        let [
+            ln_1_weight,
+            ln_1_bias,
+            c_attn_bias,
+            c_proj_bias,
+            ln_2_weight,
+            ln_2_bias,
+            c_fc_bias,
+            mlp_proj_bias,
+        ] = others
+        else {
+            panic!(
+                "a block has {} parameters behind its linears, got {}",
+                PARAMETERS - LINEARS,
+                others.len()
+            );
+        };
+        let linear = |index, bias| Projection::Served(served(index, bias));
+        BlockParams {
+            c_attn: linear(0, c_attn_bias),
+            c_proj: linear(1, c_proj_bias),
+            c_fc: linear(2, c_fc_bias),
+            mlp_proj: linear(3, mlp_proj_bias),
+            ln_1_weight,
+            ln_1_bias,
+            ln_2_weight,
+            ln_2_bias,
+        }
     }
 }
 

@@ -1,7 +1,9 @@
-//! One linear: trained whole, or frozen with a low-rank pair beside it.
+//! One linear: trained whole, frozen with a low-rank pair beside it, or only multiplied with.
 
 use tch::{Kind, Tensor};
 use tunefleet_kernels::autograd::frozen_linear;
+
+use super::matrix::Matrix;
 
 /// A linear's tensors for one forward pass, all in the dtype of products. I and O: widths of input and
 /// output, R: inner width of the pair, N: rows.
@@ -22,8 +24,24 @@ pub enum Adapted<'a> {
     Frozen,
     /// A pair, and the weight is frozen.
     Pair(Pair<'a>),
-    /// Pairs for runs of rows (first row, rows), without dropout, magnitudes and gradients.
-    Runs(Vec<(i64, i64, Pair<'a>)>),
+}
+
+/// A linear of a model that completes text, without gradients.
+pub struct Served<'a> {
+    /// The weight.
+    pub matrix: &'a Matrix,
+    /// `[O]`.
+    pub bias: &'a Tensor,
+    /// Pairs for runs of rows (first row, rows), without dropout and magnitudes.
+    pub runs: Vec<(i64, i64, Pair<'a>)>,
+}
+
+/// A linear of a block.
+pub enum Projection<'a> {
+    /// Of a model in training.
+    Trained(Linear<'a>),
+    /// Of a model that completes text.
+    Served(Served<'a>),
 }
 
 /// A low-rank pair (Hu et al. 2021), with a magnitude in DoRA (Liu et al. 2024).
@@ -38,6 +56,40 @@ pub struct Pair<'a> {
     pub dropout: f64,
     /// `[O]`; with it, rows of the adapted weight are scaled to these lengths.
     pub magnitude: Option<&'a Tensor>,
+}
+
+impl<'a> Projection<'a> {
+    /// `[.., I]` to `[.., O]`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        match self {
+            Projection::Trained(linear) => linear.forward(x),
+            Projection::Served(served) => served.add_runs(x, served.matrix.times(x, Some(served.bias))),
+        }
+    }
+
+    /// As [`Linear::forward_unbiased`].
+    pub fn forward_unbiased(&self, x: &Tensor) -> (Tensor, Option<&'a Tensor>) {
+        match self {
+            Projection::Trained(linear) => linear.forward_unbiased(x),
+            Projection::Served(served) if x.device().is_cuda() => {
+                (served.add_runs(x, served.matrix.times(x, None)), Some(served.bias))
+            }
+            Projection::Served(_) => (self.forward(x), None),
+        }
+    }
+}
+
+impl Served<'_> {
+    /// Adds to `y`, fresh from a product, what the pairs make of their rows of `x`.
+    fn add_runs(&self, x: &Tensor, y: Tensor) -> Tensor {
+        let rows = |t: &Tensor| t.reshape([-1, t.size().last().copied().unwrap_or(1)]);
+        let (x_ni, y_no) = (rows(x), rows(&y));
+        for (first, count, pair) in &self.runs {
+            let inner_nr = x_ni.narrow(0, *first, *count).mm(&pair.a.tr()) * pair.scaling;
+            let _ = y_no.narrow(0, *first, *count).addmm_(&inner_nr, &pair.b.tr());
+        }
+        y
+    }
 }
 
 impl<'a> Linear<'a> {
@@ -59,17 +111,6 @@ impl<'a> Linear<'a> {
             Adapted::Trained => return x.linear(self.weight, Some(self.bias)),
             Adapted::Frozen => return frozen(x, self.weight, Some(self.bias)),
             Adapted::Pair(pair) => pair,
-            Adapted::Runs(runs) => {
-                let y = x.linear(self.weight, Some(self.bias));
-                let rows = |t: &Tensor| t.reshape([-1, t.size().last().copied().unwrap_or(1)]);
-                // Of what a product has just written, a view.
-                let (x_ni, y_no) = (rows(x), rows(&y));
-                for (first, count, pair) in runs {
-                    let inner_nr = x_ni.narrow(0, *first, *count).mm(&pair.a.tr()) * pair.scaling;
-                    let _ = y_no.narrow(0, *first, *count).addmm_(&inner_nr, &pair.b.tr());
-                }
-                return y;
-            }
         };
         let mut size = x.size();
         // Rows and columns from here on: in-place sums on views would cost copies in the backward pass.

@@ -10,6 +10,8 @@ pub mod numerics;
 pub mod embed;
 /// Documents that share a row.
 pub mod documents;
+/// Weights that are only multiplied with, quantised or not.
+pub mod matrix;
 /// One linear, with or without an adapter.
 pub mod linear;
 /// One transformer block.

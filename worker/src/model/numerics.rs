@@ -31,6 +31,12 @@ impl Numerics {
         Numerics { device, kind, product_kind: if slow { Kind::Float } else { kind } }
     }
 
+    /// The precision in which `device` is fast: bf16, but fp32 on a CPU that does not multiply bf16.
+    pub fn fast_precision(device: Device) -> Precision {
+        let native = device != Device::Cpu || tunefleet_kernels::device::cpu_bf16_matmul_is_native();
+        if native { Precision::Bf16 } else { Precision::Fp32 }
+    }
+
     /// `tensors` in the dtype of products; the same tensors where that is theirs.
     pub fn for_products(&self, tensors: Vec<Tensor>) -> Vec<Tensor> {
         if self.product_kind == self.kind {

@@ -25,19 +25,19 @@ use sha2::{Digest, Sha256};
 use tch::Device;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tunefleet_kernels::device::keep_freed_memory;
+use tunefleet_proto::base_plan::{QuantKind, Quantization};
 use tunefleet_proto::job::Precision;
 
 use crate::data::tokenizer::{self, Tokenizer};
-use crate::generate::decoder::Decoder;
+use crate::generate::decoder::{Decoder, LoadError};
 use crate::model::numerics::Numerics;
-use engine::Settings;
+use engine::{Settings, StartError};
 use http::Shared;
 use server::{InfillOrder, Server};
 
 /// Environment variable with a token that requests must bear.
 const TOKEN_VARIABLE: &str = "TUNEFLEET_SERVE_TOKEN";
-/// Contexts of full length that are kept in memory where nothing else is said.
-const DEFAULT_CONTEXTS: usize = 16;
 
 /// Command line of `worker serve`.
 #[derive(Debug, clap::Args)]
@@ -78,9 +78,12 @@ pub struct Args {
     /// How a prompt with a hole is laid out.
     #[arg(long, value_enum, default_value = "spm")]
     infill_order: InfillOrder,
-    /// Dtype of weights and activations; fp32 on a CPU and bf16 on a GPU when absent.
+    /// Dtype of weights and activations; bf16 when absent, but fp32 on a CPU that does not multiply bf16.
     #[arg(long, value_parser = crate::export::parse_dtype)]
     dtype: Option<Precision>,
+    /// Hold the linears of the blocks in 4 bits (nf4, fp4: blocks of 64, scales quantised as well) or 8 (int8, by rows).
+    #[arg(long, value_name = "KIND", value_parser = parse_quantization)]
+    quantize: Option<Quantization>,
     /// Compute every prompt whole, whatever was computed before.
     #[arg(long)]
     no_prefix_cache: bool,
@@ -95,9 +98,9 @@ pub struct Args {
 /// What can keep a server from starting.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The model's files.
+    /// The model's files, or the engine's thread.
     #[error(transparent)]
-    Model(#[from] crate::checkpoint::Error),
+    Engine(#[from] StartError<LoadError>),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
@@ -152,6 +155,8 @@ pub fn run(args: Args) -> Result<(), Error> {
     let rendered = recorder.handle();
     ::metrics::set_global_recorder(recorder)?;
     metrics::describe();
+    // Each step takes and frees what the one before it did.
+    keep_freed_memory();
     let server = load(&args)?;
     let address = listener.local_addr()?;
     tracing::info!(%address, model = server.model_name, "serving");
@@ -174,10 +179,22 @@ pub fn run(args: Args) -> Result<(), Error> {
 fn load(args: &Args) -> Result<Server, Error> {
     let tokenizer = Arc::new(Tokenizer::load(&args.model)?);
     let device = Device::cuda_if_available();
-    let default = if device == Device::Cpu { Precision::Fp32 } else { Precision::Bf16 };
-    let numerics = Numerics::new(device, args.dtype.unwrap_or(default));
-    let decoder = Decoder::load(&args.model, numerics)?;
-    let config = decoder.config().clone();
+    let numerics = Numerics::new(device, args.dtype.unwrap_or_else(|| Numerics::fast_precision(device)));
+    let (dir, quantization) = (args.model.clone(), args.quantize);
+    let decoder = move || match quantization {
+        None => Ok(Decoder::load(&dir, numerics)?),
+        Some(quantization) => Decoder::load_quantized(&dir, quantization, numerics),
+    };
+    let settings = Settings {
+        max_batch: args.max_batch.into(),
+        max_queue: args.max_queue.into(),
+        prefill_tokens: args.prefill_tokens as usize,
+        cache_tokens: args.cache_tokens,
+        prefix_cache: !args.no_prefix_cache,
+        speculate: !args.no_speculation,
+        batch_invariant: args.batch_invariant,
+    };
+    let (engine, config) = engine::start(decoder, tokenizer.clone(), settings)?;
     let (tokens, rows) = (tokenizer.vocab_size(), config.vocab_size);
     if tokens > rows {
         return Err(Error::Setting(format!(
@@ -185,16 +202,6 @@ fn load(args: &Args) -> Result<Server, Error> {
             args.model.display()
         )));
     }
-    let settings = Settings {
-        max_batch: args.max_batch.into(),
-        max_queue: args.max_queue.into(),
-        prefill_tokens: args.prefill_tokens as usize,
-        cache_tokens: args.cache_tokens.unwrap_or(DEFAULT_CONTEXTS * config.max_positions as usize),
-        prefix_cache: !args.no_prefix_cache,
-        speculate: !args.no_speculation,
-        batch_invariant: args.batch_invariant,
-    };
-    let (engine, _) = engine::start(decoder, tokenizer.clone(), settings)?;
     let mut names = args.names.iter().cloned();
     let server = Server {
         engine,
@@ -236,6 +243,18 @@ fn tokens(args: &Args) -> Result<Vec<[u8; 32]>, Error> {
 fn name_of(dir: &Path) -> String {
     let whole = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     whole.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// `nf4`, `fp4` or `int8`.
+fn parse_quantization(text: &str) -> Result<Quantization, String> {
+    let name = match text {
+        "nf4" => "nf4-64-double",
+        "fp4" => "fp4-64-double",
+        other => other,
+    };
+    Quantization::from_name(name)
+        .filter(|settings| settings.kind != QuantKind::None)
+        .ok_or_else(|| format!("`{text}` is none of nf4, fp4 and int8"))
 }
 
 /// `NAME=DIR` or `NAME=DIR@WEIGHT`.

@@ -41,7 +41,7 @@ const ALONE: Settings = Settings {
     max_batch: 1,
     max_queue: 1000,
     prefill_tokens: 32,
-    cache_tokens: 16_384,
+    cache_tokens: Some(16_384),
     prefix_cache: false,
     speculate: false,
     batch_invariant: false,
@@ -54,7 +54,9 @@ fn decoder(model: &Path) -> Decoder {
 
 fn start(model: &Path, settings: Settings) -> Handle {
     let tokenizer = Arc::new(Tokenizer::load(model).unwrap());
-    engine::start(decoder(model), tokenizer, settings).unwrap().0
+    let model = model.to_owned();
+    let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
+    engine::start(move || Decoder::load(&model, numerics), tokenizer, settings).unwrap().0
 }
 
 fn ask(engine: &Handle, prompt: &[u32], sampling: Sampling) -> UnboundedReceiver<Event> {
@@ -180,7 +182,7 @@ fn in_batch_invariant_mode_a_completion_is_the_same_to_the_last_bit_alone_and_in
 #[test]
 fn who_goes_away_leaves_nothing_behind() {
     let (_workshop, model) = model();
-    let settings = Settings { cache_tokens: 2000, ..SHARED };
+    let settings = Settings { cache_tokens: Some(2000), ..SHARED };
     let engine = start(&model, settings);
     let prompts = prompts(&model, 20);
     for (number, prompt) in prompts.iter().cycle().take(200).enumerate() {

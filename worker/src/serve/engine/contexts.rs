@@ -1,7 +1,7 @@
 //! Contexts that are kept: a prompt that begins like an earlier one goes on from there.
 
 use super::request::Request;
-use super::{AdapterId, Settings};
+use super::{AdapterId, DEFAULT_CONTEXTS, Settings};
 use crate::generate::decoder::{Context, Decoder};
 
 /// Fewer tokens are computed again sooner than a context is taken for them.
@@ -22,6 +22,8 @@ pub struct Kept {
 /// All contexts that no completion has at the moment, the latest last.
 pub struct Contexts {
     settings: Settings,
+    /// Tokens of all contexts, at most.
+    most_tokens: usize,
     max_positions: usize,
     kept: Vec<Kept>,
     /// Tokens that completions under way may have.
@@ -30,7 +32,8 @@ pub struct Contexts {
 
 impl Contexts {
     pub fn new(settings: Settings, max_positions: usize) -> Self {
-        Contexts { settings, max_positions, kept: Vec::new(), taken_tokens: 0 }
+        let most_tokens = settings.cache_tokens.unwrap_or(DEFAULT_CONTEXTS * max_positions);
+        Contexts { settings, most_tokens, max_positions, kept: Vec::new(), taken_tokens: 0 }
     }
 
     /// Tokens in memory.
@@ -42,7 +45,7 @@ impl Contexts {
     /// until others are complete.
     pub fn take(&mut self, request: &Request, decoder: &Decoder) -> Option<(Context, usize)> {
         let wanted = (request.prompt.len() + request.max_new_tokens).min(self.max_positions);
-        if self.taken_tokens > 0 && self.taken_tokens + wanted > self.settings.cache_tokens {
+        if self.taken_tokens > 0 && self.taken_tokens + wanted > self.most_tokens {
             return None;
         }
         self.taken_tokens += wanted;
@@ -51,7 +54,7 @@ impl Contexts {
             .max()
             .filter(|(known, _)| *known > 0);
         let taken = best.map(|(known, at)| (self.kept.remove(at), known));
-        while self.tokens() > self.settings.cache_tokens && !self.kept.is_empty() {
+        while self.tokens() > self.most_tokens && !self.kept.is_empty() {
             self.kept.remove(0);
         }
         Some(match taken {
@@ -69,7 +72,7 @@ impl Contexts {
         if self.settings.prefix_cache && kept.tokens.len() >= MIN_KNOWN_TOKENS {
             self.kept.push(kept);
         }
-        while self.tokens() > self.settings.cache_tokens && !self.kept.is_empty() {
+        while self.tokens() > self.most_tokens && !self.kept.is_empty() {
             self.kept.remove(0);
         }
     }

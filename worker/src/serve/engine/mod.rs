@@ -18,10 +18,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use tch::Tensor;
+use tunefleet_proto::model::ModelConfig;
 
 use crate::data::tokenizer::Tokenizer;
 use crate::generate::adapters::Adapter;
@@ -29,6 +29,9 @@ use crate::generate::decoder::{Decoder, Piece};
 use contexts::Contexts;
 use request::{Event, Failure, Request};
 use running::Running;
+
+/// Contexts of full length that are kept in memory where nothing else is said.
+pub const DEFAULT_CONTEXTS: usize = 16;
 
 /// How the engine works.
 #[derive(Debug, Clone, Copy)]
@@ -39,8 +42,8 @@ pub struct Settings {
     pub max_queue: usize,
     /// Tokens of prompts in one step, so that other completions go on meanwhile.
     pub prefill_tokens: usize,
-    /// Tokens of all contexts, those kept for later included.
-    pub cache_tokens: usize,
+    /// Tokens of all contexts, those kept for later included; [`DEFAULT_CONTEXTS`] of full length when absent.
+    pub cache_tokens: Option<usize>,
     /// Whether contexts are kept for prompts that begin alike.
     pub prefix_cache: bool,
     /// Whether tokens are guessed.
@@ -158,16 +161,34 @@ impl Handle {
     }
 }
 
-/// Starts the engine's thread; it ends when all handles are gone.
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError<E: std::error::Error> {
+    /// The system has no thread.
+    #[error("starting the engine's thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The model.
+    #[error(transparent)]
+    Load(E),
+    /// Out of memory above all: tch raises libtorch's failures as panics, and their message has been printed.
+    #[error("the model could not be loaded")]
+    Panicked,
+}
+
+/// Starts the engine's thread, which loads the model; it ends when all handles are gone. The model's shape comes back.
+///
+/// libtorch's helpers belong to the thread that they were first asked for by: where another one loaded the model, there
+/// would be two sets of them for the same cores, and each would sleep between operations to make room for the other.
 ///
 /// # Errors
-/// Where the system has no thread.
-pub fn start(
-    decoder: Decoder,
+/// See [`StartError`].
+pub fn start<E: std::error::Error + Send + 'static>(
+    load: impl FnOnce() -> Result<Decoder, E> + Send + 'static,
     tokenizer: Arc<Tokenizer>,
     settings: Settings,
-) -> std::io::Result<(Handle, JoinHandle<()>)> {
+) -> Result<(Handle, ModelConfig), StartError<E>> {
     let (sender, receiver) = channel();
+    let (tell_loaded, loaded) = channel();
     let gauges = Arc::new(Gauges::default());
     let handle = Handle {
         sender,
@@ -177,6 +198,13 @@ pub fn start(
         max_queue: settings.max_queue,
     };
     let run = move || {
+        let decoder = match load() {
+            Ok(decoder) => decoder,
+            Err(error) => return drop(tell_loaded.send(Err(error))),
+        };
+        if tell_loaded.send(Ok(decoder.config().clone())).is_err() {
+            return;
+        }
         let engine = Engine {
             contexts: Contexts::new(settings, decoder.config().max_positions as usize),
             adapters: HashMap::new(),
@@ -190,8 +218,12 @@ pub fn start(
         };
         engine.run();
     };
-    let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(run)?;
-    Ok((handle, thread))
+    std::thread::Builder::new().name("engine".to_owned()).spawn(run)?;
+    match loaded.recv() {
+        Ok(Ok(config)) => Ok((handle, config)),
+        Ok(Err(error)) => Err(StartError::Load(error)),
+        Err(_) => Err(StartError::Panicked),
+    }
 }
 
 struct Engine {
