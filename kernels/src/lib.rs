@@ -19,6 +19,8 @@ pub mod optim;
 pub mod quant;
 /// Products of a few rows with a large matrix, quantised or not.
 pub mod few_rows;
+/// Attention of a few new tokens over those that came before.
+pub mod cached_attention;
 
 mod ffi;
 

@@ -5,7 +5,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 16] = [
+const SOURCES: [&str; 18] = [
     "csrc/core.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/attention_cpu.cpp",
@@ -22,6 +22,8 @@ const SOURCES: [&str; 16] = [
     "csrc/quant_cpu.cpp",
     "csrc/few_rows.cpp",
     "csrc/few_rows_cpu.cpp",
+    "csrc/cached_attention.cpp",
+    "csrc/cached_attention_cpu.cpp",
 ];
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
@@ -37,7 +39,7 @@ const KERNELS: [&str; 8] = [
     "csrc/quant_adamw.cu",
 ];
 const NO_KERNELS: [&str; 2] = ["csrc/fused_no_cuda.cpp", "csrc/quant_no_cuda.cpp"];
-const HEADERS: [&str; 15] = [
+const HEADERS: [&str; 16] = [
     "csrc/capi.h",
     "csrc/guard.h",
     "csrc/simd.h",
@@ -52,6 +54,7 @@ const HEADERS: [&str; 15] = [
     "csrc/quant.h",
     "csrc/quant_simd.h",
     "csrc/few_rows.h",
+    "csrc/cached_attention.h",
     "csrc/quant_device.cuh",
 ];
 /// A100 and H100, and PTX for what comes after.

@@ -102,6 +102,20 @@ int tf_attention_cpu(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, int c
 enum { TF_ATTENTION_OWN = 100 };
 int tf_attention_backend(tf_tensor q_bhtc, tf_tensor k_bksc, tf_tensor v_bksc, double dropout, int *backend);
 
+/* Attention of a few new tokens over the keys and values of their sequences, on a CPU: qkv `[N, (H + 2K) C]` holds of
+ * each token all queries, its keys and its values; those are added to the caches `[K, S, C]`, which hold `cached`
+ * tokens. `*out` is `[N, H C]`, of which the rows of the runs are written, or null where this CPU or this shape does not
+ * suit. Not differentiable. */
+struct tf_cached_run {
+  tf_tensor k;
+  tf_tensor v;
+  int64_t cached;
+  int64_t first;  /* row of its first token */
+  int64_t tokens;
+};
+int tf_cached_attention(tf_tensor qkv, int64_t heads, int64_t kv_heads, const struct tf_cached_run *runs, size_t len,
+                        tf_tensor *out);
+
 /* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
 int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
 

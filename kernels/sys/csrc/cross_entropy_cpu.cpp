@@ -58,26 +58,8 @@ void row_plain(T *row, int64_t vocab, int64_t target, float *loss, float *) {
 }
 
 #if SIMD_AVX512
+using simd::exp16;
 using simd::Lanes;
-
-// exp(x) for x <= 0, relative error 1e-7; NaN passes (max returns its second operand).
-SIMD_INLINE __m512 exp16(__m512 x) {
-  // Below -104 it is 0 in fp32.
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // x - whole * ln 2, whose second half fp32 does not hold.
-  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693147182f), x);
-  r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-1.90465421e-9f), r);
-  // exp(r) = 1 + r + r^2 q(r) on [-ln(2)/2, ln(2)/2], relative error 4e-9 before rounding.
-  __m512 q = _mm512_set1_ps(0.00138145405f);
-  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.00836874545f));
-  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.0416683890f));
-  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.166665211f));
-  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.499999940f));
-  const __m512 e = _mm512_fmadd_ps(_mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f)), r, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(e, whole);
-}
 
 // Steps of four vectors at least, so that their maxima and sums do not wait for one another.
 template <typename T>

@@ -19,8 +19,6 @@ constexpr int64_t kColumns = 512; // columns of them at once: at most 16 KB
 constexpr int64_t kRows = 3;      // rows of x whose sums fit the registers beside one another
 constexpr float kInt8Step = 0.007874015718698502f;  // 1 / 127, as bitsandbytes spells it
 
-// Sums that are to stay in registers need loops without an index.
-#define FEW_ROWS_UNROLL _Pragma("GCC unroll 8")
 #define FEW_ROWS_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 // 16 partial sums of each output and row, between the pieces.
@@ -88,55 +86,57 @@ const T *piece(const few_rows_product &p, int64_t at, int64_t len, T *scratch) {
   return scratch;
 }
 
-// Adds columns of ROWS rows of x, `stride` apart: whole vectors of 16, then what is left.
+// Adds columns of ROWS rows of x, `stride` apart, to what the first ones begin: whole vectors of 16, then what is left.
 template <int ROWS>
-SIMD_TARGET void add(const float *const *w, const float *x, int64_t stride, int64_t len, Sums &sums) {
+SIMD_TARGET void add(const float *const *w, const float *x, int64_t stride, int64_t len, bool is_first, Sums &sums) {
   __m512 total[kOutputs][ROWS];
-  FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r)
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_loadu_ps(sums.lanes[r][n]);
+  SIMD_UNROLL for (int r = 0; r < kOutputs; ++r)
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n)
+      total[r][n] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums.lanes[r][n]);
   const auto step = [&](int64_t i, __mmask16 mask) __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline)) {
     __m512 values[ROWS];
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) values[n] = _mm512_maskz_loadu_ps(mask, x + n * stride + i);
-    FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r) {
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n) values[n] = _mm512_maskz_loadu_ps(mask, x + n * stride + i);
+    SIMD_UNROLL for (int r = 0; r < kOutputs; ++r) {
       const __m512 weights = _mm512_maskz_loadu_ps(mask, w[r] + i);
-      FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_fmadd_ps(weights, values[n], total[r][n]);
+      SIMD_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_fmadd_ps(weights, values[n], total[r][n]);
     }
   };
   int64_t i = 0;
   for (; i + 16 <= len; i += 16) step(i, 0xffff);
   if (i < len) step(i, simd::mask16(len - i));
-  FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r)
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) _mm512_storeu_ps(sums.lanes[r][n], total[r][n]);
+  SIMD_UNROLL for (int r = 0; r < kOutputs; ++r)
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n) _mm512_storeu_ps(sums.lanes[r][n], total[r][n]);
 }
 
 // The same in bf16: 16 sums of 32 products.
 template <int ROWS>
 FEW_ROWS_BF16_TARGET void add(const c10::BFloat16 *const *w, const c10::BFloat16 *x, int64_t stride, int64_t len,
-                              Sums &sums) {
+                              bool is_first, Sums &sums) {
   __m512 total[kOutputs][ROWS];
-  FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r)
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_loadu_ps(sums.lanes[r][n]);
+  SIMD_UNROLL for (int r = 0; r < kOutputs; ++r)
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n)
+      total[r][n] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums.lanes[r][n]);
   const auto step = [&](int64_t i, __mmask32 mask) __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline)) {
     __m512bh values[ROWS];
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) values[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + n * stride + i);
-    FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r) {
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n) values[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + n * stride + i);
+    SIMD_UNROLL for (int r = 0; r < kOutputs; ++r) {
       const auto weights = (__m512bh)_mm512_maskz_loadu_epi16(mask, w[r] + i);
-      FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], weights, values[n]);
+      SIMD_UNROLL for (int n = 0; n < ROWS; ++n) total[r][n] = _mm512_dpbf16_ps(total[r][n], weights, values[n]);
     }
   };
   int64_t i = 0;
   for (; i + 32 <= len; i += 32) step(i, 0xffffffffu);
   if (i < len) step(i, (1u << (len - i)) - 1);
-  FEW_ROWS_UNROLL for (int r = 0; r < kOutputs; ++r)
-    FEW_ROWS_UNROLL for (int n = 0; n < ROWS; ++n) _mm512_storeu_ps(sums.lanes[r][n], total[r][n]);
+  SIMD_UNROLL for (int r = 0; r < kOutputs; ++r)
+    SIMD_UNROLL for (int n = 0; n < ROWS; ++n) _mm512_storeu_ps(sums.lanes[r][n], total[r][n]);
 }
 
-SIMD_TARGET float sum16(const float *lanes) { return _mm512_reduce_add_ps(_mm512_loadu_ps(lanes)); }
+SIMD_INLINE float sum16(const float *lanes) { return _mm512_reduce_add_ps(_mm512_loadu_ps(lanes)); }
 
 // Outputs `first` to `end` of all rows. The rows of one pass lie apart, so that each is the head of a stream that memory
 // is read by in order, far from the others: neighbours would share pages, and the hardware reads no further ahead.
 template <typename T>
-void run(const few_rows_product &p, int64_t first, int64_t end) {
+SIMD_TARGET void run(const few_rows_product &p, int64_t first, int64_t end) {
   const auto *x = static_cast<const T *>(p.x);
   const auto *biases = static_cast<const T *>(p.bias);
   std::vector<T> scratch(kOutputs * kColumns);
@@ -145,7 +145,6 @@ void run(const few_rows_product &p, int64_t first, int64_t end) {
   for (int64_t pass = 0; pass < passes; ++pass) {
     // Behind the last row it is read again, for nothing.
     const auto output = [&](int64_t r) { return std::min(first + r * passes + pass, end - 1); };
-    std::fill(sums.begin(), sums.end(), Sums{});
     for (int64_t column = 0; column < p.columns; column += kColumns) {
       const int64_t len = std::min(kColumns, p.columns - column);
       const T *pieces[kOutputs];
@@ -155,9 +154,9 @@ void run(const few_rows_product &p, int64_t first, int64_t end) {
         const T *from = x + row * p.columns + column;
         Sums &into = sums[row / kRows];
         switch (std::min(kRows, p.rows - row)) {
-          case 1: add<1>(pieces, from, p.columns, len, into); break;
-          case 2: add<2>(pieces, from, p.columns, len, into); break;
-          default: add<3>(pieces, from, p.columns, len, into); break;
+          case 1: add<1>(pieces, from, p.columns, len, column == 0, into); break;
+          case 2: add<2>(pieces, from, p.columns, len, column == 0, into); break;
+          default: add<3>(pieces, from, p.columns, len, column == 0, into); break;
         }
       }
     }

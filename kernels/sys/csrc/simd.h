@@ -17,6 +17,8 @@ namespace simd {
 bool has_avx512();
 
 #if SIMD_AVX512
+// Values that are to stay in registers need loops without an index.
+#define SIMD_UNROLL _Pragma("GCC unroll 8")
 #define SIMD_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
 // Always inlined: the development profile compiles with -O1, which would call them.
 #define SIMD_INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline)) inline
@@ -37,6 +39,25 @@ SIMD_INLINE __m512 load16(const c10::BFloat16 *p, int64_t len) {
 SIMD_INLINE void store16(float *p, int64_t len, __m512 value) { _mm512_mask_storeu_ps(p, mask16(len), value); }
 SIMD_INLINE void store16(c10::BFloat16 *p, int64_t len, __m512 value) {
   _mm256_mask_storeu_epi16(p, mask16(len), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(value), 16)));
+}
+
+// exp(x) for x <= 0, relative error 1e-7; NaN passes (max returns its second operand).
+SIMD_INLINE __m512 exp16(__m512 x) {
+  // Below -104 it is 0 in fp32.
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // x - whole * ln 2, whose second half fp32 does not hold.
+  __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693147182f), x);
+  r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-1.90465421e-9f), r);
+  // exp(r) = 1 + r + r^2 q(r) on [-ln(2)/2, ln(2)/2], relative error 4e-9 before rounding.
+  __m512 q = _mm512_set1_ps(0.00138145405f);
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.00836874545f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.0416683890f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.166665211f));
+  q = _mm512_fmadd_ps(q, r, _mm512_set1_ps(0.499999940f));
+  const __m512 e = _mm512_fmadd_ps(_mm512_fmadd_ps(q, r, _mm512_set1_ps(1.0f)), r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(e, whole);
 }
 
 // As many elements as fill a register, widened; the first `len` where there are fewer. For loops to which

@@ -46,6 +46,15 @@ pub struct tf_nested_scales {
 }
 
 #[repr(C)]
+pub struct tf_cached_run {
+    pub k: tf_tensor,
+    pub v: tf_tensor,
+    pub cached: i64,
+    pub first: i64,
+    pub tokens: i64,
+}
+
+#[repr(C)]
 pub struct tf_held_matrix {
     pub held: c_int,
     pub outputs: i64,
@@ -143,6 +152,14 @@ unsafe extern "C" {
     pub fn tf_dequantize_int8_rows(codes: tf_tensor, scales: tf_tensor, out: tf_tensor) -> c_int;
     pub fn tf_dynamic_code(is_signed: c_int, table: *mut tf_tensor) -> c_int;
     pub fn tf_adamw_8bit(state: *const tf_adamw_8bit_state, step: i64, options: *const tf_adamw) -> c_int;
+    pub fn tf_cached_attention(
+        qkv: tf_tensor,
+        heads: i64,
+        kv_heads: i64,
+        runs: *const tf_cached_run,
+        len: usize,
+        out: *mut tf_tensor,
+    ) -> c_int;
     pub fn tf_few_rows(
         x: tf_tensor,
         matrix: *const tf_held_matrix,

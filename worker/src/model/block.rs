@@ -1,7 +1,8 @@
 //! One transformer block of the GPTBigCode family:
 //! `x + attention(ln_1(x))`, then `x + mlp(ln_2(x))`.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
+use tunefleet_kernels::cached_attention;
 use tunefleet_proto::model::{Activation, ModelConfig};
 
 use super::documents::Documents;
@@ -29,6 +30,9 @@ pub struct BlockShape {
 pub const PARAMETERS: usize = 12;
 /// The first of them, the weights of linears.
 pub const LINEARS: usize = 4;
+
+/// New tokens of one sequence that a kernel attends for without products; more are worth products.
+const FEW_TOKENS: i64 = 16;
 
 /// A block's weights.
 pub struct BlockParams<'a> {
@@ -203,18 +207,34 @@ impl KvCache {
 }
 
 impl Run<'_> {
-    /// What the run's queries `[1, H, T, C]` find among all keys and values of its sequence, the new ones included.
+    /// What the run's queries `[1, H, T, C]` find among all keys and values of its sequence, the new ones included, for
+    /// which there is room.
     fn attention(&mut self, q_1htc: &Tensor, k_1ktc: &Tensor, v_1ktc: &Tensor) -> Tensor {
         let Run { cache, cached_tokens, tokens } = self;
         let (cached, tokens) = (*cached_tokens, *tokens);
         let seen = cached + tokens;
-        cache.reserve(seen);
         cache.k_ksc.narrow(1, cached, tokens).copy_(&k_1ktc.squeeze_dim(0));
         cache.v_ksc.narrow(1, cached, tokens).copy_(&v_1ktc.squeeze_dim(0));
         if cached == 0 && tokens > 1 {
             return attention(q_1htc, k_1ktc, v_1ktc, true, 0.0);
         }
         let (k_ksc, v_ksc) = (cache.k_ksc.narrow(1, 0, seen), cache.v_ksc.narrow(1, 0, seen));
+        if tokens > 1 && q_1htc.device() == Device::Cpu {
+            // Minus infinity for what comes later, 0 for the rest.
+            let mask_ts = Tensor::full([tokens, seen], f64::NEG_INFINITY, (q_1htc.kind(), Device::Cpu))
+                .triu(cached + 1);
+            let (k, v) = (k_ksc.unsqueeze(0), v_ksc.unsqueeze(0));
+            return Tensor::scaled_dot_product_attention(
+                q_1htc,
+                &k,
+                &v,
+                Some(&mask_ts),
+                0.0,
+                false,
+                None,
+                true,
+            );
+        }
         let (heads, head_dim, kv_heads) = (q_1htc.size()[1], q_1htc.size()[3], k_ksc.size()[0]);
         let group = heads / kv_heads;
         // Query heads that share keys are rows of one product: nothing is repeated for each of them.
@@ -252,24 +272,71 @@ pub fn forward(shape: &BlockShape, params: &BlockParams<'_>, x_btd: &Tensor, sig
 /// Splits the fused projection (all query heads, then keys, then values) and attends.
 fn attend(shape: &BlockShape, qkv: &Tensor, sight: Sight<'_>) -> Tensor {
     let (batch, tokens) = (qkv.size()[0], qkv.size()[1]);
-    let kv_width = shape.kv_heads * shape.head_dim;
-    let heads = |x: &Tensor, count: i64| x.view([batch, tokens, count, shape.head_dim]).transpose(1, 2);
-    let q_bhtc = heads(&qkv.narrow(2, 0, shape.hidden).contiguous(), shape.heads);
-    let k_bktc = heads(&qkv.narrow(2, shape.hidden, kv_width).contiguous(), shape.kv_heads);
-    let v_bktc = heads(&qkv.narrow(2, shape.hidden + kv_width, kv_width).contiguous(), shape.kv_heads);
     let attended_bhtc = match sight {
-        Sight::Row => attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout),
-        Sight::Document(documents) => documents.attention(&q_bhtc, &k_bktc, &v_bktc, shape.attention_dropout),
-        Sight::Cached(runs) => {
-            let mut first = 0;
-            let attended = runs.iter_mut().map(|run| {
-                let of_run = |x: &Tensor| x.narrow(2, first, run.tokens);
-                let (q, k, v) = (of_run(&q_bhtc), of_run(&k_bktc), of_run(&v_bktc));
-                first += run.tokens;
-                run.attention(&q, &k, &v)
-            });
-            Tensor::cat(&attended.collect::<Vec<_>>(), 2)
+        Sight::Row => {
+            let [q_bhtc, k_bktc, v_bktc] = split(shape, qkv);
+            attention(&q_bhtc, &k_bktc, &v_bktc, true, shape.attention_dropout)
         }
+        Sight::Document(documents) => {
+            let [q_bhtc, k_bktc, v_bktc] = split(shape, qkv);
+            documents.attention(&q_bhtc, &k_bktc, &v_bktc, shape.attention_dropout)
+        }
+        Sight::Cached(runs) => return attend_cached(shape, qkv, runs),
     };
     attended_bhtc.transpose(1, 2).reshape([batch, tokens, shape.hidden])
+}
+
+/// Queries `[B, H, T, C]`, keys and values `[B, K, T, C]`.
+fn split(shape: &BlockShape, qkv: &Tensor) -> [Tensor; 3] {
+    let (batch, tokens) = (qkv.size()[0], qkv.size()[1]);
+    let kv_width = shape.kv_heads * shape.head_dim;
+    let heads = |first: i64, width: i64, count: i64| {
+        let part = qkv.narrow(2, first, width).contiguous();
+        part.view([batch, tokens, count, shape.head_dim]).transpose(1, 2)
+    };
+    [
+        heads(0, shape.hidden, shape.heads),
+        heads(shape.hidden, kv_width, shape.kv_heads),
+        heads(shape.hidden + kv_width, kv_width, shape.kv_heads),
+    ]
+}
+
+/// Runs of few tokens in one call where there is a kernel for them, others one by one: `[1, T, D]`.
+fn attend_cached(shape: &BlockShape, qkv_1tf: &Tensor, runs: &mut [Run<'_>]) -> Tensor {
+    let mut firsts = Vec::with_capacity(runs.len());
+    let mut rows = 0;
+    for run in &mut *runs {
+        run.cache.reserve(run.cached_tokens + run.tokens);
+        firsts.push(rows);
+        rows += run.tokens;
+    }
+    let few = runs.iter().zip(&firsts).filter(|(run, _)| run.tokens <= FEW_TOKENS);
+    let few: Vec<_> = few
+        .map(|(run, first)| cached_attention::Run {
+            k_ksc: &run.cache.k_ksc,
+            v_ksc: &run.cache.v_ksc,
+            cached: run.cached_tokens,
+            first: *first,
+            tokens: run.tokens,
+        })
+        .collect();
+    let qkv_tf = qkv_1tf.squeeze_dim(0);
+    let attended = match few.is_empty() {
+        true => None,
+        false => cached_attention::attend(&qkv_tf, shape.heads, shape.kv_heads, &few)
+            .unwrap_or_else(|error| panic!("{error}")),
+    };
+    let is_done = |run: &Run<'_>| attended.is_some() && run.tokens <= FEW_TOKENS;
+    let out_td = attended.as_ref().map_or_else(
+        || Tensor::empty([rows, shape.hidden], (qkv_1tf.kind(), qkv_1tf.device())),
+        Tensor::shallow_clone,
+    );
+    for (run, first) in runs.iter_mut().zip(firsts).filter(|(run, _)| !is_done(run)) {
+        let tokens = run.tokens;
+        let [q, k, v] = split(shape, &qkv_1tf.narrow(1, first, tokens));
+        let attended_1htc = run.attention(&q, &k, &v);
+        let attended_td = attended_1htc.transpose(1, 2).reshape([tokens, shape.hidden]);
+        out_td.narrow(0, first, tokens).copy_(&attended_td);
+    }
+    out_td.unsqueeze(0)
 }
