@@ -23,6 +23,7 @@ mod parity;
 mod qlora;
 mod adapter_parity;
 mod serve;
+mod serve_parity;
 mod torch_bin;
 mod hub;
 mod hub_tls;
