@@ -1,4 +1,5 @@
 //! What products of a few rows with a large matrix take beside libtorch's, as a table: `scripts/bench` runs it.
+#![forbid(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "a table is what it is for")]
 
 use std::time::Instant;
@@ -10,6 +11,7 @@ use tunefleet_kernels::quant::{self, Code4, FourBit, Nested};
 const OUTPUTS: i64 = 49_152;
 const INPUTS: i64 = 2_048;
 const REPEATS: usize = 9;
+const FITS: &str = "tensors of one shape";
 
 /// Median seconds of `run`.
 fn seconds(mut run: impl FnMut()) -> f64 {
@@ -26,7 +28,7 @@ fn seconds(mut run: impl FnMut()) -> f64 {
 }
 
 fn row(name: &str, rows: i64, bytes: f64, x: &Tensor, matrix: &Matrix<'_>, peer: Option<&Tensor>) {
-    let ours = seconds(|| drop(few_rows::linear(x, matrix, None).unwrap().expect("a CPU with AVX-512")));
+    let ours = seconds(|| drop(few_rows::linear(x, matrix, None).expect(FITS).expect("a CPU with AVX-512")));
     let theirs = peer.map(|weight| seconds(|| drop(x.linear(weight, None::<&Tensor>))));
     println!(
         "| {name} | {rows} | {:.2} | {} | {} | {:.1} |",
@@ -43,10 +45,10 @@ fn main() {
     let narrow = weight.to_kind(Kind::BFloat16);
     let codes8 = Tensor::zeros([OUTPUTS, INPUTS], (Kind::Int8, cpu));
     let row_scales = Tensor::zeros([OUTPUTS], (Kind::Float, cpu));
-    quant::quantize_int8_rows(&weight, &codes8, &row_scales).unwrap();
+    quant::quantize_int8_rows(&weight, &codes8, &row_scales).expect(FITS);
     let (len, block) = (OUTPUTS * INPUTS, 64);
     let bytes = |len: i64| Tensor::zeros([len], (Kind::Uint8, cpu));
-    let code8 = quant::dynamic_code(true, cpu).unwrap();
+    let code8 = quant::dynamic_code(true, cpu).expect(FITS);
     let (codes4, scale_codes) = (bytes(len / 2), bytes(len / block));
     let absmax = Tensor::zeros([quant::blocks(len / block, 256)], (Kind::Float, cpu));
     let offset = Tensor::zeros([1], (Kind::Float, cpu));
@@ -57,7 +59,7 @@ fn main() {
         absmax: &absmax,
         nested: Some(Nested { codes: &scale_codes, code8: &code8, offset: &offset }),
     };
-    quant::quantize_4bit(&weight, &parts).unwrap();
+    quant::quantize_4bit(&weight, &parts).expect(FITS);
     println!(
         "| {OUTPUTS} x {INPUTS}, held as | rows | ours, ms | libtorch, ms | ratio | GB/s of the matrix |"
     );

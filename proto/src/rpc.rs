@@ -156,8 +156,8 @@ pub fn ranks_server<S: ranks_server::Ranks>(service: S) -> ranks_server::RanksSe
 
 impl Stage {
     /// All stages, in order.
-    pub const ALL: [Stage; 5] =
-        [Stage::Collect, Stage::Tokenizer, Stage::InitModel, Stage::Train, Stage::Export];
+    pub const ALL: [Stage; 6] =
+        [Stage::Collect, Stage::Tokenizer, Stage::InitModel, Stage::Train, Stage::Export, Stage::Serve];
 
     /// Name on screen and in files.
     pub fn name(self) -> &'static str {
@@ -168,6 +168,7 @@ impl Stage {
             Stage::InitModel => "init-model",
             Stage::Train => "train",
             Stage::Export => "export",
+            Stage::Serve => "serve",
         }
     }
 }

@@ -236,7 +236,10 @@ impl Entry {
         match &mut body {
             Body::Stage(changed) => {
                 let began = std::mem::replace(&mut record.stage_began_unix_ms, now.unix_ms);
-                changed.output = stage::output_dir(&self.spec, changed.stage()).display().to_string();
+                changed.output = match (&self.spec.serve, changed.stage()) {
+                    (Some(serve), Stage::Serve) => format!("http://{}", serve.listen),
+                    _ => stage::output_dir(&self.spec, changed.stage()).display().to_string(),
+                };
                 changed.seconds = now.unix_ms.saturating_sub(began) as f64 / 1000.0;
                 if changed.stage() == Stage::Train {
                     record.train_began_unix_ms.get_or_insert(now.unix_ms);

@@ -477,7 +477,9 @@ impl Job {
             }
             Phase::Running(task) => {
                 let (stage, workers) = (task.stage(), task.workers());
-                if checkpoint && stage == Stage::Train && task.is_started() {
+                // Training saves, a server finishes what it is answering.
+                let has_end = matches!(stage, Stage::Train | Stage::Serve);
+                if checkpoint && has_end && task.is_started() {
                     self.stopping = Some(Stopping::Checkpoint);
                     return vec![Effect::StopAtCheckpoint { stage, workers }];
                 }

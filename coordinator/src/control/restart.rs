@@ -87,6 +87,11 @@ fn is_strike(kind: FailureKind) -> bool {
 }
 
 impl Restarts {
+    /// What failed so far counts no more: it went well for long enough since.
+    pub fn forget(&mut self) {
+        (self.counted, self.without_progress) = (0, 0);
+    }
+
     /// Takes note of a failure, and says what follows.
     pub fn decide(&mut self, spec: &RestartSpec, failed: &Failed<'_>) -> Decision {
         if let Some(words) = hopeless(failed.kind) {

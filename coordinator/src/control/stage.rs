@@ -103,6 +103,10 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
     if !is_asked_for(spec, stage) {
         return Ok(Verdict::Absent);
     }
+    if stage == Stage::Serve {
+        // Never done, and never refused for what is there.
+        return Ok(Verdict::Run { resume: false });
+    }
     let dir = output_dir(spec, stage);
     if stage == Stage::Train && continuation == Continuation::Fresh && dir.exists() {
         std::fs::remove_dir_all(&dir).map_err(io("removing", &dir))?;
@@ -169,6 +173,9 @@ fn collected_as_asked(spec: &JobSpec) -> Result<bool, Error> {
 /// # Errors
 /// [`Error::NoOutput`] when it is not there, and see [`Error`].
 pub fn record(spec: &JobSpec, stage: Stage) -> Result<(), Error> {
+    if stage == Stage::Serve {
+        return Ok(());
+    }
     if let Some(path) = missing_output(spec, stage) {
         return Err(Error::NoOutput { stage: stage.name(), path });
     }
@@ -189,7 +196,7 @@ pub fn output_dir(spec: &JobSpec, stage: Stage) -> PathBuf {
         Stage::Train => spec.checkpoints_dir(),
         Stage::Export if spec.adapter.is_some() => spec.adapter_dir(),
         Stage::Export => spec.export_dir(),
-        Stage::Unspecified => spec.output.clone(),
+        Stage::Serve | Stage::Unspecified => spec.output.clone(),
     }
 }
 
@@ -200,6 +207,7 @@ fn is_asked_for(spec: &JobSpec, stage: Stage) -> bool {
         Stage::InitModel => matches!(spec.model, ModelSpec::Init { .. }),
         Stage::Train => true,
         Stage::Export => spec.export.enabled,
+        Stage::Serve => spec.serve.is_some(),
         Stage::Unspecified => false,
     }
 }
@@ -216,7 +224,7 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
             Some(_) => return None,
             None => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
         },
-        Stage::Unspecified => return None,
+        Stage::Serve | Stage::Unspecified => return None,
     };
     if !file.is_file() {
         return Some(file);
@@ -277,7 +285,7 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
             let weights = file_digest(&spec.checkpoints_dir().join(last).join(checkpoint::MANIFEST_FILE))?;
             Ok(chain(stage, &(weights, file_digest(&tokenizer_file(spec))?, &spec.export)))
         }
-        Stage::Unspecified => Ok(String::new()),
+        Stage::Serve | Stage::Unspecified => Ok(String::new()),
     }
 }
 

@@ -26,4 +26,5 @@ mod partitions;
 mod scale;
 mod security;
 mod doctor;
+mod serving;
 mod soak;

@@ -70,6 +70,9 @@ pub enum Error {
     /// What was trained could not leave.
     #[error(transparent)]
     Export(#[from] crate::export::ExportError),
+    /// The completion server could not start, or not go on.
+    #[error(transparent)]
+    Serve(#[from] crate::serve::Error),
     /// Training failed.
     #[error(transparent)]
     Train(#[from] crate::train::Error),
@@ -99,12 +102,14 @@ impl Error {
 impl Error {
     /// What kind of thing went wrong, as far as this rank can know.
     fn kind(&self) -> FailureKind {
+        use crate::serve::Error as Failure;
         let words = self.to_string();
         let is_configuration = matches!(
             self,
             Error::Assignment(_)
                 | Error::Tokenizer(_)
                 | Error::InitModel(_)
+                | Error::Serve(Failure::Setting(_) | Failure::Adapter(_) | Failure::Tokens { .. })
                 | Error::Train(
                     train::Error::Mismatch(_) | train::Error::Gradient { .. } | train::Error::Data(_)
                 )

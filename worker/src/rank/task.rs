@@ -17,8 +17,8 @@ use crate::comm::recorder::Record;
 use crate::data::documents::Dataset;
 use crate::data::{tokenizer, train_tokenizer};
 use crate::fault::{self, Phase};
-use crate::train::{self, Outcome};
-use crate::{export, init_model, memory};
+use crate::train::{self, Host as _, Outcome};
+use crate::{export, init_model, memory, serve};
 
 /// Runs the session's assignment.
 pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
@@ -58,6 +58,10 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
         Stage::Export => {
             export::export_job(&spec)?;
             Ok(Outcome::Finished)
+        }
+        Stage::Serve => {
+            serve::run_job(&spec, device, || session.host.stop_requested())?;
+            Ok(Outcome::Stopped(spec.train.steps))
         }
         Stage::Collect | Stage::Unspecified => {
             Err(Error::Assignment(format!("a worker has no task {:?}", stage.name())))

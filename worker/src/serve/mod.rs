@@ -14,12 +14,14 @@ pub mod http;
 mod metrics;
 
 use std::collections::BTreeMap;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ::metrics::SetRecorderError;
+use clap::Parser as _;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use sha2::{Digest, Sha256};
 use tch::Device;
@@ -27,7 +29,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tunefleet_kernels::device::keep_freed_memory;
 use tunefleet_proto::base_plan::{QuantKind, Quantization};
-use tunefleet_proto::job::Precision;
+use tunefleet_proto::job::{JobSpec, MergeBase, Precision, ServeSpec};
 
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::decoder::{Decoder, LoadError};
@@ -36,6 +38,8 @@ use engine::{Settings, StartError};
 use http::Shared;
 use server::{InfillOrder, Server};
 
+/// How often a job's server looks whether the job is to stop.
+const STOP_INTERVAL: Duration = Duration::from_millis(100);
 /// Environment variable with a token that requests must bear.
 const TOKEN_VARIABLE: &str = "TUNEFLEET_SERVE_TOKEN";
 
@@ -93,6 +97,43 @@ pub struct Args {
     /// Make each completion as if it were alone, to the last bit. Slower.
     #[arg(long)]
     batch_invariant: bool,
+    /// The adapter for requests that name none; the model itself when absent.
+    #[arg(long, value_name = "NAME")]
+    default_adapter: Option<String>,
+    /// Where it computes; on the first GPU, where there is one, when absent.
+    #[arg(skip)]
+    device: Option<Device>,
+}
+
+/// `worker serve` with its defaults.
+#[derive(clap::Parser)]
+struct Defaults {
+    #[command(flatten)]
+    args: Args,
+}
+
+impl Args {
+    /// What a job serves: the merged or trained model, or the base with the adapter beside it.
+    fn of_job(spec: &JobSpec, serve: &ServeSpec, device: Device) -> Result<Self, Error> {
+        let beside = spec.adapter.is_some() && spec.export.merge == MergeBase::None;
+        let model = if beside { spec.model_dir() } else { spec.export_dir() };
+        let flags = ["serve".into(), "--model".into(), model.into_os_string()];
+        let defaults = Defaults::try_parse_from(flags).map_err(|error| Error::Setting(error.to_string()))?;
+        let name = if beside { "base".to_owned() } else { spec.name.clone() };
+        let quantize = Some(serve.quantization).filter(|of| of.kind != QuantKind::None);
+        let adapters = beside.then(|| (spec.name.clone(), spec.adapter_dir(), 1.0));
+        Ok(Args {
+            adapters: adapters.into_iter().collect(),
+            default_adapter: beside.then(|| spec.name.clone()),
+            listen: serve.listen,
+            names: vec![name],
+            token_file: serve.token_file.clone(),
+            max_batch: serve.max_batch,
+            quantize,
+            device: Some(device),
+            ..defaults.args
+        })
+    }
 }
 
 /// What can keep a server from starting.
@@ -134,12 +175,37 @@ pub enum Error {
     Metrics(#[from] SetRecorderError<PrometheusRecorder>),
 }
 
-/// Serves until it is told to end; then completions under way are finished.
+/// Serves until SIGTERM or SIGINT; then completions under way are finished.
 ///
 /// # Errors
 /// See [`Error`].
 pub fn run(args: Args) -> Result<(), Error> {
-    let tokens = tokens(&args)?;
+    serve(&args, async {
+        let mut ends = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+        let [terminate, interrupt] = &mut ends;
+        tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+        Ok(())
+    })
+}
+
+/// Serves what a job has made, until `is_over`; then completions under way are finished.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run_job(spec: &JobSpec, device: Device, is_over: impl Fn() -> bool) -> Result<(), Error> {
+    let Some(serve_spec) = &spec.serve else {
+        return Err(Error::Setting("the job asks for no server".to_owned()));
+    };
+    serve(&Args::of_job(spec, serve_spec, device)?, async {
+        while !is_over() {
+            tokio::time::sleep(STOP_INTERVAL).await;
+        }
+        Ok(())
+    })
+}
+
+fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Result<(), Error> {
+    let tokens = tokens(args)?;
     if tokens.is_empty() && !args.listen.ip().is_loopback() {
         return Err(Error::Setting(format!(
             "--listen {} is open to other machines: give --token-file, or {TOKEN_VARIABLE}, so that not everybody may ask",
@@ -157,20 +223,21 @@ pub fn run(args: Args) -> Result<(), Error> {
     metrics::describe();
     // Each step takes and frees what the one before it did.
     keep_freed_memory();
-    let server = load(&args)?;
+    let server = load(args)?;
     let address = listener.local_addr()?;
     tracing::info!(%address, model = server.model_name, "serving");
     let engine = server.engine.clone();
     let router = http::router(Shared { server: Arc::new(server), tokens: tokens.into(), metrics: rendered });
     runtime.block_on(async move {
-        let mut ends = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
-        let ended = async move {
-            let [terminate, interrupt] = &mut ends;
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
-            tracing::info!("completions under way are finished, then the server ends");
-            engine.end();
-        };
-        axum::serve(listener, router).with_graceful_shutdown(ended).await
+        let (end, told) = tokio::sync::oneshot::channel::<()>();
+        let told = async move { drop(told.await) };
+        let serving =
+            tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(told).await });
+        ended.await?;
+        tracing::info!("completions under way are finished, then the server ends");
+        engine.end();
+        drop(end);
+        serving.await.map_err(std::io::Error::other)?
     })?;
     Ok(())
 }
@@ -178,7 +245,7 @@ pub fn run(args: Args) -> Result<(), Error> {
 /// Reads model, tokenizer and adapters, and starts the engine.
 fn load(args: &Args) -> Result<Server, Error> {
     let tokenizer = Arc::new(Tokenizer::load(&args.model)?);
-    let device = Device::cuda_if_available();
+    let device = args.device.unwrap_or_else(Device::cuda_if_available);
     let numerics = Numerics::new(device, args.dtype.unwrap_or_else(|| Numerics::fast_precision(device)));
     let (dir, quantization) = (args.model.clone(), args.quantize);
     let decoder = move || match quantization {
@@ -214,10 +281,18 @@ fn load(args: &Args) -> Result<Server, Error> {
         timeout: Duration::from_secs(args.timeout_seconds.into()),
         default_new_tokens: args.default_new_tokens as usize,
         adapters: RwLock::new(BTreeMap::new()),
+        default_adapter: args.default_adapter.clone(),
         started_unix: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
     };
     for (name, dir, weight) in &args.adapters {
         server.load_adapter(name, dir, *weight)?;
+    }
+    if let Some(name) = &args.default_adapter
+        && !args.adapters.iter().any(|(known, ..)| known == name)
+    {
+        return Err(Error::Setting(format!(
+            "--default-adapter {name} is none of the adapters: add --adapter {name}=DIR"
+        )));
     }
     Ok(server)
 }

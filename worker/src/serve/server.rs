@@ -54,6 +54,8 @@ pub struct Server {
     pub default_new_tokens: usize,
     /// By name.
     pub adapters: RwLock<BTreeMap<String, Loaded>>,
+    /// For requests that name neither the model nor an adapter.
+    pub default_adapter: Option<String>,
     /// Unix time of the start.
     pub started_unix: u64,
 }
@@ -268,11 +270,12 @@ impl Server {
         Error::Unknown { name: name.to_owned(), known: self.names().join(", ") }
     }
 
-    /// The adapter of that name; the model's own name, and none, are the base.
+    /// The adapter of that name, or the one for who names none; the model's own name is the base.
     fn adapter(&self, name: Option<&str>) -> Result<Option<AdapterId>, Error> {
         let is_model =
             |name: &str| name == self.model_name || self.other_names.iter().any(|other| other == name);
-        let Some(name) = name.filter(|name| !name.is_empty() && !is_model(name)) else {
+        let name = name.filter(|name| !name.is_empty()).or(self.default_adapter.as_deref());
+        let Some(name) = name.filter(|name| !is_model(name)) else {
             return Ok(None);
         };
         let found = self.adapters.read().unwrap_or_else(PoisonError::into_inner).get(name).copied();

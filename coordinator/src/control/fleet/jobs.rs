@@ -24,6 +24,9 @@ use crate::control::store::Write;
 /// How long ranks may take to tell where they are among their collectives.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 
+/// A server that has run for so long before it failed is not one that cannot run.
+const SETTLED_SECONDS: u64 = 600;
+
 /// A job that is submitted.
 pub struct Submission {
     pub spec: JobSpec,
@@ -382,6 +385,10 @@ impl Fleet {
             self.out.writes.push(Write::Attempt(row.clone()));
         }
         let record = &mut entry.record;
+        let stage_seconds = now.unix_ms.saturating_sub(record.stage_began_unix_ms) / 1000;
+        if failure.stage() == Stage::Serve && stage_seconds >= SETTLED_SECONDS {
+            record.restarts.forget();
+        }
         let decision = record.restarts.decide(
             &entry.spec.restart,
             &restart::Failed {

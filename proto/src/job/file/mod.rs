@@ -48,6 +48,9 @@ section! {
         train: TrainFile,
         /// How the trained weights leave.
         export: ExportFile,
+        /// Answer editors with what was exported, until the job is stopped. Default: the job ends with its
+        /// export.
+        serve: ServeFile,
         /// Where ranks run.
         workers: WorkersFile,
         /// Which of several waiting jobs of a control plane gets slots first: the one with the higher
@@ -286,6 +289,23 @@ section! {
         /// Write a whole model from an `adapter` as well, `<output>/export`: `original` merges into the
         /// weights as they were, `dequantized` into what it was trained against. Default: `none`.
         merge: MergeBase,
+    }
+}
+
+section! {
+    /// The completion server that a job ends with: `worker serve` on one of its workers, started again where it fails. Of
+    /// an `adapter` that is not merged, base and adapter are served, and the adapter answers who names neither.
+    ServeFile {
+        /// Address on the worker, `IP:PORT`. Default: `127.0.0.1:8080`.
+        listen: String,
+        /// A file on the worker with tokens, one in a line, of which requests must bear one. Must be given where
+        /// `listen` is open to other machines. Default: anybody may ask.
+        token_file: String,
+        /// How the linears are held: `nf4`, `fp4`, `int8` or `none`. Default: an unmerged `adapter`'s
+        /// `quantize`, else `none`.
+        quantize: QuantKind,
+        /// Completions under way at once, 1 to 1024. Default: 16.
+        max_batch: u32,
     }
 }
 

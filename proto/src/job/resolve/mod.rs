@@ -6,6 +6,7 @@ mod sources;
 mod model;
 mod adapter;
 mod train;
+mod serve;
 mod restart;
 
 use std::fmt::Display;
@@ -57,6 +58,7 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
     let train = resolver.train(&file.train.or(TrainFile::default()), held_out, adapter.is_some());
     let workers = resolver.workers(&file.workers.or(WorkersFile::default()), train.ranks);
     let export = resolver.export(&file.export.or(ExportFile::default()), adapter.as_ref());
+    let serve = resolver.serve(&file.serve, &export, adapter.as_ref());
     let (priority, deadline_seconds) = resolver.urgency(file);
     let restart = resolver.restart(&file.restart.or(RestartFile::default()));
     Some(JobSpec {
@@ -69,6 +71,7 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         adapter,
         train,
         export,
+        serve,
         workers,
         priority,
         deadline_seconds,

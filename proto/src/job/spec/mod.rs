@@ -4,6 +4,7 @@
 mod collect;
 mod train;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,9 @@ pub struct JobSpec {
     pub train: TrainSpec,
     /// How weights leave.
     pub export: ExportSpec,
+    /// How completions are served from them.
+    #[serde(default)]
+    pub serve: Option<ServeSpec>,
     /// Where ranks run.
     pub workers: WorkersSpec,
     /// Which of several waiting jobs gets slots first: the highest, then the oldest; 0 to 100.
@@ -204,6 +208,19 @@ pub struct ExportSpec {
     pub dtype: Precision,
     /// What an adapter is merged into.
     pub merge: MergeBase,
+}
+
+/// How completions are served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServeSpec {
+    /// Address on the worker.
+    pub listen: SocketAddr,
+    /// File with tokens of which requests must bear one.
+    pub token_file: Option<PathBuf>,
+    /// How linears are held.
+    pub quantization: Quantization,
+    /// Completions under way at once.
+    pub max_batch: u16,
 }
 
 /// Where ranks run.
