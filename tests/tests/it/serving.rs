@@ -82,6 +82,10 @@ fn launch_ends_with_a_server_of_base_and_adapter_until_control_c() {
     // Who names none is answered by the adapter.
     assert_eq!(completion(port, ""), completion(port, "test"));
     assert!(completion(port, "base").is_some());
+    for name in ["base", "test", "what/it-is-called-elsewhere"] {
+        let answer = ask(port, "POST", &format!("/models/{name}"), r#"{"inputs": "fn main() {"}"#).unwrap();
+        assert!(answer.contains("generated_text"), "{name}: {answer}");
+    }
     launched.signal(Signal::SIGINT);
     let ended = launched.wait();
     assert!(ended.output.contains("test stopped"), "{}", ended.output);

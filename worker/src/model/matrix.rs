@@ -1,13 +1,12 @@
 //! The weight of a linear that is multiplied with and never trained, as it is held: dense, or in 4 or 8 bits.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tunefleet_kernels::{Error, few_rows};
 use tunefleet_proto::base_plan::{BaseTensor, Encoding, Quantization};
 
 use crate::base::encode;
 
-/// Rows for which a CPU reads the matrix as it is held; for more, libtorch's products are faster (of bf16 from half as
-/// many on).
+/// Rows for which a CPU reads the matrix as it is held; for more, libtorch's products are faster.
 const FEW_ROWS: i64 = 32;
 
 /// A matrix `[O, I]`.
@@ -41,7 +40,7 @@ impl Matrix {
         let x_ni = x.reshape([-1, size.pop().unwrap_or(1)]);
         let rows = x_ni.size()[0];
         if x.device() == Device::Cpu
-            && rows <= self.few_rows()
+            && rows <= FEW_ROWS
             && let Some(y_no) = self.times_few(&x_ni, bias_o)?
         {
             size.push(y_no.size()[1]);
@@ -55,13 +54,6 @@ impl Matrix {
                 encode::dequantize(tensor, *quantization, unit, code8, &weight_oi)?;
                 Ok(x.linear(&weight_oi, bias_o))
             }
-        }
-    }
-
-    fn few_rows(&self) -> i64 {
-        match self {
-            Matrix::Dense(weight) if weight.kind() == Kind::BFloat16 => FEW_ROWS / 2,
-            _ => FEW_ROWS,
         }
     }
 

@@ -67,7 +67,7 @@ pub struct Args {
     /// Requests that wait for a place; more are told to come again.
     #[arg(long, default_value_t = 128)]
     max_queue: u16,
-    /// Tokens of prompts that are computed in one step.
+    /// Tokens of prompts that are computed in one step; a prompt that nobody waits behind has steps of up to a second.
     #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     prefill_tokens: u32,
     /// Tokens of all contexts in memory; 16 full contexts when absent.

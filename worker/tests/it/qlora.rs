@@ -12,7 +12,8 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use tunefleet_worker::base::{Base, cache, encode};
 use tunefleet_worker::checkpoint::hugging_face;
 use tunefleet_worker::comm::{Mesh, Solo};
-use tunefleet_worker::generate::decoder::Decoder;
+use tunefleet_worker::generate::adapters::Adapter;
+use tunefleet_worker::generate::decoder::{Decoder, Piece};
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::adapter::{self, Frozen, Wiring};
 use tunefleet_worker::train::gradients::{self, Expected};
@@ -328,6 +329,41 @@ fn a_model_merged_into_the_dequantised_base_has_the_loss_of_training() {
         let original = loss(&load(None));
         assert!((original - trained).abs() > 1e-6 * trained, "{}: quantisation costs nothing", case.name);
     }
+}
+
+#[test]
+fn an_adapter_beside_a_base_that_is_served_quantised_completes_as_merged_into_what_it_was_trained_on() {
+    let mut served = 0;
+    for case in cases().iter().filter(|case| case.quantization.kind != QuantKind::None) {
+        let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
+        let base = Decoder::load_quantized(&case.model, case.quantization, numerics).unwrap();
+        // Some train more than pairs, and are refused.
+        let Ok(adapter) = Adapter::load(&case.adapter, 1.0, base.config(), numerics) else { continue };
+        let dequantized = |weight: &Tensor| {
+            let out = encode::round_trip(weight, case.quantization, Kind::Float);
+            Ok(out.map_err(tunefleet_worker::checkpoint::Error::from)?)
+        };
+        let merged =
+            Decoder::load_merged(&case.model, &case.adapter, false, Some(&dequantized), numerics).unwrap();
+        // One token at a time, all at once, and so many that the linears are dequantised for them.
+        let tokens: Vec<u32> = (0..40).map(|n| n * 7 % 50).collect();
+        for pieces in [vec![1; 40], vec![20, 20], vec![40]] {
+            let (mut beside, mut whole) = (base.context(40), merged.context(40));
+            let mut first = 0;
+            for count in pieces {
+                let shown = &tokens[first..first + count];
+                first += count;
+                let of = |decoder: &Decoder, context, adapter| {
+                    decoder.step(&mut [Piece { context, tokens: shown, logits: 1, adapter }])
+                };
+                let ours = of(&base, &mut beside, Some(&adapter));
+                let apart = largest_difference(&ours, &of(&merged, &mut whole, None));
+                assert!(apart <= 1e-4, "{}: after {first} tokens {apart:.1e} apart", case.name);
+            }
+        }
+        served += 1;
+    }
+    assert!(served >= 3 || cases().is_empty(), "{served} cases");
 }
 
 #[test]

@@ -33,6 +33,9 @@ use running::Running;
 /// Contexts of full length that are kept in memory where nothing else is said.
 pub const DEFAULT_CONTEXTS: usize = 16;
 
+/// How long a piece of a prompt may take where nobody else waits: whoever comes or goes meanwhile is noticed after it.
+const ALONE_SECONDS: f64 = 1.0;
+
 /// How the engine works.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -40,7 +43,7 @@ pub struct Settings {
     pub max_batch: usize,
     /// Requests that wait, at most.
     pub max_queue: usize,
-    /// Tokens of prompts in one step, so that other completions go on meanwhile.
+    /// Tokens of prompts in one step, so that other completions go on meanwhile; a prompt that is alone has more at once.
     pub prefill_tokens: usize,
     /// Tokens of all contexts, those kept for later included; [`DEFAULT_CONTEXTS`] of full length when absent.
     pub cache_tokens: Option<usize>,
@@ -215,6 +218,7 @@ pub fn start<E: std::error::Error + Send + 'static>(
             gauges,
             waiting: VecDeque::new(),
             running: Vec::new(),
+            alone_tokens: 0,
         };
         engine.run();
     };
@@ -236,6 +240,8 @@ struct Engine {
     contexts: Contexts,
     waiting: VecDeque<Request>,
     running: Vec<Running>,
+    /// Tokens of a prompt that take [`ALONE_SECONDS`], by the last step of many.
+    alone_tokens: usize,
 }
 
 impl Engine {
@@ -325,10 +331,13 @@ impl Engine {
             return;
         }
         let Settings { prefill_tokens, speculate, batch_invariant, .. } = self.settings;
-        let mut budget = prefill_tokens;
+        let is_alone = self.running.len() == 1 && self.waiting.is_empty() && !batch_invariant;
+        let mut budget = if is_alone { prefill_tokens.max(self.alone_tokens) } else { prefill_tokens };
+        let began = Instant::now();
         for running in &mut self.running {
             running.prepare(&mut budget, prefill_tokens, speculate && !batch_invariant, batch_invariant);
         }
+        let shown: usize = self.running.iter().map(Running::shown_tokens).sum();
         let (decoder, tokenizer) = (&self.decoder, &self.tokenizer);
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             if batch_invariant {
@@ -346,6 +355,9 @@ impl Engine {
                 first += rows;
             }
         }));
+        if shown >= prefill_tokens {
+            self.alone_tokens = (shown as f64 * ALONE_SECONDS / began.elapsed().as_secs_f64()) as usize;
+        }
         if let Err(panic) = outcome {
             let cause = crate::rank::message_of(&*panic);
             tracing::error!(%cause, "the model failed; all completions under way are given up");

@@ -125,6 +125,11 @@ impl Running {
         }
     }
 
+    /// Tokens that the next step shows.
+    pub fn shown_tokens(&self) -> usize {
+        self.shown.len()
+    }
+
     /// Rows of logits that the step gives.
     pub fn rows(&self) -> i64 {
         if self.wants_logits { self.guessed as i64 + 1 } else { 0 }

@@ -128,7 +128,11 @@ where
     Made: Future<Output = ()> + Send + 'static,
 {
     let (sender, receiver) = tokio::sync::mpsc::unbounded_channel();
-    tokio::spawn(make(sender));
+    let (gone, made) = (sender.clone(), make(sender));
+    // Who goes away is noticed at once, not with the next token.
+    tokio::spawn(async move {
+        tokio::select! { () = made => {}, () = gone.closed() => {} }
+    });
     let mut response = Sse::new(UnboundedReceiverStream::new(receiver)).into_response();
     // Proxies shall not gather what is to be seen at once.
     response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));

@@ -2,7 +2,7 @@
 //! `huggingface_hub.InferenceClient` use them.
 
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -145,12 +145,19 @@ fn body(inputs: &str, parameters: &Parameters, seed: u64, whole: &Whole) -> Valu
     body
 }
 
-/// `POST /` and `/models/...`: a list with one answer, or a stream.
-pub async fn compatible(State(shared): State<Shared>, body: Bytes) -> Response {
-    let parsed: Body = match parse(&body) {
+/// `POST /` and `/models/NAME`: a list with one answer, or a stream. A name that is no adapter's is the model's: clients
+/// put in what it is called elsewhere.
+pub async fn compatible(State(shared): State<Shared>, name: Option<Path<String>>, body: Bytes) -> Response {
+    let mut parsed: Body = match parse(&body) {
         Ok(parsed) => parsed,
         Err(refusal) => return refusal.in_dialect(DIALECT),
     };
+    if let Some(Path(name)) = name
+        && parsed.parameters.adapter_id.is_none()
+        && shared.server.names().contains(&name)
+    {
+        parsed.parameters.adapter_id = Some(name);
+    }
     if parsed.stream {
         return streamed(&shared, parsed);
     }
