@@ -14,7 +14,7 @@ from pathlib import Path
 from fixture_dir import once
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, ROWS, LENGTH = 200, 8, 128
+STEPS, ROWS, LENGTH = 150, 8, 128
 PROMPTS, NEW = 100, 24
 SPECIAL = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 

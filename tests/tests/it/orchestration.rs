@@ -350,6 +350,8 @@ mod long {
             "{kills} kills: steps take {:.1} ms (p90 {:.1}), without kills {:.1} ms (p90 {:.1})",
             p50.0, p90.0, p50.1, p90.1
         );
-        assert!(p50.0 < 1.1 * p50.1, "{p50:?}");
+        // In a second or two of steps, starting ten coordinators takes its share of few cores.
+        let most = if is_sample { 1.5 } else { 1.1 };
+        assert!(p50.0 < most * p50.1, "{p50:?}");
     }
 }
