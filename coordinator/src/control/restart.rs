@@ -89,7 +89,7 @@ fn is_strike(kind: FailureKind) -> bool {
 impl Restarts {
     /// What failed so far counts no more: it went well for long enough since.
     pub fn forget(&mut self) {
-        (self.counted, self.without_progress) = (0, 0);
+        (self.counted, self.without_progress, self.preemptions_without_progress) = (0, 0, 0);
     }
 
     /// Takes note of a failure, and says what follows.

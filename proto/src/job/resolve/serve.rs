@@ -22,7 +22,7 @@ impl Resolver<'_> {
     ) -> Option<ServeSpec> {
         let At { value: file, place } = field.given()?;
         if !export.enabled {
-            self.sink.report(place, "serve needs what is exported, but export.enabled is false");
+            self.sink.report(place, "serve needs what is exported, but export.enabled is false: set it to true, or leave serve out");
         }
         let listen = self.listen(file);
         let token_file = file.token_file.given().map(|path| self.path(path));

@@ -174,7 +174,9 @@ pub enum StartError<E: std::error::Error> {
     #[error(transparent)]
     Load(E),
     /// Out of memory above all: tch raises libtorch's failures as panics, and their message has been printed.
-    #[error("the model could not be loaded")]
+    #[error(
+        "the model could not be loaded, see above; where memory is short, --quantize takes a quarter of it"
+    )]
     Panicked,
 }
 
