@@ -29,8 +29,6 @@ pub struct Decoder {
     embed: Vec<Tensor>,
     /// Output embedding in the dtype of products.
     head_vd: Tensor,
-    /// The same.
-    head: Matrix,
     blocks: Vec<Block>,
 }
 
@@ -172,8 +170,7 @@ impl Decoder {
     fn of(config: ModelConfig, embed: Vec<Tensor>, blocks: Vec<Block>, numerics: Numerics) -> Self {
         // Widened once: a token's products are too small to pay for it each time.
         let head_vd = if config.tied_head { &embed[0] } else { &embed[2] }.to_kind(numerics.product_kind);
-        let head = Matrix::Dense(head_vd.shallow_clone());
-        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, head, blocks }
+        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks }
     }
 
     /// The model's shape.
@@ -274,7 +271,10 @@ impl Decoder {
         let head = self.head();
         let last = x.index_select(1, &row(&wanted)).squeeze_dim(0).to_kind(kind);
         let h = head::norm(&head, &last, self.config.norm_epsilon).to_kind(product_kind);
-        self.head.times(&h, None).to_kind(Kind::Float).to_device(tch::Device::Cpu)
+        Matrix::Dense(self.head_vd.shallow_clone())
+            .times(&h, None)
+            .to_kind(Kind::Float)
+            .to_device(tch::Device::Cpu)
     }
 }
 
