@@ -20,6 +20,8 @@ pub mod adapter;
 pub mod base_plan;
 /// What `worker measure` is asked and answers.
 pub mod measure;
+/// What a model did with tasks, and what follows from it.
+pub mod evaluation;
 /// gRPC messages, clients and servers.
 pub mod rpc;
 /// What was looked at, for people and for scripts.

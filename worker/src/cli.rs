@@ -9,7 +9,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tunefleet_proto::findings::Findings;
 use tunefleet_proto::flags_file;
 use tunefleet_worker::data::train_tokenizer;
-use tunefleet_worker::{adapter, checkpoint, daemon, export, generate, init_model, measure, rank, serve};
+use tunefleet_worker::{
+    adapter, checkpoint, daemon, evaluate, export, generate, init_model, measure, rank, serve,
+};
 
 /// Trains, evaluates and serves code-completion models.
 #[derive(Debug, Parser)]
@@ -45,6 +47,8 @@ enum Verb {
     Export(export::Args),
     /// Reads, scales, combines, merges and compares LoRA adapters.
     Adapter(adapter::cli::Args),
+    /// Says what a model does with tasks, and with held-out files of a dataset.
+    Evaluate(evaluate::Args),
     /// Completes a prompt, or fills in its `<FILL_ME>`.
     Generate(generate::Args),
     /// Serves completions to editors over HTTP.
@@ -109,6 +113,7 @@ fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Checkpoint(args) => Ok(checkpoint::verb::run(args)?),
         Verb::Export(args) => Ok(export::run(args)?),
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
+        Verb::Evaluate(args) => Ok(evaluate::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
         Verb::Serve(args) => Ok(serve::run(args)?),
         Verb::Measure(args) => Ok(measure::run(args)?),

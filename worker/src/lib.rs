@@ -30,6 +30,8 @@ pub mod export;
 pub mod generate;
 /// `worker serve`: completions for editors.
 pub mod serve;
+/// `worker evaluate`: what a model does with tasks.
+pub mod evaluate;
 /// The node daemon: owns slots, runs ranks as child processes.
 pub mod daemon;
 /// The process of one rank: session to its daemon, task.

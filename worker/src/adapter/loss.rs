@@ -87,7 +87,7 @@ fn mean(model: &Decoder, sequences: &Sequences, request: &Request<'_>) -> Result
     let mut tokens = 0;
     for round in batches::validation(sequences, request.sequences.into(), 1, Rank::SOLE, request.device) {
         let (batch, counted) = round.map_err(|error| Error::Refused(error.to_string()))?;
-        let loss = model.loss_sum(&batch.tokens_bt, &batch.targets_bt);
+        let loss = model.loss_sum(&batch.tokens_bt, &batch.targets_bt, None);
         sum += loss.map_err(|error| Error::Refused(error.to_string()))?;
         tokens += counted;
     }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::quant;
 use tunefleet_proto::base_plan::{BasePlan, PartDtype, Quantization};
 use tunefleet_proto::model::ModelConfig;
@@ -178,6 +178,11 @@ impl Decoder {
         &self.config
     }
 
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.numerics.device
+    }
+
     /// An empty context with room for `tokens`; more is made as it is needed.
     pub fn context(&self, tokens: usize) -> Context {
         let cache = |_| KvCache::new(&self.config, self.numerics, tokens as i64);
@@ -185,7 +190,8 @@ impl Decoder {
         Context { caches, tokens: 0, max_tokens: self.config.max_positions as usize }
     }
 
-    /// Sum of the loss over counted targets, fp64 scalar on the device, of whole sequences `[B, T]`.
+    /// Sum of the loss over counted targets, fp64 scalar on the device, of whole sequences `[B, T]`, with what `adapter`
+    /// adds to the model.
     ///
     /// # Errors
     /// A target outside the vocabulary.
@@ -193,12 +199,17 @@ impl Decoder {
         &self,
         tokens_bt: &Tensor,
         targets_bt: &Tensor,
+        adapter: Option<&Adapter>,
     ) -> Result<Tensor, tunefleet_kernels::Error> {
+        let rows = tokens_bt.numel() as i64;
         tch::no_grad(|| {
             let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, Positions::From(0));
             let mut x = x.to_kind(self.numerics.product_kind);
-            for block in &self.blocks {
-                x = block::forward(&self.shape, &block.params(|_| Vec::new()), &x, Sight::Row);
+            for (at, block) in self.blocks.iter().enumerate() {
+                let pair = |linear| adapter.and_then(|adapter| adapter.pair(at, linear));
+                let params =
+                    block.params(|linear| pair(linear).map(|pair| (0, rows, pair)).into_iter().collect());
+                x = block::forward(&self.shape, &params, &x, Sight::Row);
             }
             let h = head::norm(&self.head(), &x.to_kind(self.numerics.kind), self.config.norm_epsilon);
             let h_nd = h.reshape([-1, self.config.hidden_size as i64]);

@@ -1,6 +1,20 @@
 //! From what a person types to tokens: plain text is continued, `<FILL_ME>` is filled in.
 
-use crate::data::tokenizer::{self, Tokenizer};
+use crate::data::tokenizer::{self, FimTokens, Tokenizer};
+
+/// A window's beginning moves by so many tokens at once: what is typed meanwhile finds the rest where it was.
+const ANCHOR_TOKENS: usize = 256;
+/// Of a prompt that is too long, the part after the cursor keeps this share.
+const SUFFIX_SHARE: usize = 4;
+
+/// How prompts with a hole are laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum InfillOrder {
+    /// Prefix, suffix, middle.
+    Psm,
+    /// Suffix, prefix, middle: what is typed is added at the end, and nothing before it is computed again.
+    Spm,
+}
 
 /// Marks the hole in a prompt.
 pub const FILL_ME: &str = "<FILL_ME>";
@@ -80,4 +94,32 @@ impl Prompt {
         }
         Ok(())
     }
+}
+
+/// A prompt with a hole, in at most `most` tokens: what is nearest to the hole stays.
+///
+/// # Errors
+/// A vocabulary without the markers, or that cannot express the text.
+pub fn infill(
+    tokenizer: &Tokenizer,
+    prefix: &str,
+    suffix: &str,
+    order: InfillOrder,
+    most: usize,
+) -> Result<Vec<u32>, tokenizer::Error> {
+    let FimTokens { prefix: pre, middle: mid, suffix: suf, .. } = tokenizer.fim()?;
+    let (before, mut after) = (tokenizer.encode_document(prefix)?, tokenizer.encode_document(suffix)?);
+    let most = most.saturating_sub(3);
+    after.truncate((most / SUFFIX_SHARE).max(most.saturating_sub(before.len())));
+    let before = before.split_at(anchored(before.len(), most.saturating_sub(after.len()))).1;
+    Ok(match order {
+        InfillOrder::Psm => [&[pre][..], before, &[suf], &after, &[mid]].concat(),
+        InfillOrder::Spm => [&[pre, suf][..], &after, &[mid], before].concat(),
+    })
+}
+
+/// How many of `tokens` are left out at the beginning so that at most `most` stay: a multiple of [`ANCHOR_TOKENS`].
+pub fn anchored(tokens: usize, most: usize) -> usize {
+    let over = tokens.saturating_sub(most);
+    over.div_ceil(ANCHOR_TOKENS).saturating_mul(ANCHOR_TOKENS).min(tokens)
 }

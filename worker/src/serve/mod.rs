@@ -33,10 +33,11 @@ use tunefleet_proto::job::{JobSpec, MergeBase, Precision, ServeSpec};
 
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::decoder::{Decoder, LoadError};
+use crate::generate::prompt::InfillOrder;
 use crate::model::numerics::Numerics;
 use engine::{Settings, StartError};
 use http::Shared;
-use server::{InfillOrder, Server};
+use server::Server;
 
 /// How often a job's server looks whether the job is to stop.
 const STOP_INTERVAL: Duration = Duration::from_millis(100);
@@ -321,7 +322,7 @@ fn name_of(dir: &Path) -> String {
 }
 
 /// `nf4`, `fp4` or `int8`.
-fn parse_quantization(text: &str) -> Result<Quantization, String> {
+pub(crate) fn parse_quantization(text: &str) -> Result<Quantization, String> {
     let name = match text {
         "nf4" => "nf4-64-double",
         "fp4" => "fp4-64-double",

@@ -13,24 +13,12 @@ use super::engine::{AdapterId, Handle, Refused};
 use super::stop::{Rules, Shape};
 use crate::data::tokenizer::{self, FimTokens, Tokenizer};
 use crate::generate::adapters::Adapter;
+use crate::generate::prompt::{self, InfillOrder, anchored};
 use crate::generate::sampling::Sampling;
 use crate::model::numerics::Numerics;
 
-/// A window's beginning moves by so many tokens at once: what is typed meanwhile finds the rest where it was.
-const ANCHOR_TOKENS: usize = 256;
-/// Of a prompt that is too long, the part after the cursor keeps this share.
-const SUFFIX_SHARE: usize = 4;
 /// Most strings that end a text.
 pub const MAX_STOPS: usize = 16;
-
-/// How prompts with a hole are laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum InfillOrder {
-    /// Prefix, suffix, middle.
-    Psm,
-    /// Suffix, prefix, middle: what is typed is added at the end, and nothing before it is computed again.
-    Spm,
-}
 
 /// Everything that requests are answered from.
 pub struct Server {
@@ -313,6 +301,9 @@ impl Server {
                 "the prompt has {tokens} tokens, and there is room for {most} beside what is asked for"
             ))
         };
+        let infill = |prefix: &str, suffix: &str, order, most| {
+            prompt::infill(&self.tokenizer, prefix, suffix, order, most).map_err(|error| Error::text(&error))
+        };
         match &ask.prompt {
             Prompt::Tokens(tokens) => {
                 let rows = self.config.vocab_size;
@@ -338,7 +329,7 @@ impl Server {
                 match (tokens.len() > most, &hole) {
                     (false, _) => Ok((tokens, rules)),
                     (true, Some((prefix, suffix))) => {
-                        Ok((self.infill(prefix, suffix, InfillOrder::Psm, most)?, rules))
+                        Ok((infill(prefix, suffix, InfillOrder::Psm, most)?, rules))
                     }
                     // What is nearest to the end is kept, as TGI's `truncate` does.
                     (true, None) => Ok((tokens.split_at(anchored(tokens.len(), most)).1.to_vec(), rules)),
@@ -347,24 +338,9 @@ impl Server {
             Prompt::Between { prefix, suffix } => {
                 let shape = ask.shape.unwrap_or_else(|| Shape::of(prefix, suffix));
                 let rules = Rules::between(shape, ask.stop.clone(), prefix, suffix);
-                Ok((self.infill(prefix, suffix, self.infill_order, most)?, rules))
+                Ok((infill(prefix, suffix, self.infill_order, most)?, rules))
             }
         }
-    }
-
-    /// A prompt with a hole, with as much around it as there is room for.
-    fn infill(&self, prefix: &str, suffix: &str, order: InfillOrder, most: usize) -> Result<Vec<u32>, Error> {
-        let FimTokens { prefix: pre, middle: mid, suffix: suf, .. } =
-            self.tokenizer.fim().map_err(|error| Error::text(&error))?;
-        let encode = |text: &str| self.tokenizer.encode_document(text).map_err(|error| Error::text(&error));
-        let (before, mut after) = (encode(prefix)?, encode(suffix)?);
-        let most = most.saturating_sub(3);
-        after.truncate((most / SUFFIX_SHARE).max(most.saturating_sub(before.len())));
-        let before = before.split_at(anchored(before.len(), most.saturating_sub(after.len()))).1;
-        Ok(match order {
-            InfillOrder::Psm => [&[pre][..], before, &[suf], &after, &[mid]].concat(),
-            InfillOrder::Spm => [&[pre, suf][..], &after, &[mid], before].concat(),
-        })
     }
 
     /// What stands around the hole of a prompt that a client has laid out.
@@ -406,10 +382,4 @@ impl Answer {
             }
         }
     }
-}
-
-/// How many of `tokens` are left out at the beginning so that at most `most` stay: a multiple of [`ANCHOR_TOKENS`].
-fn anchored(tokens: usize, most: usize) -> usize {
-    let over = tokens.saturating_sub(most);
-    over.div_ceil(ANCHOR_TOKENS).saturating_mul(ANCHOR_TOKENS).min(tokens)
 }

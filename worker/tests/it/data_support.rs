@@ -73,10 +73,11 @@ impl Workshop {
 
 fn write_segment(dir: &Path, split: &str, i: usize, texts: &[String], format: SegmentFormat) -> Segment {
     let strings = |value: &str| Arc::new(StringArray::from(vec![value; texts.len()])) as ArrayRef;
+    let paths = (0..texts.len()).map(|row| format!("src/{}.rs", i * 3 + row));
     let sizes = texts.iter().map(|text| text.len() as u64).collect::<Vec<_>>();
     let batch = RecordBatch::try_from_iter_with_nullable([
         ("repo_id", strings("org/name"), false),
-        ("file_path", strings("src/lib.rs"), false),
+        ("file_path", Arc::new(StringArray::from_iter_values(paths)) as ArrayRef, false),
         ("content", Arc::new(LargeStringArray::from_iter_values(texts)) as ArrayRef, false),
         ("commit", strings(&"0".repeat(40)), false),
         ("size_bytes", Arc::new(UInt64Array::from(sizes)) as ArrayRef, false),

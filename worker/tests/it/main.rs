@@ -24,6 +24,7 @@ mod qlora;
 mod adapter_parity;
 mod serve;
 mod serve_parity;
+mod evaluate;
 mod torch_bin;
 mod hub;
 mod hub_tls;

@@ -322,8 +322,9 @@ fn a_model_merged_into_the_dequantised_base_has_the_loss_of_training() {
             Ok(out.map_err(tunefleet_worker::checkpoint::Error::from)?)
         };
         let load = |base| Decoder::load_merged(&case.model, &case.adapter, false, base, numerics).unwrap();
-        let loss =
-            |model: &Decoder| model.loss_sum(&batch.tokens_bt, &batch.targets_bt).unwrap().double_value(&[]);
+        let loss = |model: &Decoder| {
+            model.loss_sum(&batch.tokens_bt, &batch.targets_bt, None).unwrap().double_value(&[])
+        };
         let merged = loss(&load(Some(&dequantized)));
         assert!((merged - trained).abs() <= 1e-6 * trained, "{}: {merged} and {trained}", case.name);
         let original = loss(&load(None));

@@ -99,3 +99,9 @@ pub enum Failure {
     #[error("the model failed: {0}")]
     Model(String),
 }
+
+impl From<tunefleet_kernels::Error> for Failure {
+    fn from(error: tunefleet_kernels::Error) -> Self {
+        Failure::Model(error.to_string())
+    }
+}

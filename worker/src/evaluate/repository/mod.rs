@@ -1,0 +1,404 @@
+//! Held-out files of a dataset: the loss of whole files, and holes that the model fills in, judged by what stood there.
+//!
+//! files -> those that were not trained on (`contamination`) -> some of them, the same each time -> loss; holes (`holes`)
+//! -> completions -> exact match and similarity, by kind, language (`languages`) and repository
+
+/// What is left out of a file.
+pub mod holes;
+/// Files that were trained on.
+mod contamination;
+/// Languages of files.
+mod languages;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tunefleet_proto::digest_hex;
+use tunefleet_proto::evaluation::{Evaluation, FileLoss, Item, Kind};
+
+use super::Error;
+use super::log::{self, Log};
+use super::progress::Progress;
+use super::report::{self, Found, ReportArgs};
+use super::subject::{Ask, Made, Subject, SubjectArgs};
+use super::text;
+use crate::data::Split;
+use crate::data::documents::Dataset;
+use crate::generate::prompt::{InfillOrder, infill};
+use crate::generate::sampling::Sampling;
+use crate::serve::stop::Rules;
+use contamination::Seen;
+use holes::{Draws, HoleKind};
+
+/// Holes with what was made of them, inside an evaluation's directory.
+pub const HOLES_FILE: &str = "holes.jsonl";
+/// Losses of files.
+const LOSSES_FILE: &str = "losses.jsonl";
+/// Of a file, this much around a hole is kept on either side: more than any context takes.
+const AROUND_BYTES: usize = 64 << 10;
+/// Tokens of a window where the model has positions for more.
+const WINDOW_TOKENS: usize = 2048;
+/// The largest file that is looked at.
+const MAX_FILE_BYTES: usize = 1 << 20;
+
+/// Command line of `worker evaluate repo`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    subject: SubjectArgs,
+    #[command(flatten)]
+    report: ReportArgs,
+    #[command(flatten)]
+    questions: Questions,
+}
+
+/// What is asked of a model.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Questions {
+    /// A dataset, whose held-out files are what is evaluated on.
+    #[arg(long, value_name = "DIR")]
+    pub dataset: PathBuf,
+    /// Other datasets that the model was trained on: files that stand there are left out, as those of the training split
+    /// of --dataset are.
+    #[arg(long, value_name = "DIR")]
+    pub trained_on: Vec<PathBuf>,
+    /// Files whose loss is computed, at most; 0 leaves the loss out.
+    #[arg(long, default_value_t = 500)]
+    pub files: usize,
+    /// Holes of each kind, at most; 0 leaves them out.
+    #[arg(long, default_value_t = 100)]
+    pub holes: usize,
+    /// How prompts are laid out.
+    #[arg(long, value_enum, default_value = "spm")]
+    pub order: InfillOrder,
+    /// Tokens of a completion, at most.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Tokens of a window of a file, and of a prompt; 2048, or what the model has positions for, when absent.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(8..))]
+    pub window_tokens: Option<u32>,
+    /// Seed of the choice of files and holes.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// A held-out file.
+#[derive(Debug, Clone)]
+struct HeldOut {
+    repo_id: String,
+    file_path: String,
+    content: String,
+}
+
+/// A hole with the text around it.
+#[derive(Debug, Clone)]
+struct Hole {
+    kind: HoleKind,
+    repo_id: String,
+    file_path: String,
+    /// First byte in the file.
+    at: usize,
+    before: String,
+    truth: String,
+    after: String,
+}
+
+/// What the model is asked, the same for every model.
+#[derive(Debug)]
+pub struct Exam {
+    files: Vec<HeldOut>,
+    holes: Vec<Hole>,
+    contaminated: u64,
+    digest: String,
+}
+
+/// A hole and what was made of it, as it is kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Kind, repository, path and place.
+    pub id: String,
+    /// [`HoleKind::name`].
+    pub kind: String,
+    /// Its repository.
+    pub repository: String,
+    /// Its path there.
+    pub path: String,
+    /// The end of what stands before it.
+    pub before: String,
+    /// What stood there.
+    pub truth: String,
+    /// What the model made.
+    pub completion: String,
+    /// The beginning of what stands after it.
+    pub after: String,
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run(args: &Args) -> Result<(), Error> {
+    let exam = Exam::open(&args.questions)?;
+    let subject = Subject::load(&args.subject)?;
+    let evaluation = exam.hold(&args.questions, &subject, &args.report.out)?;
+    report::finish(&args.report, &evaluation)
+}
+
+impl Exam {
+    /// Chooses files and holes.
+    ///
+    /// # Errors
+    /// A dataset that cannot be read, or has no held-out files that were not trained on.
+    pub fn open(questions: &Questions) -> Result<Self, Error> {
+        let dataset = Dataset::open(&questions.dataset)?;
+        let mut seen = Seen::default();
+        let mut held_out = Vec::new();
+        for rows in dataset.rows(Split::Validation) {
+            let rows = rows?;
+            for row in (0..rows.len()).map(|at| rows.row(at)) {
+                if row.content.len() <= MAX_FILE_BYTES && !row.content.trim().is_empty() {
+                    seen.hold_out(row.content);
+                    held_out.push(HeldOut {
+                        repo_id: row.repo_id.to_owned(),
+                        file_path: row.file_path.to_owned(),
+                        content: row.content.to_owned(),
+                    });
+                }
+            }
+        }
+        let others =
+            questions.trained_on.iter().map(|dir| Dataset::open(dir)).collect::<Result<Vec<_>, _>>()?;
+        for trained_on in std::iter::once(&dataset).chain(&others) {
+            for rows in trained_on.rows(Split::Train) {
+                let rows = rows?;
+                (0..rows.len()).for_each(|at| seen.pass_by(rows.row(at).content));
+            }
+        }
+        let all = held_out.len();
+        let mut number = 0..;
+        held_out.retain(|_| number.next().is_some_and(|number| !seen.is_contaminated(number)));
+        let contaminated = (all - held_out.len()) as u64;
+        if held_out.is_empty() {
+            let dir = questions.dataset.display();
+            return Err(Error::Setting(match all {
+                0 => format!("{dir}: holds no held-out files: collect with a validation_fraction above 0"),
+                _ => format!("{dir}: all {all} held-out files stand in what was trained on"),
+            }));
+        }
+        let priority = |file: &HeldOut| Draws::of(questions.seed, &file.repo_id, &file.file_path).priority;
+        held_out.sort_by_key(priority);
+        let holes = choose_holes(&held_out, questions);
+        held_out.truncate(questions.files);
+        let mut exam = Exam { files: held_out, holes, contaminated, digest: String::new() };
+        exam.digest = exam.digest();
+        Ok(exam)
+    }
+
+    /// Asks a model, or goes on where an earlier start ended.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn hold(
+        &self,
+        questions: &Questions,
+        subject: &Subject,
+        out: &std::path::Path,
+    ) -> Result<Evaluation, Error> {
+        let window = questions.window_tokens.map_or(WINDOW_TOKENS, |tokens| tokens as usize);
+        let window = window.min(subject.max_tokens());
+        let protocol = self.protocol(questions, window);
+        let mut settings = protocol.clone();
+        settings.insert("tasks_digest".to_owned(), json!(self.digest));
+        settings.insert("subject".to_owned(), json!(subject.described));
+        log::begin(out, &settings)?;
+        let mut found = Found { files: self.losses(subject, window, out)?, ..Found::default() };
+        self.fill(questions, subject, window, out, &mut found)?;
+        if self.contaminated > 0 {
+            let note = "held-out files that stand in what was trained on, left out";
+            found.notes.insert(note.to_owned(), self.contaminated);
+        }
+        let described = subject.described.clone();
+        Ok(report::evaluation(Kind::Repository, described, protocol, self.digest.clone(), found))
+    }
+
+    fn protocol(&self, questions: &Questions, window: usize) -> BTreeMap<String, Value> {
+        let order = if questions.order == InfillOrder::Psm { "psm" } else { "spm" };
+        BTreeMap::from([
+            ("dataset".to_owned(), json!(questions.dataset)),
+            ("files".to_owned(), json!(self.files.len())),
+            ("holes".to_owned(), json!(self.holes.len())),
+            ("order".to_owned(), json!(order)),
+            ("max_new_tokens".to_owned(), json!(questions.max_new_tokens)),
+            ("window_tokens".to_owned(), json!(window)),
+            ("seed".to_owned(), json!(questions.seed)),
+        ])
+    }
+
+    /// Of all that is asked.
+    fn digest(&self) -> String {
+        let files = self.files.iter().map(|file| (&file.repo_id, &file.file_path, &file.content));
+        let holes = self.holes.iter().map(|hole| (hole.id(), &hole.truth));
+        let asked = json!([files.collect::<Vec<_>>(), holes.collect::<Vec<_>>()]);
+        digest_hex(asked.to_string().as_bytes())
+    }
+
+    /// Each file by itself: after the token that ends files, its own tokens, and that token again.
+    fn losses(
+        &self,
+        subject: &Subject,
+        window: usize,
+        out: &std::path::Path,
+    ) -> Result<Vec<FileLoss>, Error> {
+        let (mut log, mut losses) = Log::<FileLoss>::open(&out.join(LOSSES_FILE))?;
+        let progress = Progress::new("files", self.files.len(), losses.len());
+        for file in self.files.iter().skip(losses.len()) {
+            let eos = subject.tokenizer.eos();
+            let mut tokens = vec![eos];
+            tokens.extend(subject.tokenizer.encode_document(&file.content)?);
+            tokens.push(eos);
+            let mut loss_sum = 0.0;
+            // Windows share a token: the last of one is the first of the next, which is not predicted again.
+            for first in (0..tokens.len() - 1).step_by(window) {
+                let last = (first + window).min(tokens.len() - 1);
+                loss_sum += subject.loss_sum(tokens.get(first..=last).unwrap_or_default())?;
+            }
+            let loss = FileLoss {
+                id: format!("{}/{}", file.repo_id, file.file_path),
+                language: languages::of(&file.file_path),
+                repository: file.repo_id.clone(),
+                loss_sum,
+                tokens: (tokens.len() - 1) as u64,
+            };
+            log.append(&loss)?;
+            losses.push(loss);
+            progress.advance();
+        }
+        Ok(losses)
+    }
+
+    /// Asks for every hole that was not asked for yet.
+    fn fill(
+        &self,
+        questions: &Questions,
+        subject: &Subject,
+        window: usize,
+        out: &std::path::Path,
+        found: &mut Found,
+    ) -> Result<(), Error> {
+        let (mut log, mut filled) = Log::<Filled>::open(&out.join(HOLES_FILE))?;
+        let progress = Progress::new("holes", self.holes.len(), filled.len());
+        let new_tokens = (questions.max_new_tokens as usize).min(window / 2);
+        let mut asks = Vec::new();
+        for hole in self.holes.iter().skip(filled.len()) {
+            let most = window - new_tokens;
+            let prompt = infill(&subject.tokenizer, &hole.before, &hole.after, questions.order, most)?;
+            let stops = if hole.kind == HoleKind::SingleLine { vec!["\n".to_owned()] } else { Vec::new() };
+            let sampling = Sampling::default();
+            asks.push((
+                hole,
+                Ask { prompt, max_new_tokens: new_tokens, sampling, rules: Rules::strings(stops) },
+            ));
+        }
+        subject.complete(asks.into_iter(), |hole: &Hole, made: Made| {
+            let entry = hole.filled(&made.text);
+            log.append(&entry)?;
+            filled.push(entry);
+            progress.advance();
+            Ok(())
+        })?;
+        for (hole, entry) in self.holes.iter().zip(&filled) {
+            if entry.completion.trim().is_empty() {
+                *found.notes.entry("completions that are empty".to_owned()).or_default() += 1;
+            }
+            found.items.push(Item {
+                id: hole.id(),
+                kind: hole.kind.name().to_owned(),
+                language: languages::of(&hole.file_path),
+                repository: hole.repo_id.clone(),
+                samples: 1,
+                passed: None,
+                exact: Some(u64::from(text::is_exact(&entry.completion, &hole.truth))),
+                similarity: Some(text::similarity(&entry.completion, &hole.truth)),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Hole {
+    fn id(&self) -> String {
+        format!("{}:{}/{}:{}", self.kind.name(), self.repo_id, self.file_path, self.at)
+    }
+
+    fn filled(&self, made: &str) -> Filled {
+        let completion = match self.kind {
+            HoleKind::CallArguments => text::to_closing_bracket(made),
+            HoleKind::SingleLine | HoleKind::MultiLine | HoleKind::RandomSpan => made,
+        };
+        Filled {
+            id: self.id(),
+            kind: self.kind.name().to_owned(),
+            repository: self.repo_id.clone(),
+            path: self.file_path.clone(),
+            before: last_lines(&self.before),
+            truth: self.truth.clone(),
+            completion: completion.to_owned(),
+            after: first_lines(&self.after),
+        }
+    }
+}
+
+/// Of each kind, holes in as many different files as there are, the first files first.
+fn choose_holes(files: &[HeldOut], questions: &Questions) -> Vec<Hole> {
+    let mut holes = Vec::new();
+    for kind in HoleKind::ALL {
+        let found = files.iter().filter_map(|file| {
+            // Each kind has draws of its own, so that one more kind would change no other.
+            let mut draws =
+                Draws::of(questions.seed, kind.name(), &format!("{}/{}", file.repo_id, file.file_path));
+            let hole = holes::draw(kind, &file.content, &mut draws)?;
+            Some(Hole {
+                kind,
+                repo_id: file.repo_id.clone(),
+                file_path: file.file_path.clone(),
+                at: hole.start,
+                before: end_of(file.content.get(..hole.start)?).to_owned(),
+                truth: file.content.get(hole.clone())?.to_owned(),
+                after: beginning_of(file.content.get(hole.end..)?).to_owned(),
+            })
+        });
+        holes.extend(found.take(questions.holes));
+    }
+    holes
+}
+
+fn end_of(text: &str) -> &str {
+    let mut at = text.len().saturating_sub(AROUND_BYTES);
+    while !text.is_char_boundary(at) {
+        at += 1;
+    }
+    text.get(at..).unwrap_or(text)
+}
+
+fn beginning_of(text: &str) -> &str {
+    let mut at = text.len().min(AROUND_BYTES);
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    text.get(..at).unwrap_or(text)
+}
+
+/// For people who compare completions.
+fn last_lines(text: &str) -> String {
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().concat()
+}
+
+fn first_lines(text: &str) -> String {
+    text.split_inclusive('\n').take(SHOWN_LINES).collect()
+}
+
+/// Lines on either side of a hole that are kept for people.
+const SHOWN_LINES: usize = 12;
