@@ -81,6 +81,7 @@ async fn stream(client: &mut ControlClient, request: LogsRequest) -> Result<u8, 
 fn prefix(lines: &LogLines, colour: bool) -> String {
     let who = match lines.stage() {
         Stage::Train => lines.rank.to_string(),
+        stage if lines.rank > 0 => format!("{}-{}", stage.name(), lines.rank),
         stage => stage.name().to_owned(),
     };
     let text = format!("[{}/{who}] ", lines.worker);

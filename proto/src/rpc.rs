@@ -156,8 +156,25 @@ pub fn ranks_server<S: ranks_server::Ranks>(service: S) -> ranks_server::RanksSe
 
 impl Stage {
     /// All stages, in order.
-    pub const ALL: [Stage; 6] =
-        [Stage::Collect, Stage::Tokenizer, Stage::InitModel, Stage::Train, Stage::Export, Stage::Serve];
+    pub const ALL: [Stage; 7] = [
+        Stage::Collect,
+        Stage::Tokenizer,
+        Stage::InitModel,
+        Stage::Train,
+        Stage::Export,
+        Stage::Evaluate,
+        Stage::Serve,
+    ];
+
+    /// The one after it.
+    pub fn next(self) -> Option<Stage> {
+        Stage::ALL.into_iter().skip_while(|stage| *stage != self).nth(1)
+    }
+
+    /// Whether all ranks of the job work on it; on the others, one does.
+    pub fn has_all_ranks(self) -> bool {
+        matches!(self, Stage::Train | Stage::Evaluate)
+    }
 
     /// Name on screen and in files.
     pub fn name(self) -> &'static str {
@@ -168,6 +185,7 @@ impl Stage {
             Stage::InitModel => "init-model",
             Stage::Train => "train",
             Stage::Export => "export",
+            Stage::Evaluate => "evaluate",
             Stage::Serve => "serve",
         }
     }

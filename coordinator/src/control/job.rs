@@ -237,7 +237,7 @@ impl Job {
 
     /// Ranks of a stage's task.
     pub fn world(&self, stage: Stage) -> u32 {
-        if stage == Stage::Train { self.train_ranks } else { 1 }
+        if stage.has_all_ranks() { self.train_ranks } else { 1 }
     }
 
     /// The state as people see it.
@@ -459,7 +459,7 @@ impl Job {
     }
 
     fn next_after(&mut self, stage: Stage) -> Vec<Effect> {
-        match Stage::ALL.into_iter().find(|next| *next > stage) {
+        match stage.next() {
             Some(next) => self.inspect(next),
             None => self.finish(End::Completed),
         }

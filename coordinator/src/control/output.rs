@@ -100,7 +100,7 @@ pub fn attempt_dir(output: &Path, attempt: Attempt) -> PathBuf {
 /// In words, when the model's shape cannot be read.
 pub fn start_task(spec: &JobSpec, spec_json: &str, start: Start) -> Result<StartTask, String> {
     let Start { task, ranks, world, resume, cuda } = start;
-    let is_train = task.stage() == Stage::Train;
+    let (is_train, has_all_ranks) = (task.stage() == Stage::Train, task.stage().has_all_ranks());
     let log_dir = attempt_dir(&spec.output, Attempt(task.attempt)).display().to_string();
     Ok(StartTask {
         task: Some(task),
@@ -111,7 +111,7 @@ pub fn start_task(spec: &JobSpec, spec_json: &str, start: Start) -> Result<Start
         resume,
         log_dir,
         cuda,
-        threads: if is_train { spec.workers.threads_per_rank.unwrap_or(0) } else { 0 },
+        threads: if has_all_ranks { spec.workers.threads_per_rank.unwrap_or(0) } else { 0 },
     })
 }
 

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tunefleet_proto::evaluation::{self, EVALUATION_FILE};
 use tunefleet_proto::job::{
-    AdapterSpec, DatasetSpec, JobSpec, MergeBase, ModelSpec, Optimizer, Precision, Schedule, TokenizerSpec,
+    AdapterSpec, DatasetSpec, Exam, JobSpec, MergeBase, ModelSpec, Optimizer, Precision, Schedule,
+    TokenizerSpec,
 };
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::{Continuation, Stage};
@@ -19,6 +21,8 @@ use super::job::Verdict;
 /// Directory of the stages' records inside the job's output.
 const RECORDS_DIR: &str = "stages";
 const RECORD_VERSION: u32 = 1;
+/// Directories of a job's own evaluations: of what it trained, and of what that was before.
+const JOB_EVALUATIONS: [&str; 2] = [evaluation::TUNED, evaluation::BASE];
 /// Of a weights file, so many pieces of so many bytes are hashed, spread evenly from its beginning
 /// to its end: whole files are too large to read at every launch.
 const SAMPLES: u64 = 32;
@@ -142,6 +146,15 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
         }
         resume = true;
     }
+    if stage == Stage::Evaluate && !same {
+        // Of another model, or other questions: nothing of it is kept.
+        for of in JOB_EVALUATIONS {
+            let dir = dir.join(of);
+            if dir.exists() {
+                std::fs::remove_dir_all(&dir).map_err(io("removing", &dir))?;
+            }
+        }
+    }
     write_record(spec, stage, digest, false)?;
     Ok(Verdict::Run { resume })
 }
@@ -196,6 +209,7 @@ pub fn output_dir(spec: &JobSpec, stage: Stage) -> PathBuf {
         Stage::Train => spec.checkpoints_dir(),
         Stage::Export if spec.adapter.is_some() => spec.adapter_dir(),
         Stage::Export => spec.export_dir(),
+        Stage::Evaluate => spec.evaluations_dir(),
         Stage::Serve | Stage::Unspecified => spec.output.clone(),
     }
 }
@@ -205,11 +219,45 @@ fn is_asked_for(spec: &JobSpec, stage: Stage) -> bool {
         Stage::Collect => matches!(spec.dataset, DatasetSpec::Collect(_)),
         Stage::Tokenizer => matches!(spec.tokenizer, TokenizerSpec::Train { .. }),
         Stage::InitModel => matches!(spec.model, ModelSpec::Init { .. }),
-        Stage::Train => true,
+        Stage::Train => spec.train.steps > 0,
         Stage::Export => spec.export.enabled,
+        Stage::Evaluate => spec.evaluate.is_some(),
         Stage::Serve => spec.serve.is_some(),
         Stage::Unspecified => false,
     }
+}
+
+/// The first evaluation that was asked for and is not there.
+fn missing_evaluation(spec: &JobSpec) -> Option<PathBuf> {
+    let evaluate = spec.evaluate.as_ref()?;
+    let exams = evaluate.exams(spec.dataset_dir());
+    let [tuned, base] = JOB_EVALUATIONS;
+    let of = [tuned].into_iter().chain(evaluate.base.then_some(base));
+    let files = of.flat_map(|of| {
+        exams.iter().map(move |(name, _)| spec.evaluations_dir().join(of).join(name).join(EVALUATION_FILE))
+    });
+    files.into_iter().find(|file| !file.is_file())
+}
+
+/// What a job's evaluations follow from: its model, and what is asked.
+fn evaluated(spec: &JobSpec) -> Result<Vec<String>, Error> {
+    let mut inputs =
+        vec![serde_json::to_string(&spec.evaluate).unwrap_or_default(), model_digest(&spec.model_dir())?];
+    let adapters = spec.evaluate.as_ref().and_then(|evaluate| evaluate.adapter.clone());
+    if let Some(dir) = adapters {
+        inputs.push(file_digest(&dir.join(adapter::CONFIG_FILE))?);
+        inputs.push(file_digest(&dir.join(adapter::WEIGHTS_FILE))?);
+    }
+    if spec.train.steps > 0 {
+        inputs.push(digest(spec, Stage::Export)?);
+    }
+    for (_, exam) in spec.evaluate.iter().flat_map(|evaluate| evaluate.exams(spec.dataset_dir())) {
+        inputs.push(match exam {
+            Exam::Humaneval(tasks) | Exam::Infilling(tasks) => file_digest(&tasks)?,
+            Exam::Files(dataset, _) => dataset_manifest(&dataset)?.digest(),
+        });
+    }
+    Ok(inputs)
 }
 
 /// The first file of a complete output that is not there.
@@ -224,6 +272,7 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
             Some(_) => return None,
             None => dir.join(checkpoint::dir_name(spec.train.steps)).join(checkpoint::MANIFEST_FILE),
         },
+        Stage::Evaluate => return missing_evaluation(spec),
         Stage::Serve | Stage::Unspecified => return None,
     };
     if !file.is_file() {
@@ -285,6 +334,7 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
             let weights = file_digest(&spec.checkpoints_dir().join(last).join(checkpoint::MANIFEST_FILE))?;
             Ok(chain(stage, &(weights, file_digest(&tokenizer_file(spec))?, &spec.export)))
         }
+        Stage::Evaluate => Ok(chain(stage, &evaluated(spec)?)),
         Stage::Serve | Stage::Unspecified => Ok(String::new()),
     }
 }

@@ -16,6 +16,10 @@ pub const EVALUATION_VERSION: u32 = 1;
 pub const EVALUATION_FILE: &str = "evaluation.json";
 /// Directory of a job's evaluations inside its output; one directory for each.
 pub const EVALUATIONS_DIR: &str = "evaluations";
+/// Directory, inside that, of evaluations of what a job made.
+pub const TUNED: &str = "tuned";
+/// Directory of evaluations of the model before training.
+pub const BASE: &str = "base";
 /// Name of the group that holds all items.
 pub const ALL: &str = "all";
 

@@ -26,5 +26,6 @@ mod partitions;
 mod scale;
 mod security;
 mod doctor;
+mod evaluating;
 mod serving;
 mod soak;

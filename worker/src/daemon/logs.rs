@@ -91,12 +91,15 @@ fn found(dir: &Path, wanted: Option<u32>) -> Vec<(PathBuf, Stage, u32)> {
             continue;
         };
         let rank = name.strip_prefix("rank-").and_then(|rank| rank.parse().ok());
-        let stage = Stage::ALL.into_iter().find(|stage| stage.name() == name);
+        let stage = Stage::ALL.into_iter().find_map(|stage| match name.strip_prefix(stage.name())? {
+            "" => Some((stage, 0)),
+            further => Some((stage, further.strip_prefix('-')?.parse().ok()?)),
+        });
         match (rank, stage) {
             (Some(rank), _) if wanted.is_none_or(|wanted| wanted == rank) => {
                 found.push((path, Stage::Train, rank))
             }
-            (None, Some(stage)) if wanted.is_none() => found.push((path, stage, 0)),
+            (None, Some((stage, rank))) if wanted.is_none() => found.push((path, stage, rank)),
             _ => {}
         }
     }

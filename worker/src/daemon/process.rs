@@ -94,10 +94,14 @@ pub(super) fn keeper_of(dir: &Path) -> Option<Process> {
     .find_map(Process::of)
 }
 
-/// `<log_dir>/rank-R.log` while training, `<log_dir>/<stage>.log` for the tasks of one rank.
+/// `<log_dir>/rank-R.log` while training, `<log_dir>/<stage>.log` of another stage, `<log_dir>/<stage>-R.log` of its
+/// further ranks.
 pub(super) fn log_path(log_dir: &str, stage: Stage, rank: u32) -> PathBuf {
-    let name =
-        if stage == Stage::Train { format!("rank-{rank}.log") } else { format!("{}.log", stage.name()) };
+    let name = match (stage, rank) {
+        (Stage::Train, rank) => format!("rank-{rank}.log"),
+        (stage, 0) => format!("{}.log", stage.name()),
+        (stage, rank) => format!("{}-{rank}.log", stage.name()),
+    };
     Path::new(log_dir).join(name)
 }
 

@@ -49,7 +49,7 @@ enum What {
     /// Judges completions that something else made: {"task_id", "completion"} in each line.
     Samples(functional::SamplesArgs),
     /// Held-out files of a dataset: loss, and holes judged by what stood there.
-    Repo(repository::Args),
+    Repo(repository::RepoArgs),
     /// Weights of an adapter, from the base to the whole adapter: what is won and what is forgotten.
     Sweep(sweep::Args),
 }

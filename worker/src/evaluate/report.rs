@@ -81,7 +81,7 @@ pub fn print(text: &str) {
 }
 
 /// Numbers with their intervals.
-fn table(evaluation: &Evaluation) -> String {
+pub fn table(evaluation: &Evaluation) -> String {
     let mut text = String::new();
     let mut heading = Grouping::All;
     for cell in evaluation.cells() {

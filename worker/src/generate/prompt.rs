@@ -16,6 +16,16 @@ pub enum InfillOrder {
     Spm,
 }
 
+impl InfillOrder {
+    /// As it is written in results.
+    pub fn name(self) -> &'static str {
+        match self {
+            InfillOrder::Psm => "psm",
+            InfillOrder::Spm => "spm",
+        }
+    }
+}
+
 /// Marks the hole in a prompt.
 pub const FILL_ME: &str = "<FILL_ME>";
 

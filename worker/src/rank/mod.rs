@@ -73,6 +73,9 @@ pub enum Error {
     /// The completion server could not start, or not go on.
     #[error(transparent)]
     Serve(#[from] crate::serve::Error),
+    /// What was asked of the model could not be.
+    #[error(transparent)]
+    Evaluate(#[from] crate::evaluate::Error),
     /// Training failed.
     #[error(transparent)]
     Train(#[from] crate::train::Error),
@@ -93,6 +96,9 @@ impl Error {
             ) => {
                 matches!(cause, PeerGone { .. } | Aborted(_))
             }
+            Error::Evaluate(crate::evaluate::Error::Comm(cause)) => {
+                matches!(cause, PeerGone { .. } | Aborted(_))
+            }
             Error::Train(train::Error::Checkpoint(checkpoint::Error::Elsewhere(_))) => true,
             _ => false,
         }
@@ -102,6 +108,7 @@ impl Error {
 impl Error {
     /// What kind of thing went wrong, as far as this rank can know.
     fn kind(&self) -> FailureKind {
+        use crate::evaluate::Error as Asking;
         use crate::serve::Error as Failure;
         let words = self.to_string();
         let is_configuration = matches!(
@@ -110,6 +117,9 @@ impl Error {
                 | Error::Tokenizer(_)
                 | Error::InitModel(_)
                 | Error::Serve(Failure::Setting(_) | Failure::Adapter(_) | Failure::Tokens { .. })
+                | Error::Evaluate(
+                    Asking::Setting(_) | Asking::Tasks(_) | Asking::Python(_) | Asking::Adapter(_)
+                )
                 | Error::Train(
                     train::Error::Mismatch(_) | train::Error::Gradient { .. } | train::Error::Data(_)
                 )

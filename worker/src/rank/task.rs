@@ -18,7 +18,10 @@ use crate::data::documents::Dataset;
 use crate::data::{tokenizer, train_tokenizer};
 use crate::fault::{self, Phase};
 use crate::train::{self, Host as _, Outcome};
-use crate::{export, init_model, memory, serve};
+use crate::{evaluate, export, init_model, memory, serve};
+
+/// Longest time between the first rank that is done with its share of an evaluation and the last.
+const EVALUATION_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Runs the session's assignment.
 pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
@@ -57,6 +60,17 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
         Stage::InitModel => init_model_stage(&spec),
         Stage::Export => {
             export::export_job(&spec)?;
+            Ok(Outcome::Finished)
+        }
+        Stage::Evaluate => {
+            let record = Arc::new(Record::new(Vec::new()));
+            let rank = Rank { rank: assignment.rank, world: assignment.world };
+            // Shares take as long as they take: nobody waits but who is done.
+            let groups = listener.join(assignment, &start, rank.world, &record, EVALUATION_LIMIT)?;
+            let attempt = Attempt(assignment.task.as_ref().map_or(0, |task| task.attempt));
+            let reporter = Reporter::new(record, rank, &spec.output, attempt);
+            let _watchdog = session.watch_over(groups.clone(), reporter, EVALUATION_LIMIT)?;
+            evaluate::stage::run(&spec, device, rank, groups.mesh().world)?;
             Ok(Outcome::Finished)
         }
         Stage::Serve => {

@@ -48,6 +48,8 @@ section! {
         train: TrainFile,
         /// How the trained weights leave.
         export: ExportFile,
+        /// Ask the model what it has learnt and what it has forgotten. Default: nothing is asked.
+        evaluate: EvaluateFile,
         /// Answer editors with what was exported, until the job is stopped. Default: the job ends with its
         /// export.
         serve: ServeFile,
@@ -289,6 +291,38 @@ section! {
         /// Write a whole model from an `adapter` as well, `<output>/export`: `original` merges into the
         /// weights as they were, `dequantized` into what it was trained against. Default: `none`.
         merge: MergeBase,
+    }
+}
+
+section! {
+    /// What is asked of the model that was exported, by all ranks together; results go to
+    /// `<output>/evaluations`, and `coordinator compare` shows them. With `train.steps: 0` the job does nothing
+    /// else, and asks `model` as it is.
+    EvaluateFile {
+        /// Ask the model as it was before training as well. Default: true where something is trained.
+        base: bool,
+        /// Tasks of HumanEval, `HumanEval.jsonl.gz` of openai/human-eval: programs that the model writes are run in
+        /// a sandbox on the workers. Default: not asked.
+        humaneval: String,
+        /// Tasks of a set of openai/human-eval-infilling. Default: not asked.
+        infilling: String,
+        /// Completions of each task of HumanEval, 1 to 1000. Default: 20.
+        samples_per_task: u32,
+        /// Held-out files whose loss is computed, at most, 0 to 1000000. Default: 500.
+        files: u32,
+        /// Holes of each kind in held-out files, at most, 0 to 1000000. Default: 100.
+        holes: u32,
+        /// Other datasets: their held-out files tell what is forgotten. Default: none.
+        general: Vec<At<String>>,
+        /// An adapter beside the model, where nothing is trained. Default: none.
+        adapter: String,
+        /// How the linears are held: `nf4`, `fp4`, `int8` or `none`. Default: an unmerged `adapter`'s
+        /// `quantize`, else `none`.
+        quantize: QuantKind,
+        /// Python interpreter of the workers that programs run with. Default: `python3` on PATH, or `/usr/bin/python3`.
+        python: String,
+        /// Run programs even on workers that cannot keep them apart. Default: false.
+        allow_unisolated: bool,
     }
 }
 

@@ -26,7 +26,7 @@ section! {
         /// Dtype of the forward and backward pass, `bf16` or `fp32`. Master weights, optimizer and
         /// reductions are fp32 either way. Default: `bf16`.
         precision: Precision,
-        /// Optimizer updates. Default: 2000.
+        /// Optimizer updates; 0 trains nothing, and `evaluate` asks the model as it is. Default: 2000.
         steps: u64,
         /// Sequences of one rank's forward pass: more use more memory and keep a GPU busier.
         /// Default: 1.

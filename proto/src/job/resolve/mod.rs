@@ -6,6 +6,7 @@ mod sources;
 mod model;
 mod adapter;
 mod train;
+mod evaluate;
 mod serve;
 mod restart;
 
@@ -57,7 +58,13 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
     let adapter = resolver.adapter(&file.adapter, model.as_ref(), shape.as_ref());
     let train = resolver.train(&file.train.or(TrainFile::default()), held_out, adapter.is_some());
     let workers = resolver.workers(&file.workers.or(WorkersFile::default()), train.ranks);
-    let export = resolver.export(&file.export.or(ExportFile::default()), adapter.as_ref());
+    let mut export = resolver.export(&file.export.or(ExportFile::default()), adapter.as_ref());
+    if train.steps == 0 {
+        // Nothing is trained: what there is to evaluate is there.
+        export.enabled = false;
+        resolver.untrained(file);
+    }
+    let evaluate = resolver.evaluate(&file.evaluate, &train, &export, adapter.as_ref());
     let serve = resolver.serve(&file.serve, &export, adapter.as_ref());
     let (priority, deadline_seconds) = resolver.urgency(file);
     let restart = resolver.restart(&file.restart.or(RestartFile::default()));
@@ -71,6 +78,7 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         adapter,
         train,
         export,
+        evaluate,
         serve,
         workers,
         priority,
@@ -89,6 +97,20 @@ impl Resolver<'_> {
     fn report<T>(&mut self, place: &Place, message: impl Into<String>) -> Option<T> {
         self.sink.report(place, message);
         None
+    }
+
+    /// A job that trains nothing evaluates a model, and does nothing else.
+    fn untrained(&mut self, file: &JobFile) {
+        let place = file.train.given().and_then(|train| train.value.steps.given()).map(|at| at.place.clone());
+        let place = place.unwrap_or(Place::START);
+        if file.evaluate.given().is_none() {
+            self.sink
+                .report(&place, "train.steps is 0, and there is no `evaluate`: the job would do nothing");
+        }
+        if let Some(at) = file.adapter.given() {
+            let message = "train.steps is 0: name an adapter that was trained in evaluate.adapter, and leave `adapter` out";
+            self.sink.report(&at.place, message);
+        }
     }
 
     /// The value if it is within the range, else a report and `default`.

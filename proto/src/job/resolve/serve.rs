@@ -10,7 +10,7 @@ use crate::job::read::{At, Field};
 use crate::job::spec::{AdapterSpec, ExportSpec, MergeBase, ServeSpec};
 
 /// Weights that share a scale, where no adapter was trained against others.
-const BLOCK: u32 = 64;
+pub(super) const BLOCK: u32 = 64;
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
 impl Resolver<'_> {

@@ -58,7 +58,7 @@ impl Resolver<'_> {
     }
 
     pub(super) fn train(&mut self, train: &TrainFile, held_out: bool, adapter: bool) -> TrainSpec {
-        let steps = self.within("train.steps", &train.steps, 1..=MAX_STEPS, 2000);
+        let steps = self.within("train.steps", &train.steps, 0..=MAX_STEPS, 2000);
         let warmup_steps =
             self.within("train.warmup_steps", &train.warmup_steps, 0..=MAX_STEPS, (steps / 10).min(30));
         if let Some(at) = train.warmup_steps.given()

@@ -2,6 +2,7 @@
 //! the job file takes these types; they travel to the ranks as JSON.
 
 mod collect;
+mod evaluate;
 mod train;
 
 use std::net::SocketAddr;
@@ -11,10 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::adapter::{self, AdapterPlan, LoraConfig};
 use crate::base_plan::{BasePlan, PartDtype, Quantization};
+use crate::evaluation::EVALUATIONS_DIR;
 use crate::model::ModelConfig;
 use crate::shard_plan::ShardPlan;
 
 pub use collect::*;
+pub use evaluate::*;
 pub use train::*;
 
 /// A whole job. A stage that is absent was not asked for.
@@ -38,6 +41,9 @@ pub struct JobSpec {
     pub train: TrainSpec,
     /// How weights leave.
     pub export: ExportSpec,
+    /// What is asked of them.
+    #[serde(default)]
+    pub evaluate: Option<EvaluateSpec>,
     /// How completions are served from them.
     #[serde(default)]
     pub serve: Option<ServeSpec>,
@@ -275,6 +281,11 @@ impl JobSpec {
     /// Directory of the exported adapter.
     pub fn adapter_dir(&self) -> PathBuf {
         self.output.join("adapter")
+    }
+
+    /// Directory of evaluations, those of others' asking included.
+    pub fn evaluations_dir(&self) -> PathBuf {
+        self.output.join(EVALUATIONS_DIR)
     }
 
     /// Directory of the quantised base.

@@ -10,8 +10,8 @@ mod contamination;
 /// Languages of files.
 mod languages;
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use tunefleet_proto::digest_hex;
 use tunefleet_proto::evaluation::{Evaluation, FileLoss, Item, Kind};
 
 use super::Error;
+use super::functional::work::Share;
 use super::log::{self, Log};
 use super::progress::Progress;
 use super::report::{self, Found, ReportArgs};
@@ -45,13 +46,14 @@ const MAX_FILE_BYTES: usize = 1 << 20;
 
 /// Command line of `worker evaluate repo`.
 #[derive(Debug, clap::Args)]
-pub struct Args {
+pub struct RepoArgs {
     #[command(flatten)]
     subject: SubjectArgs,
     #[command(flatten)]
     report: ReportArgs,
+    /// What is asked.
     #[command(flatten)]
-    questions: Questions,
+    pub questions: Questions,
 }
 
 /// What is asked of a model.
@@ -139,7 +141,7 @@ pub struct Filled {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn run(args: &Args) -> Result<(), Error> {
+pub fn run(args: &RepoArgs) -> Result<(), Error> {
     let exam = Exam::open(&args.questions)?;
     let subject = Subject::load(&args.subject)?;
     let evaluation = exam.hold(&args.questions, &subject, &args.report.out)?;
@@ -196,42 +198,87 @@ impl Exam {
         Ok(exam)
     }
 
-    /// Asks a model, or goes on where an earlier start ended.
+    /// Asks a model everything, in this process, or goes on where an earlier start ended.
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn hold(
+    pub fn hold(&self, questions: &Questions, subject: &Subject, out: &Path) -> Result<Evaluation, Error> {
+        self.answer(questions, subject, out, Share::WHOLE)?;
+        self.gather(questions, subject, &[out])
+    }
+
+    /// Asks a model a share of everything; what it answers is kept in `dir`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn answer(
         &self,
         questions: &Questions,
         subject: &Subject,
-        out: &std::path::Path,
-    ) -> Result<Evaluation, Error> {
-        let window = questions.window_tokens.map_or(WINDOW_TOKENS, |tokens| tokens as usize);
-        let window = window.min(subject.max_tokens());
-        let protocol = self.protocol(questions, window);
-        let mut settings = protocol.clone();
+        dir: &Path,
+        share: Share,
+    ) -> Result<(), Error> {
+        let protocol = self.protocol(questions, subject);
+        let mut settings = protocol;
         settings.insert("tasks_digest".to_owned(), json!(self.digest));
         settings.insert("subject".to_owned(), json!(subject.described));
-        log::begin(out, &settings)?;
-        let mut found = Found { files: self.losses(subject, window, out)?, ..Found::default() };
-        self.fill(questions, subject, window, out, &mut found)?;
+        log::begin(dir, &settings)?;
+        let window = window(questions, subject);
+        self.losses(subject, window, dir, share)?;
+        self.fill(questions, subject, window, dir, share)
+    }
+
+    /// What is kept in all of `dirs`, in the order of the questions.
+    ///
+    /// # Errors
+    /// Files that are not what was written.
+    pub fn gather(
+        &self,
+        questions: &Questions,
+        subject: &Subject,
+        dirs: &[&Path],
+    ) -> Result<Evaluation, Error> {
+        let (mut losses, mut filled) = (HashMap::new(), HashMap::new());
+        for dir in dirs {
+            let (_, found) = Log::<FileLoss>::open(&dir.join(LOSSES_FILE))?;
+            losses.extend(found.into_iter().map(|loss| (loss.id.clone(), loss)));
+            let (_, found) = Log::<Filled>::open(&dir.join(HOLES_FILE))?;
+            filled.extend(found.into_iter().map(|entry| (entry.id.clone(), entry)));
+        }
+        let mut found = Found::default();
+        found.files = self.files.iter().filter_map(|file| losses.remove(&file.id())).collect();
+        for hole in &self.holes {
+            let Some(entry) = filled.remove(&hole.id()) else { continue };
+            if entry.completion.trim().is_empty() {
+                *found.notes.entry("completions that are empty".to_owned()).or_default() += 1;
+            }
+            found.items.push(Item {
+                id: entry.id,
+                kind: entry.kind,
+                language: languages::of(&hole.file_path),
+                repository: entry.repository,
+                samples: 1,
+                passed: None,
+                exact: Some(u64::from(text::is_exact(&entry.completion, &hole.truth))),
+                similarity: Some(text::similarity(&entry.completion, &hole.truth)),
+            });
+        }
         if self.contaminated > 0 {
             let note = "held-out files that stand in what was trained on, left out";
             found.notes.insert(note.to_owned(), self.contaminated);
         }
-        let described = subject.described.clone();
+        let (described, protocol) = (subject.described.clone(), self.protocol(questions, subject));
         Ok(report::evaluation(Kind::Repository, described, protocol, self.digest.clone(), found))
     }
 
-    fn protocol(&self, questions: &Questions, window: usize) -> BTreeMap<String, Value> {
-        let order = if questions.order == InfillOrder::Psm { "psm" } else { "spm" };
+    fn protocol(&self, questions: &Questions, subject: &Subject) -> BTreeMap<String, Value> {
         BTreeMap::from([
             ("dataset".to_owned(), json!(questions.dataset)),
             ("files".to_owned(), json!(self.files.len())),
             ("holes".to_owned(), json!(self.holes.len())),
-            ("order".to_owned(), json!(order)),
+            ("order".to_owned(), json!(questions.order.name())),
             ("max_new_tokens".to_owned(), json!(questions.max_new_tokens)),
-            ("window_tokens".to_owned(), json!(window)),
+            ("window_tokens".to_owned(), json!(window(questions, subject))),
             ("seed".to_owned(), json!(questions.seed)),
         ])
     }
@@ -245,15 +292,13 @@ impl Exam {
     }
 
     /// Each file by itself: after the token that ends files, its own tokens, and that token again.
-    fn losses(
-        &self,
-        subject: &Subject,
-        window: usize,
-        out: &std::path::Path,
-    ) -> Result<Vec<FileLoss>, Error> {
-        let (mut log, mut losses) = Log::<FileLoss>::open(&out.join(LOSSES_FILE))?;
-        let progress = Progress::new("files", self.files.len(), losses.len());
-        for file in self.files.iter().skip(losses.len()) {
+    fn losses(&self, subject: &Subject, window: usize, dir: &Path, share: Share) -> Result<(), Error> {
+        let (mut log, known) = Log::<FileLoss>::open(&dir.join(LOSSES_FILE))?;
+        let known: HashSet<String> = known.into_iter().map(|loss| loss.id).collect();
+        let files = self.files.iter().enumerate().filter(|(number, _)| share.has(*number));
+        let files: Vec<&HeldOut> = files.map(|(_, file)| file).collect();
+        let progress = Progress::new("files", files.len(), known.len());
+        for file in files.into_iter().filter(|file| !known.contains(&file.id())) {
             let eos = subject.tokenizer.eos();
             let mut tokens = vec![eos];
             tokens.extend(subject.tokenizer.encode_document(&file.content)?);
@@ -264,18 +309,16 @@ impl Exam {
                 let last = (first + window).min(tokens.len() - 1);
                 loss_sum += subject.loss_sum(tokens.get(first..=last).unwrap_or_default())?;
             }
-            let loss = FileLoss {
-                id: format!("{}/{}", file.repo_id, file.file_path),
+            log.append(&FileLoss {
+                id: file.id(),
                 language: languages::of(&file.file_path),
                 repository: file.repo_id.clone(),
                 loss_sum,
                 tokens: (tokens.len() - 1) as u64,
-            };
-            log.append(&loss)?;
-            losses.push(loss);
+            })?;
             progress.advance();
         }
-        Ok(losses)
+        Ok(())
     }
 
     /// Asks for every hole that was not asked for yet.
@@ -284,46 +327,42 @@ impl Exam {
         questions: &Questions,
         subject: &Subject,
         window: usize,
-        out: &std::path::Path,
-        found: &mut Found,
+        dir: &Path,
+        share: Share,
     ) -> Result<(), Error> {
-        let (mut log, mut filled) = Log::<Filled>::open(&out.join(HOLES_FILE))?;
-        let progress = Progress::new("holes", self.holes.len(), filled.len());
+        let (mut log, known) = Log::<Filled>::open(&dir.join(HOLES_FILE))?;
+        let known: HashSet<String> = known.into_iter().map(|entry| entry.id).collect();
         let new_tokens = (questions.max_new_tokens as usize).min(window / 2);
+        let holes = self.holes.iter().enumerate().filter(|(number, _)| share.has(*number));
+        let holes: Vec<&Hole> = holes.map(|(_, hole)| hole).collect();
+        let progress = Progress::new("holes", holes.len(), known.len());
         let mut asks = Vec::new();
-        for hole in self.holes.iter().skip(filled.len()) {
+        for hole in holes.into_iter().filter(|hole| !known.contains(&hole.id())) {
             let most = window - new_tokens;
             let prompt = infill(&subject.tokenizer, &hole.before, &hole.after, questions.order, most)?;
             let stops = if hole.kind == HoleKind::SingleLine { vec!["\n".to_owned()] } else { Vec::new() };
-            let sampling = Sampling::default();
+            let rules = Rules::strings(stops);
             asks.push((
                 hole,
-                Ask { prompt, max_new_tokens: new_tokens, sampling, rules: Rules::strings(stops) },
+                Ask { prompt, max_new_tokens: new_tokens, sampling: Sampling::default(), rules },
             ));
         }
         subject.complete(asks.into_iter(), |hole: &Hole, made: Made| {
-            let entry = hole.filled(&made.text);
-            log.append(&entry)?;
-            filled.push(entry);
+            log.append(&hole.filled(&made.text))?;
             progress.advance();
             Ok(())
-        })?;
-        for (hole, entry) in self.holes.iter().zip(&filled) {
-            if entry.completion.trim().is_empty() {
-                *found.notes.entry("completions that are empty".to_owned()).or_default() += 1;
-            }
-            found.items.push(Item {
-                id: hole.id(),
-                kind: hole.kind.name().to_owned(),
-                language: languages::of(&hole.file_path),
-                repository: hole.repo_id.clone(),
-                samples: 1,
-                passed: None,
-                exact: Some(u64::from(text::is_exact(&entry.completion, &hole.truth))),
-                similarity: Some(text::similarity(&entry.completion, &hole.truth)),
-            });
-        }
-        Ok(())
+        })
+    }
+}
+
+/// Tokens of a window of a file, and of a prompt.
+fn window(questions: &Questions, subject: &Subject) -> usize {
+    questions.window_tokens.map_or(WINDOW_TOKENS, |tokens| tokens as usize).min(subject.max_tokens())
+}
+
+impl HeldOut {
+    fn id(&self) -> String {
+        format!("{}/{}", self.repo_id, self.file_path)
     }
 }
 
