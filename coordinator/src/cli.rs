@@ -11,7 +11,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use tunefleet_proto::flags_file;
 
 use crate::{
-    audit, certs, collect, convert, dataset, doctor, events, init, jobs, launch, logs, plan, serve,
+    audit, certs, collect, compare, convert, dataset, doctor, events, init, jobs, launch, logs, plan, serve,
     store_verb, tokens, validate, version, workers,
 };
 
@@ -73,6 +73,8 @@ enum Verb {
     Suspend(jobs::SuspendArgs),
     /// Starts a job again from its newest checkpoint.
     Resume(jobs::ResumeArgs),
+    /// Writes a report that holds runs beside each other: curves, costs, evaluations, completions.
+    Compare(compare::Args),
     /// Shows the workers of a coordinator.
     Workers(workers::ListArgs),
     /// Places nothing more on a worker.
@@ -180,6 +182,7 @@ fn run(verb: Verb) -> ExitCode {
         Verb::Suspend(args) => jobs::suspend(args),
         Verb::Resume(args) => jobs::resume(args),
         Verb::Events(args) => events::run(args),
+        Verb::Compare(args) => compare::run(args),
         Verb::Workers(args) => workers::list(args),
         Verb::Drain(args) => workers::drain(args),
         Verb::Undrain(args) => workers::undrain(args),

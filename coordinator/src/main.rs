@@ -9,6 +9,8 @@ mod certs;
 mod cli;
 /// `coordinator collect`: repositories to a dataset.
 mod collect;
+/// `coordinator compare`: runs beside each other.
+mod compare;
 /// How verbs reach a coordinator.
 mod connect;
 /// `coordinator convert`: a job file from the settings of other trainers.
@@ -23,6 +25,8 @@ mod doctor;
 mod events;
 /// What this machine has.
 mod hardware;
+/// Pages of one file.
+mod html;
 /// `coordinator init`: a job file for the user's own code.
 mod init;
 /// The arguments that name a job file, and reading it.

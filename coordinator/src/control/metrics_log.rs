@@ -37,7 +37,7 @@ impl MetricsLog {
                 "kind": "step", "attempt": attempt, "event": sequence, "unix_ms": unix_ms, "step": step.step,
                 "loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate,
                 "tokens": step.tokens, "tokens_per_second": step.tokens_per_second,
-                "step_seconds": step.step_seconds,
+                "step_seconds": step.step_seconds, "peak_memory_bytes": step.peak_memory_bytes,
             }),
             Some(Body::Evaluated(eval)) => json!({
                 "kind": "eval", "attempt": attempt, "event": sequence, "unix_ms": unix_ms, "step": eval.step,

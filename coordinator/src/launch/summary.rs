@@ -6,6 +6,8 @@ use std::io::Write;
 use tunefleet_proto::job::{JobSpec, MergeBase};
 use tunefleet_proto::rpc::{Failure, Stage};
 
+use crate::compare;
+
 use super::screen::{Totals, grouped};
 use crate::control::{METRICS_LOG_FILE, listed_ranks};
 use crate::job_file::JobArgs;
@@ -49,7 +51,10 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
     if let Some(rate) = median(&totals.rates) {
         text += &format!("  throughput   {} tokens/s\n", grouped(rate));
     }
-    text += &format!("  checkpoints  {}\n", spec.checkpoints_dir().display());
+    let trains = spec.train.steps > 0;
+    if trains {
+        text += &format!("  checkpoints  {}\n", spec.checkpoints_dir().display());
+    }
     let merged = spec.adapter.is_none() || spec.export.merge != MergeBase::None;
     if spec.export.enabled && spec.adapter.is_some() {
         text += &format!("  adapter      {}\n", spec.adapter_dir().display());
@@ -57,7 +62,12 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
     if spec.export.enabled && merged {
         text += &format!("  model        {}\n", spec.export_dir().display());
     }
-    text += &format!("  values       {}\n", spec.output.join(METRICS_LOG_FILE).display());
+    if trains {
+        text += &format!("  values       {}\n", spec.output.join(METRICS_LOG_FILE).display());
+    }
+    if spec.evaluate.is_some() {
+        text += &format!("  evaluations  {}\n", spec.evaluations_dir().display());
+    }
     text += "next:\n";
     if spec.export.enabled {
         let model = match merged {
@@ -65,6 +75,12 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
             false => format!("{} --adapter {}", spec.model_dir().display(), spec.adapter_dir().display()),
         };
         text += &format!("  worker generate --model {model} --prompt 'def add(a, b): <FILL_ME> return c'\n");
+    }
+    text += &format!("  {}\n", compare::command(&spec.output));
+    if !trains {
+        // A reader that has gone away wants no more.
+        let _ = std::io::stdout().write_all(text.as_bytes());
+        return;
     }
     text += &format!("  coordinator plan --config {}\n", again.job.config.display());
     let twice = spec.train.steps.saturating_mul(2);

@@ -5,8 +5,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use tunefleet_tests::job::Job;
-use tunefleet_tests::process::Running;
+use tunefleet_tests::process::{Ended, Running};
 use tunefleet_tests::{programs, repository};
+
+use crate::serving::free_port;
 
 const TASKS: usize = 5;
 
@@ -97,10 +99,75 @@ fn a_job_asks_what_it_trained_and_what_that_was_before_with_all_its_ranks() {
     };
     assert!((sum(&alone) - sum(&together)).abs() < 0.01 * sum(&alone), "{} {}", sum(&alone), sum(&together));
 
+    reports(&job);
+
     // What was asked is not asked again; other questions are.
     job.run(&[]).expect(0).says(&["evaluate: cached"]);
     job.run(&["--set", "evaluate.holes=2"]).expect(0);
     assert!(evaluation(&evaluations.join("tuned/dataset"))["items"].as_array().unwrap().len() <= 8);
+}
+
+fn compare(job: &Job, arguments: &[&str]) -> Ended {
+    let mut command = std::process::Command::new(programs::coordinator());
+    command.arg("compare").arg(job.output()).arg("--out").arg(job.dir().join("report")).args(arguments);
+    Running::start(command).wait()
+}
+
+/// The report of a run: curves, both models on both sets of tasks, a server and a recording beside them.
+fn reports(job: &Job) {
+    let report = job.dir().join("report");
+    let prompts = job.dir().join("prompts.jsonl");
+    compare(job, &["--samples", "3", "--write-prompts", prompts.to_str().unwrap()])
+        .expect(0)
+        .says(&["index.html"]);
+    let asked = fs::read_to_string(&prompts).unwrap();
+    let ids: Vec<Value> =
+        asked.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["id"].clone()).collect();
+    assert_eq!(ids.len(), 3);
+    let recorded = job.dir().join("recorded.jsonl");
+    fs::write(&recorded, json!({"id": ids[0], "completion": "what_another_said"}).to_string() + "\n")
+        .unwrap();
+
+    let mut server = std::process::Command::new(programs::worker());
+    let port = free_port();
+    server
+        .args(["serve", "--listen", &format!("127.0.0.1:{port}"), "--model"])
+        .arg(job.output().join("model"));
+    let server = Running::start(server);
+    server.wait_for_line("serving");
+    let recording = format!("another={}", recorded.display());
+    let served = format!("served=http://127.0.0.1:{port}/v1");
+    compare(job, &["--samples", "3", "--against", &recording, "--against", &served]).expect(0);
+    let (page, text) = (
+        fs::read_to_string(report.join("index.html")).unwrap(),
+        fs::read_to_string(report.join("report.md")).unwrap(),
+    );
+    for expected in [
+        "| test | adapter, rank 4, nf4-64-double | 2 | 4 |",
+        "## Curves",
+        "before training",
+        "dataset (held-out files)",
+        "humaneval (functions judged by tests)",
+        "pass@1",
+        "test beside before training: loss",
+        "single_line: exact match",
+        "what_another_said",
+        "(not recorded)",
+        "\nserved:\n",
+    ] {
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    assert_eq!(page.matches("<svg ").count(), text.matches(".svg)").count());
+    for figure in text.lines().filter_map(|line| line.split_once("](")?.1.strip_suffix(')')) {
+        assert!(fs::read_to_string(report.join(figure)).unwrap().starts_with("<svg "), "{figure}");
+    }
+    assert!(page.contains("what_another_said") && !page.contains("http://127"), "the page asks for nothing");
+    drop(server);
+    compare(job, &["--against", &served]).expect(1).says(&["error: http://127.0.0.1"]);
+    compare(job, &["--against", "nobody=nowhere.jsonl"]).expect(1).says(&["nowhere.jsonl: entity not found"]);
+    let mut command = std::process::Command::new(programs::coordinator());
+    command.arg("compare").arg(job.dir().join("repos")).arg("--out").arg(&report);
+    Running::start(command).wait().expect(1).says(&["holds no metrics.jsonl and no evaluations"]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use tunefleet_tests::cluster::Cluster;
 use tunefleet_tests::job::Job;
 
 /// A port that nothing listens on now.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 

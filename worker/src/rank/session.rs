@@ -233,6 +233,7 @@ impl Host for Daemon {
                 tokens: report.tokens,
                 tokens_per_second: report.tokens_per_second,
                 step_seconds: report.step_seconds,
+                peak_memory_bytes: report.peak_memory_bytes,
             }),
             Event::Evaluated { step, loss } => rank_event::Body::Evaluated(Evaluated { step, loss }),
             Event::Saved { step, path, pause_seconds } => {

@@ -51,6 +51,7 @@ impl Meter {
             tokens: sequences * sequence_tokens,
             tokens_per_second,
             step_seconds,
+            peak_memory_bytes: 0,
         }
     }
 }

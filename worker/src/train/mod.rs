@@ -88,6 +88,8 @@ pub struct StepReport {
     pub tokens_per_second: f64,
     /// Mean duration of a step since the last report.
     pub step_seconds: f64,
+    /// Most that this rank's tensors took, since it began.
+    pub peak_memory_bytes: u64,
 }
 
 /// The host process, as the training loop sees it.
@@ -275,7 +277,9 @@ impl<'a> Run<'a> {
                 let values = self.check(step, &status)?;
                 if due(train.log_every_steps) {
                     let sequences = self.consumed;
-                    host.report(Event::Step(meter.report(self.spec, step, sequences, learning_rate, values)));
+                    let mut report = meter.report(self.spec, step, sequences, learning_rate, values);
+                    report.peak_memory_bytes = memory::tensors(self.device)?.peak_bytes;
+                    host.report(Event::Step(report));
                 }
             }
             let found = if evaluate { meter.pause(|| self.evaluate(host))? } else { Found::Nothing };

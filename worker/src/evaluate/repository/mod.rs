@@ -38,7 +38,7 @@ pub const HOLES_FILE: &str = "holes.jsonl";
 /// Losses of files.
 const LOSSES_FILE: &str = "losses.jsonl";
 /// Of a file, this much around a hole is kept on either side: more than any context takes.
-const AROUND_BYTES: usize = 64 << 10;
+const AROUND_BYTES: usize = 32 << 10;
 /// Tokens of a window where the model has positions for more.
 const WINDOW_TOKENS: usize = 2048;
 /// The largest file that is looked at.
@@ -127,13 +127,13 @@ pub struct Filled {
     pub repository: String,
     /// Its path there.
     pub path: String,
-    /// The end of what stands before it.
+    /// What stands before it, as far as a model may look.
     pub before: String,
     /// What stood there.
     pub truth: String,
     /// What the model made.
     pub completion: String,
-    /// The beginning of what stands after it.
+    /// What stands after it.
     pub after: String,
 }
 
@@ -381,10 +381,10 @@ impl Hole {
             kind: self.kind.name().to_owned(),
             repository: self.repo_id.clone(),
             path: self.file_path.clone(),
-            before: last_lines(&self.before),
+            before: self.before.clone(),
             truth: self.truth.clone(),
             completion: completion.to_owned(),
-            after: first_lines(&self.after),
+            after: self.after.clone(),
         }
     }
 }
@@ -428,16 +428,3 @@ fn beginning_of(text: &str) -> &str {
     }
     text.get(..at).unwrap_or(text)
 }
-
-/// For people who compare completions.
-fn last_lines(text: &str) -> String {
-    let lines: Vec<&str> = text.split_inclusive('\n').collect();
-    lines.get(lines.len().saturating_sub(SHOWN_LINES)..).unwrap_or_default().concat()
-}
-
-fn first_lines(text: &str) -> String {
-    text.split_inclusive('\n').take(SHOWN_LINES).collect()
-}
-
-/// Lines on either side of a hole that are kept for people.
-const SHOWN_LINES: usize = 12;

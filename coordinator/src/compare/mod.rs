@@ -1,0 +1,414 @@
+//! `coordinator compare`: runs beside each other, as a page and as Markdown.
+//!
+//! output directories -> curves and evaluations (`runs`) -> tables with intervals (`scores`), lines (`plot`), completions
+//! side by side (`samples`) -> blocks, and their two forms (`document`)
+
+mod runs;
+mod scores;
+mod plot;
+mod samples;
+mod document;
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use tunefleet_proto::evaluation::Kind;
+
+use crate::cli::exit;
+use document::Block;
+use plot::{Line, Plot};
+use runs::{Found, Run, Step};
+use samples::Other;
+use scores::Column;
+
+/// Arguments of `coordinator compare`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Output directories of jobs; in tables, differences are from the first.
+    #[arg(value_name = "RUN", required = true)]
+    runs: Vec<PathBuf>,
+    /// Directory of the report: `index.html`, `report.md` and its figures.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Another assistant beside them: `NAME=URL` of an OpenAI-compatible server (`http://host/v1`, its token in
+    /// TUNEFLEET_COMPARE_TOKEN), or `NAME=FILE` with `{"id", "completion"}` in each line.
+    #[arg(long, value_name = "NAME=URL|FILE", value_parser = samples::parse_other)]
+    against: Vec<Other>,
+    /// Completions that are shown side by side.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    samples: usize,
+    /// Writes the places that are shown, to record another assistant's completions of them.
+    #[arg(long, value_name = "FILE")]
+    write_prompts: Option<PathBuf>,
+}
+
+/// What keeps a report from being written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operation on a file.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that is not what it should be.
+    #[error("{path}: {problem}", path = path.display())]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A directory of something else.
+    #[error("{}: holds no metrics.jsonl and no evaluations: name the `output` directory of a job", .0.display())]
+    NoRun(PathBuf),
+    /// Another assistant's server.
+    #[error("{url}: {problem}")]
+    Server {
+        /// Which server.
+        url: String,
+        /// What it said.
+        problem: String,
+    },
+}
+
+/// Runs the verb.
+pub fn run(args: Args) -> ExitCode {
+    match report(&args) {
+        Ok(page) => {
+            // A reader that has gone away wants no more.
+            let _ = writeln!(std::io::stdout(), "{}", page.display());
+            ExitCode::from(exit::OK)
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+fn report(args: &Args) -> Result<PathBuf, Error> {
+    let mut runs = args.runs.iter().map(|dir| Run::read(dir)).collect::<Result<Vec<_>, _>>()?;
+    distinct(&mut runs);
+    let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
+    let title = format!("Compared: {}", names.join(", "));
+    let mut blocks = costs(&runs);
+    blocks.extend(curves(&runs));
+    blocks.extend(evaluations(&runs));
+    blocks.extend(sweeps(&runs));
+    blocks.extend(completions(args, &runs)?);
+    let write = |name: &str, text: &str| {
+        let path = args.out.join(name);
+        std::fs::write(&path, text).map_err(|source| Error::Io { path: path.clone(), source }).map(|()| path)
+    };
+    std::fs::create_dir_all(&args.out).map_err(|source| Error::Io { path: args.out.clone(), source })?;
+    for block in &blocks {
+        if let Block::Figure(plot) = block {
+            write(&plot.file_name(), &plot.svg())?;
+        }
+    }
+    write("report.md", &document::markdown(&title, &blocks))?;
+    write("index.html", &document::page(&title, &blocks))
+}
+
+/// Runs of one name are told apart by their directories.
+fn distinct(runs: &mut [Run]) {
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    runs.iter().for_each(|run| *seen.entry(run.name.clone()).or_default() += 1);
+    for run in runs.iter_mut().filter(|run| seen.get(&run.name).is_some_and(|count| *count > 1)) {
+        run.name = run.dir.display().to_string();
+    }
+}
+
+/// What each run took.
+fn costs(runs: &[Run]) -> Vec<Block> {
+    let mut rows = Vec::new();
+    for run in runs.iter().filter(|run| !run.steps.is_empty()) {
+        let (Some(last), rates) = (run.steps.last(), rates(&run.steps)) else { continue };
+        let best = run.evals.iter().map(|point| point.value).min_by(f64::total_cmp);
+        let peak = run.steps.iter().map(|step| step.peak_memory_bytes).max().filter(|bytes| *bytes > 0);
+        let price = run.price_per_hour().map(|price| price * last.seconds / 3600.0);
+        let spec = run.spec.as_ref();
+        let what = match spec.and_then(|spec| spec.adapter.as_ref()) {
+            Some(adapter) => format!("adapter, rank {}, {}", adapter.lora.rank, adapter.quantization.name()),
+            None => "all weights".to_owned(),
+        };
+        let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        rows.push(vec![
+            run.name.clone(),
+            what,
+            or_none(spec.map(|spec| spec.train.ranks.to_string())),
+            last.step.to_string(),
+            last.tokens.to_string(),
+            duration(last.seconds),
+            or_none(price.map(|price| format!("{price:.4}"))),
+            or_none(rates.map(|rate| format!("{rate:.0}"))),
+            or_none(peak.map(|bytes| format!("{:.2} GB", bytes as f64 / 1e9))),
+            format!("{:.4}", last.loss),
+            or_none(run.evals.last().map(|point| format!("{:.4}", point.value))),
+            or_none(best.map(|loss| format!("{loss:.4}"))),
+        ]);
+    }
+    if rows.is_empty() {
+        return Vec::new();
+    }
+    let head = [
+        "run",
+        "trained",
+        "ranks",
+        "steps",
+        "tokens",
+        "time",
+        "price",
+        "tokens/s",
+        "peak memory of a rank",
+        "train loss",
+        "eval loss",
+        "best eval loss",
+    ];
+    vec![
+        Block::Heading("Costs".to_owned()),
+        Block::Table { head: head.map(str::to_owned).to_vec(), rows },
+        Block::Text(
+            "Time is that of the attempts, evaluations and checkpoints included, waiting between attempts not. Price is \
+             workers.price_per_hour for that time; tokens/s is the median of the logged values; memory is that of live \
+             tensors."
+                .to_owned(),
+        ),
+    ]
+}
+
+/// The median.
+fn rates(steps: &[Step]) -> Option<f64> {
+    let mut rates: Vec<f64> = steps.iter().map(|step| step.tokens_per_second).collect();
+    rates.sort_by(f64::total_cmp);
+    rates.get(rates.len() / 2).copied()
+}
+
+/// Losses over steps, time and price; learning rate and throughput over steps.
+fn curves(runs: &[Run]) -> Vec<Block> {
+    type Values = Vec<(u64, f64, f64)>;
+    let train =
+        |run: &Run| -> Values { run.steps.iter().map(|step| (step.step, step.seconds, step.loss)).collect() };
+    let eval = |run: &Run| -> Values {
+        run.evals.iter().map(|point| (point.step, point.seconds, point.value)).collect()
+    };
+    let rate = |run: &Run| -> Values {
+        run.steps.iter().map(|step| (step.step, step.seconds, step.learning_rate)).collect()
+    };
+    let throughput = |run: &Run| -> Values {
+        run.steps.iter().map(|step| (step.step, step.seconds, step.tokens_per_second)).collect()
+    };
+    let longest = runs.iter().filter_map(|run| run.steps.last()).map(|step| step.seconds).fold(0.0, f64::max);
+    let (unit, unit_seconds) = match longest {
+        seconds if seconds > 3.0 * 3600.0 => ("hours", 3600.0),
+        seconds if seconds > 300.0 => ("minutes", 60.0),
+        _ => ("seconds", 1.0),
+    };
+    let have_prices = runs.iter().all(|run| run.price_per_hour().is_some());
+    let mut plots = Vec::new();
+    let values: [(&str, &str, &dyn Fn(&Run) -> Values, bool); 4] = [
+        ("Train loss", "loss per token", &train, true),
+        ("Eval loss", "loss per token", &eval, true),
+        ("Learning rate", "learning rate", &rate, false),
+        ("Throughput", "tokens per second", &throughput, false),
+    ];
+    for (name, y, values, is_loss) in values {
+        let plot = |over: &str, x: &str, place: &dyn Fn(&Run, u64, f64) -> f64| {
+            let line = |(colour, run): (usize, &Run)| Line {
+                name: run.name.clone(),
+                points: values(run)
+                    .into_iter()
+                    .map(|(step, s, value)| (place(run, step, s), value))
+                    .collect(),
+                colour,
+            };
+            let lines: Vec<Line> =
+                runs.iter().enumerate().map(line).filter(|line| !line.points.is_empty()).collect();
+            Plot { title: format!("{name} over {over}"), x: x.to_owned(), y: y.to_owned(), lines }
+        };
+        plots.push(plot("steps", "steps", &|_, step, _| step as f64));
+        if is_loss {
+            plots.push(plot("time", unit, &|_, _, seconds| seconds / unit_seconds));
+            if have_prices {
+                let price = |run: &Run, _: u64, seconds: f64| {
+                    run.price_per_hour().unwrap_or_default() * seconds / 3600.0
+                };
+                plots.push(plot("price", "price", &price));
+            }
+        }
+    }
+    let figures: Vec<Block> = plots.into_iter().filter(|plot| !plot.is_empty()).map(Block::Figure).collect();
+    if figures.is_empty() { figures } else { [vec![Block::Heading("Curves".to_owned())], figures].concat() }
+}
+
+/// A model of the report.
+struct Model<'a> {
+    name: String,
+    found: &'a Found,
+}
+
+/// Evaluations by tasks: the models before training first, then the runs.
+fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, &'a str, String), Vec<Model<'a>>> {
+    let mut sets: BTreeMap<(Kind, &str, String), Vec<Model<'a>>> = BTreeMap::new();
+    for is_base_wanted in [true, false] {
+        for run in runs {
+            for (path, found) in &run.evaluations {
+                let (is_base, name) = runs::whose(path);
+                if is_base != is_base_wanted {
+                    continue;
+                }
+                let evaluation = &found.evaluation;
+                let set =
+                    sets.entry((evaluation.kind, &evaluation.tasks_digest, name.to_owned())).or_default();
+                let is_same = |model: &Model<'_>| {
+                    model.found.evaluation.subject == evaluation.subject
+                        && model.found.evaluation.items == evaluation.items
+                };
+                // Runs that began with the same model show it once.
+                if is_base && set.iter().any(is_same) {
+                    continue;
+                }
+                let is_first_base = is_base && set.is_empty();
+                let name = match (is_base, is_first_base) {
+                    (true, true) => "before training".to_owned(),
+                    (true, false) => format!("before {}", run.name),
+                    (false, _) => run.name.clone(),
+                };
+                set.push(Model { name, found });
+            }
+        }
+    }
+    sets
+}
+
+fn evaluations(runs: &[Run]) -> Vec<Block> {
+    let mut blocks = Vec::new();
+    for ((_, _, name), models) in evaluated(runs) {
+        let columns: Vec<Column<'_>> = models
+            .iter()
+            .map(|model| Column { name: &model.name, evaluation: &model.found.evaluation })
+            .collect();
+        blocks.extend(scores::blocks(&name, &columns));
+    }
+    if !blocks.is_empty() {
+        let intervals = "In brackets: where 95 of 100 other draws of as many tasks would lie (bootstrap over tasks). A \
+                         difference is tested task by task, by random exchange of the two models.";
+        blocks.insert(0, Block::Heading("Evaluations".to_owned()));
+        blocks.insert(1, Block::Text(intervals.to_owned()));
+    }
+    blocks
+}
+
+/// Weights of adapters.
+fn sweeps(runs: &[Run]) -> Vec<Block> {
+    let mut blocks = Vec::new();
+    for run in runs {
+        for (path, rows) in &run.sweeps {
+            let Some(first) = rows.first() else { continue };
+            let measures: Vec<(bool, &String)> = first
+                .dataset
+                .keys()
+                .map(|name| (false, name))
+                .chain(first.general.keys().map(|name| (true, name)))
+                .collect();
+            let named = |(is_general, name): &(bool, &String)| {
+                if *is_general { format!("{name}, other code") } else { (*name).clone() }
+            };
+            let head = std::iter::once("weight".to_owned()).chain(measures.iter().map(named)).collect();
+            let value = |row: &runs::SweepRow, (is_general, name): &(bool, &String)| {
+                let of = if *is_general { &row.general } else { &row.dataset };
+                of.get(*name).copied()
+            };
+            let cell =
+                |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
+            let rows_shown = rows.iter().map(|row| {
+                let cells = measures.iter().map(|measure| cell(value(row, measure)));
+                std::iter::once(format!("{}", row.weight)).chain(cells).collect()
+            });
+            blocks.push(Block::Subheading(format!("{}: {path}", run.name)));
+            blocks.push(Block::Table { head, rows: rows_shown.collect() });
+            let lines = measures.iter().filter(|(_, name)| *name == "loss").enumerate();
+            let lines = lines.map(|(colour, measure)| Line {
+                name: if measure.0 {
+                    "other code".to_owned()
+                } else {
+                    "code that it was trained for".to_owned()
+                },
+                points: rows.iter().filter_map(|row| Some((row.weight, value(row, measure)?))).collect(),
+                colour,
+            });
+            let plot = Plot {
+                title: format!("Loss over the weight of the adapter of {}", run.name),
+                x: "weight".to_owned(),
+                y: "loss per token".to_owned(),
+                lines: lines.collect(),
+            };
+            if !plot.is_empty() {
+                blocks.push(Block::Figure(plot));
+            }
+        }
+    }
+    if !blocks.is_empty() {
+        blocks.insert(0, Block::Heading("Weights of adapters".to_owned()));
+    }
+    blocks
+}
+
+/// Completions side by side: of the first set of held-out files that all models were asked.
+fn completions(args: &Args, runs: &[Run]) -> Result<Vec<Block>, Error> {
+    let sets = evaluated(runs);
+    let Some((_, models)) = sets
+        .iter()
+        .filter(|((kind, ..), _)| *kind == Kind::Repository)
+        .max_by_key(|((_, _, name), models)| (models.len(), name == "dataset"))
+    else {
+        return Ok(Vec::new());
+    };
+    let columns = models
+        .iter()
+        .map(|model| Ok((model.name.clone(), runs::holes(&model.found.dir)?)))
+        .collect::<Result<Vec<_>, Error>>()?;
+    let chosen = samples::choose(&columns, args.samples);
+    let Some((_, first)) = columns.first() else { return Ok(Vec::new()) };
+    let holes: Vec<_> = chosen.iter().filter_map(|id| first.get(id)).collect();
+    if let Some(path) = &args.write_prompts {
+        samples::write_prompts(path, &holes)?;
+    }
+    if holes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let others = args
+        .against
+        .iter()
+        .map(|other| Ok((other.name.clone(), samples::of_other(other, &holes)?)))
+        .collect::<Result<Vec<_>, Error>>()?;
+    let mut blocks = vec![Block::Heading("Completions side by side".to_owned())];
+    for hole in holes {
+        let of_models = columns
+            .iter()
+            .map(|(name, holes)| (name.clone(), holes.get(&hole.id).map(|hole| hole.completion.clone())));
+        let of_others =
+            others.iter().map(|(name, completions)| (name.clone(), completions.get(&hole.id).cloned()));
+        blocks.push(Block::Sample(samples::sample(hole, of_models.chain(of_others).collect())));
+    }
+    Ok(blocks)
+}
+
+/// The command that reports on a run.
+pub fn command(output: &Path) -> String {
+    format!("coordinator compare {} --out report", output.display())
+}
+
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s} s"),
+        (0, m, s) => format!("{m} min {s} s"),
+        (h, m, _) => format!("{h} h {m} min"),
+    }
+}
