@@ -20,7 +20,7 @@ setup: ## name what is missing, make .venv and the .libtorch link
 	@$(SETUP)
 
 build: setup ## release programs in target/release
-	cargo build --release -p tunefleet-coordinator -p tunefleet-keeper -p tunefleet-worker
+	cargo build --release -p tunefleet-coordinator -p tunefleet-keeper -p tunefleet-sandbox -p tunefleet-worker
 
 demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="path url ..." adds repositories
 	@scripts/demo $(DEMO_REPOS)

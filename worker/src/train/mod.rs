@@ -38,6 +38,7 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use crate::checkpoint::save::{self, Saver};
 use crate::comm::{Mesh, Tag};
 use crate::data::Sequences;
+use crate::memory;
 use batches::Batches;
 use gradients::Checks;
 use meter::Meter;
