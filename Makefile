@@ -10,7 +10,7 @@ HAS_NEXTEST = command -v cargo-nextest >/dev/null
 # Tests that take minutes live in modules named `long`.
 LONG = ::long::
 
-.PHONY: help build setup programs demo test test-long fuzz lint fmt docs bench audit clean
+.PHONY: help build setup programs demo demo-compare test test-long fuzz lint fmt docs bench audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,8 +25,14 @@ build: setup ## release programs in target/release
 demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="path url ..." adds repositories
 	@scripts/demo $(DEMO_REPOS)
 
+demo-compare: build ## full fine-tuning beside an adapter, with a report; GENERAL="path ..." DOMAIN="path ..."
+	@scripts/demo-compare $(GENERAL) -- $(DOMAIN)
+
 programs: ## debug programs, which the end-to-end tests start
 	cargo build --workspace --bins
+
+# Several tests at once: a helper of libtorch's that waits must not take a core from another test.
+test test-long: export OMP_WAIT_POLICY = passive
 
 # One thread more than there are cores: end-to-end tests wait for processes much of their time.
 test: setup-tests programs ## everything but the long tests

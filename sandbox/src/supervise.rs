@@ -71,7 +71,7 @@ pub fn run(request: Request) -> Result<Outcome, String> {
 /// that found a way out would be nobody.
 fn separate() -> Result<(), String> {
     let step = |what: &'static str| move |error: nix::Error| format!("{what}: {error}");
-    if Uid::effective().is_root() {
+    if Uid::effective().is_root() && is_root_of_machine() {
         let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
         setgroups(&[]).map_err(step("giving up groups"))?;
         setresgid(group, group, group).map_err(step("becoming nobody's group"))?;
@@ -105,6 +105,16 @@ fn separate() -> Result<(), String> {
             .map_err(|error| format!("/proc/self/{file}: {error}"))?;
     }
     Ok(())
+}
+
+/// Whether this root is not only somebody's who calls himself so, in a namespace of his own.
+fn is_root_of_machine() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let outside = map.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some("0")).then(|| words.next()).flatten()
+    });
+    outside.is_none_or(|outside| outside == "0")
 }
 
 /// A process's standard streams; none of them ever blocks. Threads are out of the question: a process with threads makes no

@@ -129,7 +129,7 @@ fn costs(runs: &[Run]) -> Vec<Block> {
     let mut rows = Vec::new();
     for run in runs.iter().filter(|run| !run.steps.is_empty()) {
         let (Some(last), rates) = (run.steps.last(), rates(&run.steps)) else { continue };
-        let best = run.evals.iter().map(|point| point.value).min_by(f64::total_cmp);
+        let best = run.evals.iter().min_by(|a, b| a.value.total_cmp(&b.value));
         let peak = run.steps.iter().map(|step| step.peak_memory_bytes).max().filter(|bytes| *bytes > 0);
         let price = run.price_per_hour().map(|price| price * last.seconds / 3600.0);
         let spec = run.spec.as_ref();
@@ -150,7 +150,7 @@ fn costs(runs: &[Run]) -> Vec<Block> {
             or_none(peak.map(|bytes| format!("{:.2} GB", bytes as f64 / 1e9))),
             format!("{:.4}", last.loss),
             or_none(run.evals.last().map(|point| format!("{:.4}", point.value))),
-            or_none(best.map(|loss| format!("{loss:.4}"))),
+            or_none(best.map(|point| format!("{:.4} at step {}", point.value, point.step))),
         ]);
     }
     if rows.is_empty() {
@@ -176,7 +176,8 @@ fn costs(runs: &[Run]) -> Vec<Block> {
         Block::Text(
             "Time is that of the attempts, evaluations and checkpoints included, waiting between attempts not. Price is \
              workers.price_per_hour for that time; tokens/s is the median of the logged values; memory is that of live \
-             tensors."
+             tensors. An eval loss that has risen since its best is over-fitting: train.keep_best keeps the weights of \
+             that step."
                 .to_owned(),
         ),
     ]

@@ -12,7 +12,7 @@ const RIGHT: f64 = 16.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 48.0;
 /// Ticks of an axis, about.
-const TICKS: f64 = 5.0;
+const TICKS: f64 = 6.0;
 /// Points of a line; more are put together.
 const MAX_POINTS: usize = 600;
 /// Colours that are told apart on white and on black, also by those who see few colours (Okabe and Ito 2008).

@@ -358,6 +358,22 @@ mod tests {
         assert!(error.contains("evaluations/tuned/x/evaluation.json: EOF"), "{error}");
     }
 
+    proptest::proptest! {
+        #[test]
+        fn whatever_stands_in_a_run_never_panics(text in "\\PC{0,80}(\n\\PC{0,80}){0,3}", unix_ms in 0u64.., step in 0u64..) {
+            let dir = tempfile::tempdir().unwrap();
+            let line = format!(
+                "{{\"kind\":\"step\",\"attempt\":1,\"unix_ms\":{unix_ms},\"step\":{step},\"loss\":1,\"step_seconds\":1e300}}\n"
+            );
+            for name in [METRICS_LOG_FILE, "evaluations/x/evaluation.json", "evaluations/y/sweep.json"] {
+                let path = dir.path().join(name);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, format!("{line}{text}")).unwrap();
+                let _ = Run::read(dir.path());
+            }
+        }
+    }
+
     #[test]
     fn evaluations_are_of_the_model_before_training_or_after() {
         assert_eq!(whose("base/humaneval"), (true, "humaneval"));

@@ -134,9 +134,12 @@ fn kind(kind: Kind) -> &'static str {
 
 /// How it was asked, on one line.
 fn protocol(evaluation: &Evaluation) -> String {
-    let settings = evaluation.protocol.iter().map(|(name, value)| match value.as_str() {
-        Some(text) => format!("{name} {text}"),
-        None => format!("{name} {value}"),
+    // Where it lay says nothing, and the table has its name.
+    let settings = evaluation.protocol.iter().filter(|(name, _)| *name != "dataset").map(|(name, value)| {
+        match value.as_str() {
+            Some(text) => format!("{name} {text}"),
+            None => format!("{name} {value}"),
+        }
     });
     format!("Asked with {}.", settings.collect::<Vec<_>>().join(", "))
 }

@@ -104,6 +104,10 @@ struct Record {
 /// # Errors
 /// See [`Error`].
 pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Result<Verdict, Error> {
+    if stage == Stage::Collect {
+        // What only the last stages need is missed before hours of training, and not after.
+        look_for_questions(spec)?;
+    }
     if !is_asked_for(spec, stage) {
         return Ok(Verdict::Absent);
     }
@@ -237,6 +241,19 @@ fn missing_evaluation(spec: &JobSpec) -> Option<PathBuf> {
         exams.iter().map(move |(name, _)| spec.evaluations_dir().join(of).join(name).join(EVALUATION_FILE))
     });
     files.into_iter().find(|file| !file.is_file())
+}
+
+/// Whether the tasks and datasets of a job's evaluations are there.
+fn look_for_questions(spec: &JobSpec) -> Result<(), Error> {
+    for (_, exam) in spec.evaluate.iter().flat_map(|evaluate| evaluate.exams(spec.dataset_dir())) {
+        let path = match exam {
+            Exam::Humaneval(tasks) | Exam::Infilling(tasks) => tasks,
+            Exam::Files(_, true) => continue,
+            Exam::Files(dataset, false) => dataset.join(dataset::MANIFEST_FILE),
+        };
+        std::fs::metadata(&path).map_err(io("looking for what `evaluate` names:", &path))?;
+    }
+    Ok(())
 }
 
 /// What a job's evaluations follow from: its model, and what is asked.

@@ -99,7 +99,7 @@ fn overrides_come_before_the_checks_and_their_paths_start_at_the_current_directo
 #[test]
 fn faults_of_overrides_name_the_override_and_come_last() {
     let text = "collect: {sources: [a]}\nmodel: {init: {preset: demo}}\nname: 5\nexprot: {}\n";
-    let overrides = ["train.steps=0", "train.stepz=4", "name.first=x", "train", "name+=x", ".a=1"];
+    let overrides = ["train.steps=2000000000", "train.stepz=4", "name.first=x", "train", "name+=x", ".a=1"];
     assert_eq!(
         faults(text, &overrides),
         [
@@ -108,7 +108,7 @@ fn faults_of_overrides_name_the_override_and_come_last() {
             "--set name+=x: += adds to a list, but name is \"5\"",
             "--set name.first=x: name is \"5\", so it has no key \"first\"",
             "--set train: must look like key=value, e.g. train.steps=100",
-            "--set train.steps=0: train.steps must be 1 to 1000000000, got 0",
+            "--set train.steps=2000000000: train.steps must be 0 to 1000000000, got 2000000000",
             "--set train.stepz=4: unknown key \"stepz\" in train (did you mean \"steps\"?)",
         ]
     );

@@ -59,7 +59,13 @@ fn a_job_asks_what_it_trained_and_what_that_was_before_with_all_its_ranks() {
     commit_varied(&job.dir().join("repos/varied"));
     write_tasks(&job.dir().join("tasks.jsonl"));
     let evaluations = job.output().join("evaluations");
-    job.run(&[]).expect(0).says(&["evaluate: ", &evaluations.display().to_string()]);
+    job.run(&[]).expect(0).says(&[
+        "evaluate: ",
+        &evaluations.display().to_string(),
+        "the model, humaneval: pass@1 0.00%",
+        "before training, dataset: exact match ",
+        "coordinator compare ",
+    ]);
     let losses = ["tuned", "base"].map(|of| {
         let found = evaluation(&evaluations.join(of).join("dataset"));
         assert_eq!(found["subject"]["adapter"].is_string(), of == "tuned", "{found}");
@@ -191,4 +197,8 @@ fn a_job_that_trains_nothing_asks_a_model_as_it_is() {
     job.run(&["--set", "evaluate.holes=0", "--set", "evaluate.files=0"])
         .expect(78)
         .says(&["evaluate asks for nothing"]);
+    // What only the last stage needs is missed at once.
+    let missing = Job::builder().section("evaluate: { humaneval: nowhere.jsonl }").build();
+    missing.run(&[]).expect(1).says(&["looking for what `evaluate` names:", "nowhere.jsonl: No such file"]);
+    assert!(!missing.output().join("dataset").exists());
 }

@@ -113,6 +113,15 @@ pub fn table(evaluation: &Evaluation) -> String {
     text
 }
 
+/// The numbers of all tasks on one line.
+pub fn line(evaluation: &Evaluation) -> String {
+    let cells = evaluation.cells();
+    let whole = cells.iter().filter(|cell| cell.grouping == Grouping::All);
+    let numbers =
+        whole.map(|cell| format!("{} {}", cell.measure.name(), shown(cell.measure, cell.estimate.value)));
+    numbers.collect::<Vec<_>>().join(", ")
+}
+
 /// What differs from the evaluation in `dir`, with the paired test of each measure.
 fn compared(dir: &Path, evaluation: &Evaluation) -> Result<String, Error> {
     let other = read(dir)?;

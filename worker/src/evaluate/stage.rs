@@ -31,11 +31,17 @@ fn defaults<A: clap::Args>(flags: &[(&str, &Path)]) -> Result<A, Error> {
     Ok(Defaults::try_parse_from(words).map_err(|error| Error::Setting(error.to_string()))?.args)
 }
 
-/// Runs this rank's share, and on the first rank puts all shares together.
+/// Runs this rank's share, and on the first rank puts all shares together and tells what came of them.
 ///
 /// # Errors
 /// See [`Error`]; a rank that ends takes the others with it.
-pub fn run(spec: &JobSpec, device: Device, rank: Rank, world: &dyn Communicator) -> Result<(), Error> {
+pub fn run(
+    spec: &JobSpec,
+    device: Device,
+    rank: Rank,
+    world: &dyn Communicator,
+    tell: &dyn Fn(String),
+) -> Result<(), Error> {
     let Some(evaluate) = &spec.evaluate else { return Ok(()) };
     let share = Share { rank: rank.rank as usize, world: rank.world as usize };
     for (of, mut args) in subjects(spec, evaluate)? {
@@ -48,6 +54,8 @@ pub fn run(spec: &JobSpec, device: Device, rank: Rank, world: &dyn Communicator)
             if let Some(evaluation) = evaluation {
                 log::write_json(&dir.join(EVALUATION_FILE), &evaluation)?;
                 tracing::info!("{of} model: {name}\n{}", report::table(&evaluation));
+                let model = if of == TUNED { "the model" } else { "before training" };
+                tell(format!("{model}, {name}: {}", report::line(&evaluation)));
             }
         }
     }
@@ -95,7 +103,8 @@ fn one(
             defaults(&[("--model", dir), ("--out", dir), ("--dataset", dataset)])?;
         let trained_on = if *is_own { Vec::new() } else { vec![spec.dataset_dir()] };
         let (files, holes) = (evaluate.files as usize, evaluate.holes as usize);
-        let questions = Questions { trained_on, files, holes, ..plain.questions };
+        let window_tokens = Some(evaluate.window_tokens);
+        let questions = Questions { trained_on, files, holes, window_tokens, ..plain.questions };
         let exam = repository::Exam::open(&questions)?;
         exam.answer(&questions, subject, own, share)?;
         world.barrier()?;

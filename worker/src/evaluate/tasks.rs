@@ -178,6 +178,8 @@ fn is_identifier(name: &str) -> bool {
 mod tests {
     use std::io::Write as _;
 
+    use proptest::prelude::*;
+
     use super::*;
 
     const TASK: &str =
@@ -208,6 +210,25 @@ mod tests {
         }
         assert!(refusal(b"\x1f\x8b\x08\x00broken", false).starts_with("tasks: "));
         assert!(refusal(b"\xff\xfe", false).starts_with("tasks: not UTF-8"));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400), packed in any::<bool>()) {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            if packed {
+                file.write_all(&GZIP_MAGIC).unwrap();
+            }
+            file.write_all(&bytes).unwrap();
+            let _ = read(file.path(), None);
+        }
+
+        #[test]
+        fn altered_tasks_never_panic(at in 0usize..TASK.len(), with in "\\PC{0,4}") {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(format!("{}{with}{}", &TASK[..at], &TASK[at..]).as_bytes()).unwrap();
+            let _ = read(file.path(), Some(true));
+        }
     }
 
     #[test]

@@ -70,7 +70,8 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
             let attempt = Attempt(assignment.task.as_ref().map_or(0, |task| task.attempt));
             let reporter = Reporter::new(record, rank, &spec.output, attempt);
             let _watchdog = session.watch_over(groups.clone(), reporter, EVALUATION_LIMIT)?;
-            evaluate::stage::run(&spec, device, rank, groups.mesh().world)?;
+            let tell = |line| session.host.report(train::Event::Note(line));
+            evaluate::stage::run(&spec, device, rank, groups.mesh().world, &tell)?;
             Ok(Outcome::Finished)
         }
         Stage::Serve => {

@@ -370,6 +370,40 @@ fn what_cannot_be_evaluated_is_told() {
 }
 
 #[test]
+fn where_programs_cannot_be_kept_apart_none_is_run_unless_that_is_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tasks, samples) = (small_tasks(dir.path()), dir.path().join("samples.jsonl"));
+    fs::write(&samples, "{\"task_id\": \"t/0\", \"completion\": \"    return 1\\n\"}\n").unwrap();
+    // A place where nobody may make namespaces.
+    let within = |more: &[&str]| {
+        let script = "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$0\" \"$@\"";
+        let mut command = Command::new("unshare");
+        command.args([
+            "--map-root-user",
+            "sh",
+            "-c",
+            script,
+            env!("CARGO_BIN_EXE_worker"),
+            "evaluate",
+            "samples",
+        ]);
+        command.args(["--tasks", text(&tasks), "--samples", text(&samples), "--python", PYTHON]);
+        command.args(["--out", text(&dir.path().join("out"))]).args(more);
+        command.output().unwrap()
+    };
+    let output = within(&[]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    if said.starts_with("unshare:") {
+        return tunefleet_tests::skip(&said);
+    }
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot keep a program apart") && said.contains("--allow-unisolated"), "{said}");
+    let output = within(&["--allow-unisolated"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("100.00%"), "{output:?}");
+}
+
+#[test]
 fn a_model_that_says_nothing_fails_its_tasks_and_is_told_of() {
     let Some(trained) = trained() else { return };
     let dir = tempfile::tempdir().unwrap();

@@ -312,6 +312,9 @@ section! {
         files: u32,
         /// Holes of each kind in held-out files, at most, 0 to 1000000. Default: 100.
         holes: u32,
+        /// Tokens of a window of a file, and of a prompt, 8 to 1048576: positions that training has not seen say
+        /// nothing. Default: `data.sequence_tokens`.
+        window_tokens: u32,
         /// Other datasets: their held-out files tell what is forgotten. Default: none.
         general: Vec<At<String>>,
         /// An adapter beside the model, where nothing is trained. Default: none.

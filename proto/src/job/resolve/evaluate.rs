@@ -5,15 +5,18 @@ use super::serve::BLOCK;
 use crate::base_plan::{QuantKind, Quantization};
 use crate::job::file::EvaluateFile;
 use crate::job::read::{At, Field};
-use crate::job::spec::{AdapterSpec, EvaluateSpec, ExportSpec, MergeBase, TrainSpec};
+use crate::job::spec::{AdapterSpec, DataSpec, EvaluateSpec, ExportSpec, MergeBase, TrainSpec};
 
 const MAX_ITEMS: u32 = 1_000_000;
+const MIN_WINDOW: u32 = 8;
+const MAX_WINDOW: u32 = 1 << 20;
 
 impl Resolver<'_> {
     pub(super) fn evaluate(
         &mut self,
         field: &Field<EvaluateFile>,
         train: &TrainSpec,
+        data: &DataSpec,
         export: &ExportSpec,
         adapter: Option<&AdapterSpec>,
     ) -> Option<EvaluateSpec> {
@@ -47,6 +50,9 @@ impl Resolver<'_> {
         let files = self.within("evaluate.files", &file.files, 0..=MAX_ITEMS, 500);
         let holes = self.within("evaluate.holes", &file.holes, 0..=MAX_ITEMS, 100);
         let samples_per_task = self.within("evaluate.samples_per_task", &file.samples_per_task, 1..=1000, 20);
+        let window = data.sequence_tokens.clamp(MIN_WINDOW, MAX_WINDOW);
+        let window_tokens =
+            self.within("evaluate.window_tokens", &file.window_tokens, MIN_WINDOW..=MAX_WINDOW, window);
         if (files, holes) == (0, 0) && humaneval.is_none() && infilling.is_none() {
             let message = "evaluate asks for nothing: raise files or holes, or give humaneval or infilling";
             self.sink.report(place, message);
@@ -58,6 +64,7 @@ impl Resolver<'_> {
             samples_per_task,
             files,
             holes,
+            window_tokens,
             general: general.unwrap_or_default(),
             adapter,
             quantization: Quantization { kind: file.quantize.or(base.kind), ..base },

@@ -64,7 +64,7 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
         export.enabled = false;
         resolver.untrained(file);
     }
-    let evaluate = resolver.evaluate(&file.evaluate, &train, &export, adapter.as_ref());
+    let evaluate = resolver.evaluate(&file.evaluate, &train, &data, &export, adapter.as_ref());
     let serve = resolver.serve(&file.serve, &export, adapter.as_ref());
     let (priority, deadline_seconds) = resolver.urgency(file);
     let restart = resolver.restart(&file.restart.or(RestartFile::default()));

@@ -21,6 +21,8 @@ pub struct EvaluateSpec {
     pub files: u32,
     /// Holes of each kind in them, at most.
     pub holes: u32,
+    /// Tokens of a window of a file, and of a prompt.
+    pub window_tokens: u32,
     /// Other datasets, whose held-out files tell what is forgotten.
     pub general: Vec<PathBuf>,
     /// An adapter beside the model, of a job that trains nothing.

@@ -8,6 +8,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::statvfs::statvfs;
 use tunefleet_proto::rpc::Finding;
 use tunefleet_proto::rpc::finding::Verdict;
+use tunefleet_sandbox::{Isolation, Limits, Program, Sandbox};
 
 use super::{Subject, finding};
 use crate::comm::nccl;
@@ -25,6 +26,7 @@ const COLLECTIVES_LIMIT: Duration = Duration::from_secs(90);
 pub fn findings(subject: &Subject) -> Vec<Finding> {
     vec![
         keeper(),
+        sandbox(),
         shared_memory(free_bytes(Path::new("/dev/shm")), subject.gpus),
         disk(free_bytes(&subject.state), &subject.state),
         memory(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default(), subject.slots),
@@ -47,6 +49,19 @@ fn keeper() -> Finding {
         None => {
             let detail = "no program `keeper` beside this one or on PATH: ranks cannot be started".to_owned();
             finding("keeper", Verdict::Critical, detail)
+        }
+    }
+}
+
+/// Whether a job may run programs that its model writes.
+fn sandbox() -> Finding {
+    let nothing = Program { argv: vec!["/bin/true".to_owned()], readable: Vec::new(), stdin: String::new() };
+    let ran = Sandbox::find(Isolation::Full, Limits::default()).and_then(|sandbox| sandbox.run(&nothing));
+    match ran {
+        Ok(_) => finding("sandbox", Verdict::Ok, "programs that models write are kept apart".to_owned()),
+        Err(error) => {
+            let detail = format!("{error}: jobs that evaluate with programs end there");
+            finding("sandbox", Verdict::Warning, detail)
         }
     }
 }
