@@ -1,5 +1,8 @@
 //! Programs that mean harm, or lose their way: each is contained and reported, and leaves nothing behind.
 
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -8,7 +8,8 @@ use crate::html::{Escaped, STYLE};
 
 /// What only reports have.
 const MORE_STYLE: &str = "
-figure { margin: 1rem 0; } .wide { overflow-x: auto; } td:first-child { white-space: nowrap; }
+body { max-width: 84rem; } figure { margin: 1rem 0; }
+@media (min-width: 60rem) { figure { display: inline-block; width: 49%; } } .wide { overflow-x: auto; } td:first-child { white-space: nowrap; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: .8rem; }
 .sides pre { margin: .2rem 0; white-space: pre-wrap; } .sides h4 { margin: 0; font-size: .9rem; }
 .right { border-color: #1a7f37; } mark { background: none; color: inherit; font-weight: 600; text-decoration: underline; }

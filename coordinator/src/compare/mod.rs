@@ -1,9 +1,10 @@
 //! `coordinator compare`: runs beside each other, as a page and as Markdown.
 //!
-//! output directories -> curves and evaluations (`runs`) -> tables with intervals (`scores`), lines (`plot`), completions
-//! side by side (`samples`) -> blocks, and their two forms (`document`)
+//! output directories -> what they hold (`runs`) -> costs and lines (`curves`, `plot`), tables with intervals (`scores`),
+//! completions side by side (`samples`) -> blocks, and their two forms (`document`)
 
 mod runs;
+mod curves;
 mod scores;
 mod plot;
 mod samples;
@@ -19,7 +20,7 @@ use tunefleet_proto::evaluation::Kind;
 use crate::cli::exit;
 use document::Block;
 use plot::{Line, Plot};
-use runs::{Found, Run, Step};
+use runs::{Found, Run};
 use samples::Other;
 use scores::Column;
 
@@ -96,8 +97,8 @@ fn report(args: &Args) -> Result<PathBuf, Error> {
     distinct(&mut runs);
     let names: Vec<&str> = runs.iter().map(|run| run.name.as_str()).collect();
     let title = format!("Compared: {}", names.join(", "));
-    let mut blocks = costs(&runs);
-    blocks.extend(curves(&runs));
+    let mut blocks = curves::costs(&runs);
+    blocks.extend(curves::blocks(&runs));
     blocks.extend(evaluations(&runs));
     blocks.extend(sweeps(&runs));
     blocks.extend(completions(args, &runs)?);
@@ -124,138 +125,16 @@ fn distinct(runs: &mut [Run]) {
     }
 }
 
-/// What each run took.
-fn costs(runs: &[Run]) -> Vec<Block> {
-    let mut rows = Vec::new();
-    for run in runs.iter().filter(|run| !run.steps.is_empty()) {
-        let (Some(last), rates) = (run.steps.last(), rates(&run.steps)) else { continue };
-        let best = run.evals.iter().min_by(|a, b| a.value.total_cmp(&b.value));
-        let peak = run.steps.iter().map(|step| step.peak_memory_bytes).max().filter(|bytes| *bytes > 0);
-        let price = run.price_per_hour().map(|price| price * last.seconds / 3600.0);
-        let spec = run.spec.as_ref();
-        let what = match spec.and_then(|spec| spec.adapter.as_ref()) {
-            Some(adapter) => format!("adapter, rank {}, {}", adapter.lora.rank, adapter.quantization.name()),
-            None => "all weights".to_owned(),
-        };
-        let or_none = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
-        rows.push(vec![
-            run.name.clone(),
-            what,
-            or_none(spec.map(|spec| spec.train.ranks.to_string())),
-            last.step.to_string(),
-            last.tokens.to_string(),
-            duration(last.seconds),
-            or_none(price.map(|price| format!("{price:.4}"))),
-            or_none(rates.map(|rate| format!("{rate:.0}"))),
-            or_none(peak.map(|bytes| format!("{:.2} GB", bytes as f64 / 1e9))),
-            format!("{:.4}", last.loss),
-            or_none(run.evals.last().map(|point| format!("{:.4}", point.value))),
-            or_none(best.map(|point| format!("{:.4} at step {}", point.value, point.step))),
-        ]);
-    }
-    if rows.is_empty() {
-        return Vec::new();
-    }
-    let head = [
-        "run",
-        "trained",
-        "ranks",
-        "steps",
-        "tokens",
-        "time",
-        "price",
-        "tokens/s",
-        "peak memory of a rank",
-        "train loss",
-        "eval loss",
-        "best eval loss",
-    ];
-    vec![
-        Block::Heading("Costs".to_owned()),
-        Block::Table { head: head.map(str::to_owned).to_vec(), rows },
-        Block::Text(
-            "Time is that of the attempts, evaluations and checkpoints included, waiting between attempts not. Price is \
-             workers.price_per_hour for that time; tokens/s is the median of the logged values; memory is that of live \
-             tensors. An eval loss that has risen since its best is over-fitting: train.keep_best keeps the weights of \
-             that step."
-                .to_owned(),
-        ),
-    ]
-}
-
-/// The median.
-fn rates(steps: &[Step]) -> Option<f64> {
-    let mut rates: Vec<f64> = steps.iter().map(|step| step.tokens_per_second).collect();
-    rates.sort_by(f64::total_cmp);
-    rates.get(rates.len() / 2).copied()
-}
-
-/// Losses over steps, time and price; learning rate and throughput over steps.
-fn curves(runs: &[Run]) -> Vec<Block> {
-    type Values = Vec<(u64, f64, f64)>;
-    let train =
-        |run: &Run| -> Values { run.steps.iter().map(|step| (step.step, step.seconds, step.loss)).collect() };
-    let eval = |run: &Run| -> Values {
-        run.evals.iter().map(|point| (point.step, point.seconds, point.value)).collect()
-    };
-    let rate = |run: &Run| -> Values {
-        run.steps.iter().map(|step| (step.step, step.seconds, step.learning_rate)).collect()
-    };
-    let throughput = |run: &Run| -> Values {
-        run.steps.iter().map(|step| (step.step, step.seconds, step.tokens_per_second)).collect()
-    };
-    let longest = runs.iter().filter_map(|run| run.steps.last()).map(|step| step.seconds).fold(0.0, f64::max);
-    let (unit, unit_seconds) = match longest {
-        seconds if seconds > 3.0 * 3600.0 => ("hours", 3600.0),
-        seconds if seconds > 300.0 => ("minutes", 60.0),
-        _ => ("seconds", 1.0),
-    };
-    let have_prices = runs.iter().all(|run| run.price_per_hour().is_some());
-    let mut plots = Vec::new();
-    let values: [(&str, &str, &dyn Fn(&Run) -> Values, bool); 4] = [
-        ("Train loss", "loss per token", &train, true),
-        ("Eval loss", "loss per token", &eval, true),
-        ("Learning rate", "learning rate", &rate, false),
-        ("Throughput", "tokens per second", &throughput, false),
-    ];
-    for (name, y, values, is_loss) in values {
-        let plot = |over: &str, x: &str, place: &dyn Fn(&Run, u64, f64) -> f64| {
-            let line = |(colour, run): (usize, &Run)| Line {
-                name: run.name.clone(),
-                points: values(run)
-                    .into_iter()
-                    .map(|(step, s, value)| (place(run, step, s), value))
-                    .collect(),
-                colour,
-            };
-            let lines: Vec<Line> =
-                runs.iter().enumerate().map(line).filter(|line| !line.points.is_empty()).collect();
-            Plot { title: format!("{name} over {over}"), x: x.to_owned(), y: y.to_owned(), lines }
-        };
-        plots.push(plot("steps", "steps", &|_, step, _| step as f64));
-        if is_loss {
-            plots.push(plot("time", unit, &|_, _, seconds| seconds / unit_seconds));
-            if have_prices {
-                let price = |run: &Run, _: u64, seconds: f64| {
-                    run.price_per_hour().unwrap_or_default() * seconds / 3600.0
-                };
-                plots.push(plot("price", "price", &price));
-            }
-        }
-    }
-    let figures: Vec<Block> = plots.into_iter().filter(|plot| !plot.is_empty()).map(Block::Figure).collect();
-    if figures.is_empty() { figures } else { [vec![Block::Heading("Curves".to_owned())], figures].concat() }
-}
-
 /// A model of the report.
 struct Model<'a> {
     name: String,
+    is_base: bool,
     found: &'a Found,
 }
 
 /// Evaluations by tasks: the models before training first, then the runs.
-fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, &'a str, String), Vec<Model<'a>>> {
-    let mut sets: BTreeMap<(Kind, &str, String), Vec<Model<'a>>> = BTreeMap::new();
+fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, String, &'a str), Vec<Model<'a>>> {
+    let mut sets: BTreeMap<(Kind, String, &str), Vec<Model<'a>>> = BTreeMap::new();
     for is_base_wanted in [true, false] {
         for run in runs {
             for (path, found) in &run.evaluations {
@@ -265,7 +144,7 @@ fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, &'a str, String), Vec<Model
                 }
                 let evaluation = &found.evaluation;
                 let set =
-                    sets.entry((evaluation.kind, &evaluation.tasks_digest, name.to_owned())).or_default();
+                    sets.entry((evaluation.kind, name.to_owned(), &evaluation.tasks_digest)).or_default();
                 let is_same = |model: &Model<'_>| {
                     model.found.evaluation.subject == evaluation.subject
                         && model.found.evaluation.items == evaluation.items
@@ -274,13 +153,14 @@ fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, &'a str, String), Vec<Model
                 if is_base && set.iter().any(is_same) {
                     continue;
                 }
-                let is_first_base = is_base && set.is_empty();
-                let name = match (is_base, is_first_base) {
-                    (true, true) => "before training".to_owned(),
-                    (true, false) => format!("before {}", run.name),
+                let name = match (is_base, &evaluation.subject.quantization) {
                     (false, _) => run.name.clone(),
+                    (true, None) => "before training".to_owned(),
+                    (true, Some(held_as)) => format!("before training, {held_as}"),
                 };
-                set.push(Model { name, found });
+                let is_taken = set.iter().any(|model| model.name == name);
+                let name = if is_taken { format!("before {}", run.name) } else { name };
+                set.push(Model { name, is_base, found });
             }
         }
     }
@@ -289,15 +169,20 @@ fn evaluated<'a>(runs: &'a [Run]) -> BTreeMap<(Kind, &'a str, String), Vec<Model
 
 fn evaluations(runs: &[Run]) -> Vec<Block> {
     let mut blocks = Vec::new();
-    for ((_, _, name), models) in evaluated(runs) {
+    for ((_, name, _), models) in evaluated(runs) {
         let columns: Vec<Column<'_>> = models
             .iter()
-            .map(|model| Column { name: &model.name, evaluation: &model.found.evaluation })
+            .map(|model| Column {
+                name: &model.name,
+                is_base: model.is_base,
+                evaluation: &model.found.evaluation,
+            })
             .collect();
         blocks.extend(scores::blocks(&name, &columns));
     }
     if !blocks.is_empty() {
-        let intervals = "In brackets: where 95 of 100 other draws of as many tasks would lie (bootstrap over tasks). A \
+        let intervals = "In brackets: where 95 of 100 other draws of as many tasks would lie (bootstrap over tasks; \
+                         3 / tasks where all went the same way). A \
                          difference is tested task by task, by random exchange of the two models.";
         blocks.insert(0, Block::Heading("Evaluations".to_owned()));
         blocks.insert(1, Block::Text(intervals.to_owned()));
@@ -366,7 +251,7 @@ fn completions(args: &Args, runs: &[Run]) -> Result<Vec<Block>, Error> {
     let Some((_, models)) = sets
         .iter()
         .filter(|((kind, ..), _)| *kind == Kind::Repository)
-        .max_by_key(|((_, _, name), models)| (models.len(), name == "dataset"))
+        .max_by_key(|((_, name, _), models)| (models.len(), name == "dataset"))
     else {
         return Ok(Vec::new());
     };
@@ -403,13 +288,4 @@ fn completions(args: &Args, runs: &[Run]) -> Result<Vec<Block>, Error> {
 /// The command that reports on a run.
 pub fn command(output: &Path) -> String {
     format!("coordinator compare {} --out report", output.display())
-}
-
-fn duration(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
-        (0, 0, s) => format!("{s} s"),
-        (0, m, s) => format!("{m} min {s} s"),
-        (h, m, _) => format!("{h} h {m} min"),
-    }
 }

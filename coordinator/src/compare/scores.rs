@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use tunefleet_proto::evaluation::statistics::{Estimate, Score, difference, mean};
+use tunefleet_proto::evaluation::statistics::{Estimate, Score, difference};
 use tunefleet_proto::evaluation::{ALL, Evaluation, Grouping, Kind, Measure};
 
 use super::document::Block;
@@ -14,11 +14,13 @@ const MAX_GROUPS: usize = 20;
 pub struct Column<'a> {
     /// The model.
     pub name: &'a str,
+    /// Whether it is one before training.
+    pub is_base: bool,
     /// What it did.
     pub evaluation: &'a Evaluation,
 }
 
-/// Tables of one set of tasks. Differences are from the first column, and of the last from the one before it.
+/// Tables of one set of tasks.
 pub fn blocks(name: &str, columns: &[Column<'_>]) -> Vec<Block> {
     let Some(first) = columns.first() else { return Vec::new() };
     let mut blocks = vec![Block::Subheading(format!("{name} ({})", kind(first.evaluation.kind)))];
@@ -63,16 +65,14 @@ pub fn blocks(name: &str, columns: &[Column<'_>]) -> Vec<Block> {
     blocks
 }
 
-/// Pairs of models whose difference is told: each beside the first, and the last beside the one before it.
+/// What was trained beside what that was before (the first column), and each run beside the one before it.
 fn differences(columns: &[Column<'_>], measures: &[Measure]) -> Option<Block> {
-    let last = columns.len().checked_sub(1)?;
-    let mut pairs: Vec<(usize, usize)> = (1..columns.len()).map(|second| (0, second)).collect();
-    if last >= 2 {
-        pairs.push((last - 1, last));
-    }
+    let base = columns.first().filter(|column| column.is_base);
+    let trained: Vec<&Column<'_>> = columns.iter().filter(|column| !column.is_base).collect();
+    let helped = base.into_iter().flat_map(|base| trained.iter().map(move |run| (base, *run)));
+    let beside = trained.windows(2).filter_map(|pair| Some((*pair.first()?, *pair.last()?)));
     let mut rows = Vec::new();
-    for (a, b) in pairs {
-        let (Some(a), Some(b)) = (columns.get(a), columns.get(b)) else { continue };
+    for (a, b) in helped.chain(beside) {
         for measure in measures {
             let pairs = paired(a.evaluation, b.evaluation, *measure);
             if pairs.is_empty() {
@@ -117,7 +117,8 @@ fn measures(columns: &[Column<'_>]) -> Vec<Measure> {
 fn cell(evaluation: &Evaluation, measure: Measure, grouping: Grouping, group: &str) -> String {
     match evaluation.scores(measure, grouping).remove(group) {
         Some(scores) => {
-            let Estimate { value, low, high, .. } = mean(&scores.into_values().collect::<Vec<_>>());
+            let Estimate { value, low, high, .. } =
+                measure.estimate(&scores.into_values().collect::<Vec<_>>());
             format!("{} ({} to {})", shown(measure, value), shown(measure, low), shown(measure, high))
         }
         None => "-".to_owned(),

@@ -152,6 +152,19 @@ impl Measure {
         }
     }
 
+    /// The number of some tasks, and its interval. Where all tasks went the same way no draw of them differs: the interval
+    /// is then what so many tasks cannot rule out, 3 / tasks (Hanley and Lippman-Hand 1983).
+    pub fn estimate(self, scores: &[Score]) -> Estimate {
+        let found = mean(scores);
+        let all_are = |value: f64| !scores.is_empty() && scores.iter().all(|score| score.sum == value);
+        let unseen = (3.0 / scores.len().max(1) as f64).min(1.0);
+        match self {
+            Measure::Pass(_) | Measure::Exact if all_are(0.0) => Estimate { high: unseen, ..found },
+            Measure::Pass(_) | Measure::Exact if all_are(1.0) => Estimate { low: 1.0 - unseen, ..found },
+            _ => found,
+        }
+    }
+
     /// Whether more is better.
     pub fn is_better_high(self) -> bool {
         self != Measure::Loss
@@ -267,7 +280,7 @@ impl Evaluation {
                 }
                 for (group, scores) in groups {
                     let scores: Vec<Score> = scores.into_values().collect();
-                    cells.push(Cell { measure, grouping, group, estimate: mean(&scores) });
+                    cells.push(Cell { measure, grouping, group, estimate: measure.estimate(&scores) });
                 }
             }
         }
@@ -278,6 +291,16 @@ impl Evaluation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tasks_that_all_failed_rule_out_only_so_much() {
+        let scores = vec![Score { sum: 0.0, weight: 1.0 }; 60];
+        let Estimate { value, low, high, .. } = Measure::Exact.estimate(&scores);
+        assert_eq!((value, low, high), (0.0, 0.0, 0.05));
+        assert_eq!(Measure::Similarity.estimate(&scores).high, 0.0);
+        let scores = vec![Score { sum: 1.0, weight: 1.0 }; 2];
+        assert_eq!(Measure::Pass(1).estimate(&scores).low, 0.0);
+    }
 
     fn item(id: &str, kind: &str, samples: u64, passed: u64) -> Item {
         Item {

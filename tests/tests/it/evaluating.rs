@@ -155,7 +155,7 @@ fn reports(job: &Job) {
         "dataset (held-out files)",
         "humaneval (functions judged by tests)",
         "pass@1",
-        "test beside before training: loss",
+        "test beside before training, nf4-64-double: loss",
         "single_line: exact match",
         "what_another_said",
         "(not recorded)",

@@ -118,7 +118,7 @@ fn one(
     }
     let found = work.gather(&parts)?;
     let settings = work.settings(protocol.settings(&drawing));
-    Ok(Some(report::evaluation(work.kind, subject.described.clone(), settings, work.digest.clone(), found)))
+    Ok(Some(report::evaluation(work.kind, subject.described.clone(), settings, work.digest, found)))
 }
 
 /// Tasks that are judged by tests, as the verbs ask them.

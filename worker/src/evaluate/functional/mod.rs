@@ -198,7 +198,7 @@ pub fn samples(args: &SamplesArgs) -> Result<(), Error> {
     work.begin(&args.report.out, &settings, &described)?;
     let judged = work.judge(&args.report.out, &samples, Protocol::Given)?;
     let found = work.count(&samples, &judged);
-    let evaluation = report::evaluation(work.kind, described, settings, work.digest.clone(), found);
+    let evaluation = report::evaluation(work.kind, described, settings, work.digest, found);
     report::finish(&args.report, &evaluation)
 }
 

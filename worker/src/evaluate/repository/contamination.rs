@@ -4,7 +4,7 @@
 //! Memory holds the runs of the held-out files; the others only pass by.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hash, Hasher};
+use std::hash::BuildHasher;
 
 use foldhash::fast::FixedState;
 
@@ -60,11 +60,7 @@ fn runs(text: &str) -> impl Iterator<Item = u64> + '_ {
     let words: Vec<&str> =
         text.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty()).collect();
     let last = words.len().saturating_sub(RUN_WORDS - 1);
-    (0..last).map(move |at| {
-        let mut hasher = state.build_hasher();
-        words.get(at..at + RUN_WORDS).unwrap_or_default().hash(&mut hasher);
-        hasher.finish()
-    })
+    (0..last).map(move |at| state.hash_one(words.get(at..at + RUN_WORDS).unwrap_or_default()))
 }
 
 #[cfg(test)]

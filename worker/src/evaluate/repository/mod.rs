@@ -245,8 +245,8 @@ impl Exam {
             let (_, found) = Log::<Filled>::open(&dir.join(HOLES_FILE))?;
             filled.extend(found.into_iter().map(|entry| (entry.id.clone(), entry)));
         }
-        let mut found = Found::default();
-        found.files = self.files.iter().filter_map(|file| losses.remove(&file.id())).collect();
+        let files = self.files.iter().filter_map(|file| losses.remove(&file.id())).collect();
+        let mut found = Found { files, ..Found::default() };
         for hole in &self.holes {
             let Some(entry) = filled.remove(&hole.id()) else { continue };
             if entry.completion.trim().is_empty() {
