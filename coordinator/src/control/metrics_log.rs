@@ -1,20 +1,27 @@
 //! `<output>/metrics.jsonl`: one JSON object for each logged value of a job. Numbers are written
-//! so that reading them back gives the same bits.
+//! so that reading them back gives the same bits. The same values go to TensorBoard's files.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use tunefleet_proto::ids::Attempt;
 use tunefleet_proto::rpc::JobEvent;
 use tunefleet_proto::rpc::job_event::Body;
 
+use super::event_file::EventFile;
+
 /// File name inside the job's output directory.
 pub const FILE: &str = "metrics.jsonl";
 
 /// An open log. Each line is written at once and whole, so that a kill loses none.
-pub struct MetricsLog(File);
+pub struct MetricsLog {
+    file: File,
+    output: PathBuf,
+    /// Of the attempt that logged last.
+    events: Option<EventFile>,
+}
 
 impl MetricsLog {
     /// Opens the log of `output` for appending.
@@ -23,7 +30,8 @@ impl MetricsLog {
     /// When the file cannot be made.
     pub fn open(output: &Path) -> std::io::Result<Self> {
         std::fs::create_dir_all(output)?;
-        Ok(MetricsLog(OpenOptions::new().create(true).append(true).open(output.join(FILE))?))
+        let file = OpenOptions::new().create(true).append(true).open(output.join(FILE))?;
+        Ok(MetricsLog { file, output: output.to_owned(), events: None })
     }
 
     /// Appends the values of an event; one without values adds no line.
@@ -49,7 +57,12 @@ impl MetricsLog {
             }),
             _ => return Ok(()),
         };
-        self.0.write_all(format!("{line}\n").as_bytes())
+        self.file.write_all(format!("{line}\n").as_bytes())?;
+        let events = match self.events.take().filter(|events| events.attempt == *attempt) {
+            Some(events) => events,
+            None => EventFile::open(&self.output, *attempt)?,
+        };
+        self.events.insert(events).append(event)
     }
 }
 

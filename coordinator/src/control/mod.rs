@@ -18,6 +18,7 @@ mod guard;
 mod hang;
 mod job;
 mod listen;
+mod event_file;
 mod metrics_log;
 mod output;
 mod placement;

@@ -1,9 +1,13 @@
 //! Processes that die, and what `launch --resume` makes of it.
 
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
+
 use nix::sys::signal::Signal;
 use tunefleet_tests::job::Job;
 use tunefleet_tests::process::Running;
-use tunefleet_tests::repository;
+use tunefleet_tests::{repository, skip};
 
 const STEPS: u64 = 60;
 const CHECKPOINT_EVERY: u64 = 10;
@@ -53,6 +57,25 @@ fn after_everything_was_killed_twice_the_losses_are_those_of_an_undisturbed_run(
     job.run(&["--resume"]).expect(0);
     assert_as_if_undisturbed(&job);
     assert_eq!(job.metrics().attempts(), 3);
+    assert_tensorboard_shows_each_step_once(&job);
+}
+
+/// TensorBoard forgets what an attempt logged and a later one did again.
+fn assert_tensorboard_shows_each_step_once(job: &Job) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let python = root.join(".venv/bin/python");
+    if !python.exists() {
+        return skip("event files are read by TensorBoard, which `make setup-tests` installs");
+    }
+    let mut command = Command::new(python);
+    command.arg(root.join("tests/parity/read_event_files.py")).arg(job.output().join("tensorboard"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: HashMap<String, Vec<(u64, f64)>> = serde_json::from_slice(&output.stdout).unwrap();
+    let losses = job.metrics().losses().into_iter().map(|(step, bits)| (step, f64::from_bits(bits) as f32));
+    let shown = found["train/loss"].iter().map(|(step, loss)| (*step, *loss as f32));
+    assert_eq!(shown.collect::<Vec<_>>(), losses.collect::<Vec<_>>());
+    assert!(found.contains_key("train/learning_rate") && found.contains_key("checkpoint/pause_seconds"));
 }
 
 #[test]
