@@ -336,7 +336,10 @@ impl JobSpec {
             TokenizerSpec::Existing(_) | TokenizerSpec::FromModel => 0,
         };
         let adapter_misfit = || self.adapter_plan(model).err().map(|error| format!("adapter: {error}"));
-        sequence_misfit(self.data.sequence_tokens, model)
+        // A model that is only asked is shown no more than it has positions for.
+        let trained = Some(self.data.sequence_tokens).filter(|_| self.train.steps > 0);
+        trained
+            .and_then(|sequence_tokens| sequence_misfit(sequence_tokens, model))
             .or_else(|| vocab_misfit(vocab_size, model))
             .or_else(adapter_misfit)
     }
