@@ -15,7 +15,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use tunefleet_proto::evaluation::Kind;
+use tunefleet_proto::evaluation::{Kind, SweepRow};
 
 use crate::cli::exit;
 use document::Block;
@@ -206,7 +206,7 @@ fn sweeps(runs: &[Run]) -> Vec<Block> {
                 if *is_general { format!("{name}, other code") } else { (*name).clone() }
             };
             let head = std::iter::once("weight".to_owned()).chain(measures.iter().map(named)).collect();
-            let value = |row: &runs::SweepRow, (is_general, name): &(bool, &String)| {
+            let value = |row: &SweepRow, (is_general, name): &(bool, &String)| {
                 let of = if *is_general { &row.general } else { &row.dataset };
                 of.get(*name).copied()
             };

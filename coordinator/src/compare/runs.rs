@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 use tunefleet_proto::evaluation::{
-    BASE, EVALUATION_FILE, EVALUATION_VERSION, EVALUATIONS_DIR, Evaluation, TUNED,
+    BASE, EVALUATION_FILE, EVALUATION_VERSION, EVALUATIONS_DIR, Evaluation, Filled, HOLES_FILE, SWEEP_FILE,
+    SweepRow, TUNED,
 };
 use tunefleet_proto::job::JobSpec;
 
@@ -19,10 +20,6 @@ use crate::control::METRICS_LOG_FILE;
 const MAX_DEPTH: usize = 4;
 /// Directories that are looked into, at most.
 const MAX_DIRS: usize = 10_000;
-/// Holes with what a model made of them, in one directory or in those of ranks below it.
-const HOLES_FILE: &str = "holes.jsonl";
-/// Weights of an adapter.
-const SWEEP_FILE: &str = "sweep.json";
 
 /// One run.
 #[derive(Debug)]
@@ -82,39 +79,6 @@ pub struct Point {
     pub seconds: f64,
     /// The value.
     pub value: f64,
-}
-
-/// One weight of a sweep.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct SweepRow {
-    /// The weight.
-    pub weight: f64,
-    /// On the dataset that the adapter was trained for.
-    pub dataset: BTreeMap<String, f64>,
-    /// On other code.
-    #[serde(default)]
-    pub general: BTreeMap<String, f64>,
-}
-
-/// A hole and what was made of it.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Hole {
-    /// Its name.
-    pub id: String,
-    /// Its kind.
-    pub kind: String,
-    /// Its repository.
-    pub repository: String,
-    /// Its file.
-    pub path: String,
-    /// What stands before it.
-    pub before: String,
-    /// What stood there.
-    pub truth: String,
-    /// What the model made.
-    pub completion: String,
-    /// What stands after it.
-    pub after: String,
 }
 
 impl Run {
@@ -191,14 +155,14 @@ pub fn whose(path: &str) -> (bool, &str) {
 ///
 /// # Errors
 /// Files that are not what was written.
-pub fn holes(dir: &Path) -> Result<BTreeMap<String, Hole>, Error> {
+pub fn holes(dir: &Path) -> Result<BTreeMap<String, Filled>, Error> {
     let mut files = vec![dir.join(HOLES_FILE)];
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         files.push(entry.path().join(HOLES_FILE));
     }
     let mut holes = BTreeMap::new();
     for path in files {
-        for hole in json_lines::<Hole>(&path)? {
+        for hole in json_lines::<Filled>(&path)? {
             holes.insert(hole.id.clone(), hole);
         }
     }

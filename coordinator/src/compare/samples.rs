@@ -9,10 +9,11 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tunefleet_proto::digest_hex;
+use tunefleet_proto::evaluation::Filled;
 
 use super::Error;
 use super::document::Sample;
-use super::runs::{Hole, json_lines};
+use super::runs::json_lines;
 
 /// Environment variable with the token that a server asks for.
 pub const TOKEN_VARIABLE: &str = "TUNEFLEET_COMPARE_TOKEN";
@@ -62,7 +63,7 @@ struct Recorded {
 }
 
 /// The holes that are shown: of each kind alike, the same ones each time, of those that all models were asked.
-pub fn choose(columns: &[(String, BTreeMap<String, Hole>)], count: usize) -> Vec<String> {
+pub fn choose(columns: &[(String, BTreeMap<String, Filled>)], count: usize) -> Vec<String> {
     let Some((_, first)) = columns.first() else { return Vec::new() };
     let mut by_kind: BTreeMap<&str, Vec<(String, &String)>> = BTreeMap::new();
     for (id, hole) in first {
@@ -90,7 +91,7 @@ pub fn choose(columns: &[(String, BTreeMap<String, Hole>)], count: usize) -> Vec
 ///
 /// # Errors
 /// A file that is none, a server that does not answer.
-pub fn of_other(other: &Other, holes: &[&Hole]) -> Result<BTreeMap<String, String>, Error> {
+pub fn of_other(other: &Other, holes: &[&Filled]) -> Result<BTreeMap<String, String>, Error> {
     match &other.from {
         From::File(path) => {
             if !path.is_file() {
@@ -108,7 +109,7 @@ pub fn of_other(other: &Other, holes: &[&Hole]) -> Result<BTreeMap<String, Strin
     }
 }
 
-fn ask(client: &reqwest::blocking::Client, url: &str, hole: &Hole) -> Result<String, Error> {
+fn ask(client: &reqwest::blocking::Client, url: &str, hole: &Filled) -> Result<String, Error> {
     let body = json!({
         "prompt": hole.before, "suffix": hole.after, "max_tokens": MAX_TOKENS, "temperature": 0,
         "stop": if hole.kind == "single_line" { json!(["\n"]) } else { Value::Null },
@@ -143,7 +144,7 @@ fn asked(url: &str, error: &reqwest::Error) -> Error {
 ///
 /// # Errors
 /// A file that cannot be written.
-pub fn write_prompts(path: &Path, holes: &[&Hole]) -> Result<(), Error> {
+pub fn write_prompts(path: &Path, holes: &[&Filled]) -> Result<(), Error> {
     let write = || {
         let mut file = std::fs::File::create(path)?;
         for hole in holes {
@@ -156,7 +157,7 @@ pub fn write_prompts(path: &Path, holes: &[&Hole]) -> Result<(), Error> {
 }
 
 /// A hole with what everybody made of it.
-pub fn sample(hole: &Hole, completions: Vec<(String, Option<String>)>) -> Sample {
+pub fn sample(hole: &Filled, completions: Vec<(String, Option<String>)>) -> Sample {
     let mut sides = vec![("what stood there".to_owned(), hole.truth.clone(), false)];
     for (who, completion) in completions {
         let is_right = completion.as_deref().is_some_and(|text| text.trim() == hole.truth.trim());
@@ -175,8 +176,8 @@ pub fn sample(hole: &Hole, completions: Vec<(String, Option<String>)>) -> Sample
 mod tests {
     use super::*;
 
-    fn hole(id: &str, kind: &str) -> Hole {
-        Hole {
+    fn hole(id: &str, kind: &str) -> Filled {
+        Filled {
             id: id.to_owned(),
             kind: kind.to_owned(),
             repository: "org/repo".to_owned(),
@@ -190,7 +191,7 @@ mod tests {
 
     #[test]
     fn each_kind_has_its_share_of_what_is_shown() {
-        let holes: BTreeMap<String, Hole> = (0..10)
+        let holes: BTreeMap<String, Filled> = (0..10)
             .map(|n| (format!("{n}"), hole(&format!("{n}"), if n < 8 { "line" } else { "span" })))
             .collect();
         let mut fewer = holes.clone();

@@ -20,6 +20,10 @@ pub const EVALUATIONS_DIR: &str = "evaluations";
 pub const TUNED: &str = "tuned";
 /// Directory of evaluations of the model before training.
 pub const BASE: &str = "base";
+/// Holes with what a model made of them, one [`Filled`] in a line: in an evaluation's directory, or in those of ranks there.
+pub const HOLES_FILE: &str = "holes.jsonl";
+/// What a sweep found, a list of [`SweepRow`].
+pub const SWEEP_FILE: &str = "sweep.json";
 /// Name of the group that holds all items.
 pub const ALL: &str = "all";
 
@@ -126,6 +130,39 @@ pub struct FileLoss {
     pub loss_sum: f64,
     /// Tokens that count.
     pub tokens: u64,
+}
+
+/// A hole in a file, and what a model made of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Kind, repository, path and place.
+    pub id: String,
+    /// What kind of hole it is, such as `single_line`.
+    pub kind: String,
+    /// Its repository.
+    pub repository: String,
+    /// Its path there.
+    pub path: String,
+    /// What stands before it, as far as a model may look.
+    pub before: String,
+    /// What stood there.
+    pub truth: String,
+    /// What the model made.
+    pub completion: String,
+    /// What stands after it.
+    pub after: String,
+}
+
+/// One weight of an adapter: the values of measures by their names.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SweepRow {
+    /// What the adapter's difference was multiplied by.
+    pub weight: f64,
+    /// On the code that it was trained for.
+    pub dataset: BTreeMap<String, f64>,
+    /// On other code.
+    #[serde(default)]
+    pub general: BTreeMap<String, f64>,
 }
 
 /// What is measured.

@@ -5,16 +5,12 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
-use serde::Serialize;
 use tunefleet_proto::evaluation::statistics::mean;
-use tunefleet_proto::evaluation::{EVALUATION_FILE, Evaluation, Grouping, Measure};
+use tunefleet_proto::evaluation::{EVALUATION_FILE, Evaluation, Grouping, Measure, SWEEP_FILE, SweepRow};
 
 use super::repository::{Exam, Questions};
 use super::subject::{Subject, SubjectArgs};
 use super::{Error, log, report};
-
-/// What a sweep found, inside its directory.
-pub const SWEEP_FILE: &str = "sweep.json";
 
 /// Command line of `worker evaluate sweep`.
 #[derive(Debug, clap::Args)]
@@ -32,16 +28,6 @@ pub struct Args {
     /// Directory for the results, one directory for each weight.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-}
-
-/// The numbers of one weight.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-struct Row {
-    weight: f64,
-    /// Measures on `--dataset`.
-    dataset: BTreeMap<String, f64>,
-    /// The same on `--general`.
-    general: BTreeMap<String, f64>,
 }
 
 /// Runs the verb.
@@ -78,7 +64,7 @@ pub fn run(args: &Args) -> Result<(), Error> {
             Some((exam, questions)) => hold(exam, questions, "general")?,
             None => BTreeMap::new(),
         };
-        rows.push(Row { weight: *weight, dataset, general });
+        rows.push(SweepRow { weight: *weight, dataset, general });
     }
     log::write_json(&args.out.join(SWEEP_FILE), &rows)?;
     report::print(&table(&rows));
@@ -93,7 +79,7 @@ fn measures(evaluation: &Evaluation) -> BTreeMap<String, f64> {
     evaluation.measures().into_iter().map(value).collect()
 }
 
-fn table(rows: &[Row]) -> String {
+fn table(rows: &[SweepRow]) -> String {
     let mut text = String::from("weight");
     let names = |of: &'static str, values: &BTreeMap<String, f64>| {
         values.keys().map(|name| format!("{of}{name}")).collect::<Vec<_>>()
@@ -132,7 +118,7 @@ mod tests {
 
     #[test]
     fn the_best_weight_is_named() {
-        let row = |weight, loss, exact| Row {
+        let row = |weight, loss, exact| SweepRow {
             weight,
             dataset: BTreeMap::from([("loss".to_owned(), loss), ("exact match".to_owned(), exact)]),
             general: BTreeMap::from([("loss".to_owned(), loss + 1.0)]),

@@ -4,10 +4,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tunefleet_proto::digest_hex;
-use tunefleet_proto::evaluation::{Evaluation, FileLoss, Item, Kind};
+use tunefleet_proto::evaluation::{Evaluation, FileLoss, Filled, HOLES_FILE, Item, Kind};
 
 use super::contamination::Seen;
 use super::holes::{self, Draws, HoleKind};
@@ -24,8 +23,6 @@ use crate::generate::prompt::infill;
 use crate::generate::sampling::Sampling;
 use crate::serve::stop::Rules;
 
-/// Holes with what was made of them, inside an evaluation's directory.
-const HOLES_FILE: &str = "holes.jsonl";
 /// Losses of files.
 const LOSSES_FILE: &str = "losses.jsonl";
 /// Of a file, this much around a hole is kept on either side: more than any context takes.
@@ -65,27 +62,6 @@ pub struct Exam {
     holes: Vec<Hole>,
     contaminated: u64,
     digest: String,
-}
-
-/// A hole and what was made of it, as it is kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Filled {
-    /// Kind, repository, path and place.
-    pub id: String,
-    /// [`HoleKind::name`].
-    pub kind: String,
-    /// Its repository.
-    pub repository: String,
-    /// Its path there.
-    pub path: String,
-    /// What stands before it, as far as a model may look.
-    pub before: String,
-    /// What stood there.
-    pub truth: String,
-    /// What the model made.
-    pub completion: String,
-    /// What stands after it.
-    pub after: String,
 }
 
 /// The held-out files that come first, whatever the order in which they are met.

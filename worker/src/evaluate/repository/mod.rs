@@ -19,7 +19,7 @@ use super::report::{self, ReportArgs};
 use super::subject::{Subject, SubjectArgs};
 use crate::generate::prompt::InfillOrder;
 
-pub use exam::{Exam, Filled};
+pub use exam::Exam;
 
 /// Command line of `worker evaluate repo`.
 #[derive(Debug, clap::Args)]
