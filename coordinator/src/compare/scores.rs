@@ -1,8 +1,6 @@
 //! Evaluations of several models on the same tasks, in one table: numbers with their intervals, and whether two differ.
 
-use std::collections::BTreeMap;
-
-use tunefleet_proto::evaluation::statistics::{Estimate, Score, difference};
+use tunefleet_proto::evaluation::statistics::{Estimate, difference};
 use tunefleet_proto::evaluation::{ALL, Evaluation, Grouping, Kind, Measure};
 
 use super::document::Block;
@@ -74,7 +72,7 @@ fn differences(columns: &[Column<'_>], measures: &[Measure]) -> Option<Block> {
     let mut rows = Vec::new();
     for (a, b) in helped.chain(beside) {
         for measure in measures {
-            let pairs = paired(a.evaluation, b.evaluation, *measure);
+            let pairs = a.evaluation.paired(b.evaluation, *measure);
             if pairs.is_empty() {
                 continue;
             }
@@ -98,13 +96,6 @@ fn differences(columns: &[Column<'_>], measures: &[Measure]) -> Option<Block> {
     }
     let head = ["difference", "value", "95% interval", "p", "tasks", "at 5%"].map(str::to_owned).to_vec();
     (!rows.is_empty()).then_some(Block::Table { head, rows })
-}
-
-/// Scores of the tasks that both have.
-fn paired(a: &Evaluation, b: &Evaluation, measure: Measure) -> Vec<(Score, Score)> {
-    let all = |of: &Evaluation| of.scores(measure, Grouping::All).remove(ALL).unwrap_or_default();
-    let first: BTreeMap<String, Score> = all(a);
-    all(b).into_iter().filter_map(|(id, score)| Some((*first.get(&id)?, score))).collect()
 }
 
 fn measures(columns: &[Column<'_>]) -> Vec<Measure> {

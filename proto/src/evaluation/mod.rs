@@ -306,6 +306,13 @@ impl Evaluation {
         groups
     }
 
+    /// Scores of the tasks that another evaluation has as well, this one's first.
+    pub fn paired(&self, other: &Evaluation, measure: Measure) -> Vec<(Score, Score)> {
+        let all = |of: &Evaluation| of.scores(measure, Grouping::All).remove(ALL).unwrap_or_default();
+        let own = all(self);
+        all(other).into_iter().filter_map(|(id, score)| Some((*own.get(&id)?, score))).collect()
+    }
+
     /// Every number with its interval. Groups of one kind are left out where there is only one.
     pub fn cells(&self) -> Vec<Cell> {
         let mut cells = Vec::new();

@@ -193,6 +193,14 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// Why it cannot belong to a model whose embedding has so many rows.
+    pub fn misfit(&self, rows: u64) -> Option<String> {
+        let (path, tokens) = (self.path.display(), self.vocab_size);
+        (tokens > rows).then(|| {
+            format!("{path}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together")
+        })
+    }
+
     /// SHA-256 of the file.
     pub fn digest(&self) -> &str {
         &self.digest

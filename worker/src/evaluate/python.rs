@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
@@ -56,7 +55,6 @@ pub struct Python {
     executable: String,
     readable: Vec<PathBuf>,
     version: String,
-    ran: AtomicU64,
 }
 
 /// Why no program can be run.
@@ -126,7 +124,7 @@ impl Python {
             readable.insert(0, prefix.join("lib"));
         }
         let executable = executable.display().to_string();
-        let python = Python { sandbox, executable, readable, version, ran: AtomicU64::new(0) };
+        let python = Python { sandbox, executable, readable, version };
         let verdict = python.run("").map_err(|error| format!("{name}: {error}"))?;
         match verdict.passed {
             true => Ok(python),
@@ -137,11 +135,6 @@ impl Python {
     /// Its version.
     pub fn version(&self) -> &str {
         &self.version
-    }
-
-    /// Programs that were run.
-    pub fn ran(&self) -> u64 {
-        self.ran.load(Ordering::Relaxed)
     }
 
     /// Runs a program to its end.
@@ -156,7 +149,6 @@ impl Python {
             readable: self.readable.clone(),
             stdin: format!("{key}\n{program}"),
         })?;
-        self.ran.fetch_add(1, Ordering::Relaxed);
         let told: Option<[String; 2]> = serde_json::from_str(&outcome.stdout).ok();
         let result = match (told, &outcome.ended) {
             (Some([found, result]), _) if found == key => result,

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tunefleet_proto::evaluation::statistics::{Difference, Score, difference};
+use tunefleet_proto::evaluation::statistics::{Difference, difference};
 use tunefleet_proto::evaluation::{
     ALL, EVALUATION_FILE, EVALUATION_VERSION, Evaluation, FileLoss, Grouping, Item, Kind, Measure, Subject,
 };
@@ -133,7 +133,7 @@ fn compared(dir: &Path, evaluation: &Evaluation) -> Result<String, Error> {
     }
     let mut text = format!("compared with {}\n", dir.display());
     for measure in evaluation.measures() {
-        let pairs = pairs(&other, evaluation, measure);
+        let pairs = other.paired(evaluation, measure);
         if pairs.is_empty() {
             continue;
         }
@@ -148,16 +148,6 @@ fn compared(dir: &Path, evaluation: &Evaluation) -> Result<String, Error> {
         );
     }
     Ok(text)
-}
-
-/// Scores of the tasks that both have.
-pub fn pairs(first: &Evaluation, second: &Evaluation, measure: Measure) -> Vec<(Score, Score)> {
-    let all = |evaluation: &Evaluation| {
-        evaluation.scores(measure, Grouping::All).into_values().next().unwrap_or_default()
-    };
-    let first = all(first);
-    let both = all(second).into_iter().filter_map(|(id, score)| Some((*first.get(&id)?, score)));
-    both.collect()
 }
 
 /// Reads `evaluation.json` of a directory.

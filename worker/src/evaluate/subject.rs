@@ -142,12 +142,8 @@ impl Subject {
             batch_invariant: args.batch_invariant,
         };
         let (engine, config) = engine::start(decoder, tokenizer.clone(), settings)?;
-        let (tokens, rows) = (tokenizer.vocab_size(), config.vocab_size);
-        if tokens > rows {
-            return Err(Error::Setting(format!(
-                "{}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together",
-                args.model.display()
-            )));
+        if let Some(misfit) = tokenizer.misfit(config.vocab_size) {
+            return Err(Error::Setting(misfit));
         }
         let adapter = match &args.adapter {
             Some(dir) => Some(engine.add(Adapter::load(dir, args.adapter_weight, &config, numerics)?)?),

@@ -106,12 +106,8 @@ pub fn run(args: Args) -> Result<(), Error> {
         Some(adapter) => Decoder::load_merged(&args.model, adapter, args.any_base, None, numerics)?,
         None => Decoder::load(&args.model, numerics)?,
     };
-    let (tokens, rows) = (tokenizer.vocab_size(), decoder.config().vocab_size);
-    if tokens > rows {
-        return Err(Error::Setting(format!(
-            "{}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together",
-            args.model.display()
-        )));
+    if let Some(misfit) = tokenizer.misfit(decoder.config().vocab_size) {
+        return Err(Error::Setting(misfit));
     }
     prompt.check_room(args.max_new_tokens, decoder.config().max_positions)?;
     let sampling =

@@ -263,12 +263,8 @@ fn load(args: &Args) -> Result<Server, Error> {
         batch_invariant: args.batch_invariant,
     };
     let (engine, config) = engine::start(decoder, tokenizer.clone(), settings)?;
-    let (tokens, rows) = (tokenizer.vocab_size(), config.vocab_size);
-    if tokens > rows {
-        return Err(Error::Setting(format!(
-            "{}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together",
-            args.model.display()
-        )));
+    if let Some(misfit) = tokenizer.misfit(config.vocab_size) {
+        return Err(Error::Setting(misfit));
     }
     let mut names = args.names.iter().cloned();
     let server = Server {
