@@ -136,7 +136,8 @@ pub fn blamed(failure: &Failure) -> String {
     }
 }
 
-fn to_json(event: &JobEvent) -> Value {
+/// An event as JSON.
+pub fn to_json(event: &JobEvent) -> Value {
     let (kind, more) = match &event.body {
         Some(Body::State(changed)) => (
             "state",
@@ -150,8 +151,8 @@ fn to_json(event: &JobEvent) -> Value {
         Some(Body::Step(step)) => (
             "step",
             json!({ "step": step.step, "loss": step.loss, "grad_norm": step.grad_norm,
-                    "learning_rate": step.learning_rate, "tokens_per_second": step.tokens_per_second,
-                    "step_seconds": step.step_seconds }),
+                    "learning_rate": step.learning_rate, "tokens": step.tokens,
+                    "tokens_per_second": step.tokens_per_second, "step_seconds": step.step_seconds }),
         ),
         Some(Body::Evaluated(evaluated)) => {
             ("evaluated", json!({ "step": evaluated.step, "loss": evaluated.loss }))
@@ -180,6 +181,7 @@ fn to_json(event: &JobEvent) -> Value {
     };
     let mut line = json!({
         "sequence": event.sequence, "unix_ms": event.unix_ms, "job": event.job, "attempt": event.attempt, "kind": kind,
+        "said": said(event),
     });
     if let (Some(line), Value::Object(more)) = (line.as_object_mut(), more) {
         line.extend(more);

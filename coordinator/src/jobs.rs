@@ -118,10 +118,12 @@ pub fn resume(args: ResumeArgs) -> ExitCode {
     })
 }
 
-fn to_json(status: &JobStatus) -> Value {
+/// A job as JSON.
+pub fn to_json(status: &JobStatus) -> Value {
     json!({
         "job": status.job,
         "attempt": status.attempt,
+        "method": status.method,
         "state": status.state().name(),
         "stage": (status.stage() != Stage::Unspecified).then(|| status.stage().name()),
         "step": status.step,

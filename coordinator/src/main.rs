@@ -39,6 +39,8 @@ mod launch;
 mod logs;
 /// What the coordinator shows to Prometheus.
 mod metrics;
+/// Metrics, discovery and health over plain HTTP.
+mod monitor;
 /// `coordinator plan`: what a job needs, before anything runs.
 mod plan;
 /// Progress of long work on stderr.

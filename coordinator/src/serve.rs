@@ -13,9 +13,9 @@ use crate::cli::exit;
 use crate::connect::{self, Failure};
 use crate::control::store::{self, StoreError};
 use crate::control::{
-    self, Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles,
+    Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles,
 };
-use crate::metrics;
+use crate::monitor;
 
 /// Command line of `coordinator serve`.
 #[derive(Debug, clap::Args)]
@@ -43,9 +43,13 @@ pub struct Args {
     /// Listen on other than a loopback address without TLS: who can listen in sees tokens and logs.
     #[arg(long, env = "TUNEFLEET_INSECURE")]
     insecure: bool,
-    /// Where Prometheus metrics are served.
+    /// Where Prometheus' metrics and service discovery are served, and the health of this process: /metrics,
+    /// /sd/targets, /healthz, /readyz. Plain HTTP, which asks for no token.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     metrics: SocketAddr,
+    /// Seconds after which jobs that have ended, and workers that are gone, leave the metrics.
+    #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
+    metrics_keep: u64,
     /// Directory of the coordinator's state: jobs, events, workers. Only one coordinator may use it.
     /// Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/tunefleet/coordinator, else
     /// ~/.local/state/tunefleet/coordinator.
@@ -100,7 +104,8 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     let dir = state_dir(args.state.clone())?;
     let (store, history) = store::open(&dir)?;
     let server = Server::bind(args.listen, door(&args, &dir)?).await?;
-    let metrics_url = serve_metrics(args.metrics).await?;
+    let plane = Plane::start(store, history, settings)?;
+    let metrics_url = monitor::serve(args.metrics, plane.clone()).await?;
     eprintln!(
         "coordinator listens on {}, metrics on {metrics_url}, state in {}",
         server.url(),
@@ -109,7 +114,6 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
     let mut terminate = stop(SignalKind::terminate())?;
     let mut interrupt = stop(SignalKind::interrupt())?;
-    let plane = Plane::start(store, history, settings)?;
     tokio::select! {
         served = server.serve(plane) => served?,
         _ = terminate.recv() => {}
@@ -154,7 +158,9 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
         ));
     };
     let keep_ended = Duration::from_secs(24 * 3600 * u64::from(args.keep_ended_days));
-    let settings = Settings { suspect_after, lost_after, give_up_after, keep_ended, ..Settings::default() };
+    let show_ended = Duration::from_secs(args.metrics_keep);
+    let settings =
+        Settings { suspect_after, lost_after, give_up_after, keep_ended, show_ended, ..Settings::default() };
     let shortest = 2 * settings.heartbeat;
     if suspect_after < shortest || lost_after <= suspect_after || give_up_after <= lost_after {
         let message = format!(
@@ -181,12 +187,4 @@ pub fn state_dir(told: Option<PathBuf>) -> Result<PathBuf, Failure> {
     told.or_else(|| of("STATE_DIRECTORY"))
         .or_else(|| Some(of("XDG_STATE_HOME").or_else(home)?.join("tunefleet/coordinator")))
         .ok_or_else(|| Failure::new(exit::USAGE, "no place for the state: pass --state DIR"))
-}
-
-/// Serves this process's metrics; their URL.
-pub async fn serve_metrics(address: SocketAddr) -> Result<String, Failure> {
-    let listener = control::bind(address).await?;
-    let address = listener.local_addr().unwrap_or(address);
-    metrics::serve(listener).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
-    Ok(format!("http://{address}/metrics"))
 }

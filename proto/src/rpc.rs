@@ -228,6 +228,15 @@ impl JobState {
 }
 
 impl WorkerState {
+    /// All states that a worker can be in.
+    pub const ALL: [WorkerState; 5] = [
+        WorkerState::Ready,
+        WorkerState::Draining,
+        WorkerState::Suspect,
+        WorkerState::Lost,
+        WorkerState::Excluded,
+    ];
+
     /// Name on screen and in metrics.
     pub fn name(self) -> &'static str {
         match self {

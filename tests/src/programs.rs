@@ -27,3 +27,9 @@ fn program(name: &str) -> PathBuf {
     );
     path
 }
+
+/// The checkout.
+pub fn root() -> PathBuf {
+    let tests = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.ancestors().nth(1).map(PathBuf::from).unwrap_or_default()
+}

@@ -1,6 +1,7 @@
 //! One job as the fleet keeps it: its live or last attempt, what is kept of it, and what is shown.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,10 +10,12 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AttemptStatus, Continuation, Failure, FailureKind, JobEvent, JobState, JobStatus, Stage, Waiting,
+    AttemptStatus, Continuation, Failure, FailureKind, JobEvent, JobState, JobStatus, Stage, StepDone, Waiting,
+    stage_changed::What,
 };
 
 use super::budget::Budget;
+use super::goodput::{Account, Lost, Stepped};
 use super::hang::listed;
 use super::job::{End, Job};
 use super::placement::WorkerName;
@@ -93,11 +96,20 @@ pub struct Record {
     pub saved_step: u64,
     /// As `saved_step` when the attempt began.
     pub saved_before: u64,
-    /// Steps that were made, however often, and the time that the first time took.
+    /// The most steps that were ever made.
     pub furthest_step: u64,
-    pub productive_seconds: f64,
-    pub train_began_unix_ms: Option<u64>,
     pub detail: String,
+    /// Where the time of its training went.
+    #[serde(default)]
+    pub account: Account,
+    /// The last attempt that told of a step.
+    #[serde(default)]
+    pub stepped_in: u32,
+    /// When the newest checkpoint came, and when anything last went on.
+    #[serde(default)]
+    pub saved_unix_ms: u64,
+    #[serde(default)]
+    pub progress_unix_ms: u64,
 }
 
 /// How far a rank was when it was last heard of.
@@ -120,6 +132,11 @@ pub struct Entry {
     pub seen: BTreeMap<u32, Seen>,
     /// When ranks that have not told where they are will not do so any more.
     pub answers_until: Option<Duration>,
+    /// The last step that was told of, and the loss of the last evaluation, since this control plane began.
+    pub last_step: Option<StepDone>,
+    pub eval_loss: Option<f64>,
+    /// The newest checkpoint, likewise.
+    pub saved_path: Option<PathBuf>,
     kept: Option<JobRow>,
 }
 
@@ -154,9 +171,11 @@ impl Entry {
             saved_step: 0,
             saved_before: 0,
             furthest_step: 0,
-            productive_seconds: 0.0,
-            train_began_unix_ms: None,
             detail: String::new(),
+            account: Account::default(),
+            stepped_in: 0,
+            saved_unix_ms: 0,
+            progress_unix_ms: now.unix_ms,
         };
         Entry::of(spec, spec_json, record, Vec::new())
     }
@@ -170,6 +189,9 @@ impl Entry {
             waiting: None,
             seen: BTreeMap::new(),
             answers_until: None,
+            last_step: None,
+            eval_loss: None,
+            saved_path: None,
             kept: None,
         }
     }
@@ -241,21 +263,59 @@ impl Entry {
                     _ => stage::output_dir(&self.spec, changed.stage()).display().to_string(),
                 };
                 changed.seconds = now.unix_ms.saturating_sub(began) as f64 / 1000.0;
-                if changed.stage() == Stage::Train {
-                    record.train_began_unix_ms.get_or_insert(now.unix_ms);
+                record.progress_unix_ms = now.unix_ms;
+                match (changed.stage(), changed.what()) {
+                    (Stage::Train, What::Started) => {
+                        record.account.lost(Lost::Restart, now);
+                        record.account.begin(now);
+                    }
+                    (Stage::Train, _) => record.account.stop(Lost::Pause, now),
+                    _ => {}
                 }
             }
             Body::Step(step) => {
+                let again = record.furthest_step.min(step.step);
+                let is_first = record.stepped_in != record.attempt.0;
+                let before = match (is_first, record.furthest_step) {
+                    (true, 0) => Lost::Start,
+                    (true, _) => Lost::Restart,
+                    (false, _) => Lost::Pause,
+                };
+                let last = if is_first { record.saved_before } else { record.step };
+                record.stepped_in = record.attempt.0;
+                let stepped = Stepped {
+                    new: step.step.saturating_sub(record.furthest_step),
+                    again: again.saturating_sub(last),
+                    step_seconds: step.step_seconds,
+                    before,
+                };
+                record.account.stepped(stepped, now);
+                record.progress_unix_ms = now.unix_ms;
                 record.step = step.step;
                 record.loss = Some(step.loss).filter(|loss| loss.is_finite());
                 record.tokens_per_second = step.tokens_per_second;
                 record.step_seconds = step.step_seconds;
-                let new = step.step.saturating_sub(record.furthest_step);
-                record.furthest_step += new;
-                record.productive_seconds += new as f64 * step.step_seconds;
+                record.furthest_step = record.furthest_step.max(step.step);
                 record.budget.stepped(step.step_seconds);
+                self.last_step = Some(*step);
             }
-            Body::Saved(saved) => record.saved_step = record.saved_step.max(saved.step),
+            Body::Evaluated(evaluated) => {
+                record.progress_unix_ms = now.unix_ms;
+                self.eval_loss = Some(evaluated.loss);
+            }
+            Body::Saved(saved) => {
+                record.progress_unix_ms = now.unix_ms;
+                record.saved_unix_ms = now.unix_ms;
+                self.saved_path = Some(PathBuf::from(&saved.path));
+                record.saved_step = record.saved_step.max(saved.step);
+            }
+            Body::AttemptEnded(ended) => {
+                let is_hang = ended.failure.as_ref().is_some_and(|failure| failure.kind() == FailureKind::Hang);
+                record.account.lost(if is_hang { Lost::Hang } else { Lost::Restart }, now);
+            }
+            Body::State(changed) if changed.state().is_end() || changed.state() == JobState::Suspended => {
+                record.account.stop(Lost::Restart, now);
+            }
             _ => {}
         }
         record.sequence += 1;
@@ -294,12 +354,24 @@ impl Entry {
         }
     }
 
+    fn attempt_status(&self, row: &AttemptRow) -> AttemptStatus {
+        // A row is written when an attempt begins and when it ends.
+        let lives = row.ended_unix_ms == 0 && row.attempt == self.record.attempt;
+        AttemptStatus {
+            attempt: row.attempt.0,
+            began_unix_ms: row.began_unix_ms,
+            ended_unix_ms: row.ended_unix_ms,
+            state: if lives { self.state() } else { row.state }.into(),
+            step: if lives { self.record.step } else { row.step },
+            cause: row.cause.clone(),
+            kind: row.kind.into(),
+        }
+    }
+
     /// As it is shown.
-    pub fn status(&self, id: &JobId, now: Now) -> JobStatus {
-        let Record { job, step, step_seconds, train_began_unix_ms, .. } = &self.record;
+    pub fn status(&self, id: &JobId) -> JobStatus {
+        let Record { job, step, step_seconds, .. } = &self.record;
         let left = self.spec.train.steps.saturating_sub(*step) as f64;
-        let trained =
-            train_began_unix_ms.map_or(0, |began| now.unix_ms.saturating_sub(began)) as f64 / 1000.0;
         let mut workers: Vec<String> = Vec::new();
         for worker in &self.record.slots {
             let name = worker.to_string();
@@ -321,28 +393,14 @@ impl Entry {
             priority: i32::from(self.spec.priority),
             submitted_unix_ms: self.record.submitted_unix_ms,
             remaining_seconds: if self.is_active() { left * step_seconds } else { 0.0 },
-            attempts: self.attempts.iter().map(attempt_status).collect(),
+            attempts: self.attempts.iter().map(|row| self.attempt_status(row)).collect(),
             workers,
-            goodput_ratio: if trained > 0.0 {
-                (self.record.productive_seconds / trained).min(1.0)
-            } else {
-                0.0
-            },
+            method: self.spec.method().to_owned(),
+            goodput_ratio: self.record.account.goodput(),
         }
     }
 }
 
-fn attempt_status(row: &AttemptRow) -> AttemptStatus {
-    AttemptStatus {
-        attempt: row.attempt.0,
-        began_unix_ms: row.began_unix_ms,
-        ended_unix_ms: row.ended_unix_ms,
-        state: row.state.into(),
-        step: row.step,
-        cause: row.cause.clone(),
-        kind: row.kind.into(),
-    }
-}
 
 /// A failure in one line: the cause, and which ranks ended only because of it.
 pub fn cause_of(failure: &Failure) -> String {

@@ -107,6 +107,8 @@ impl EventFile {
                     ("train/tokens_per_second", step.tokens_per_second),
                     ("train/step_seconds", step.step_seconds),
                     ("train/peak_memory_bytes", step.peak_memory_bytes as f64),
+                    ("train/data_wait_seconds", step.data_wait_seconds),
+                    ("train/collective_wait_seconds", step.collective_wait_seconds),
                 ],
             ),
             Some(Body::Evaluated(eval)) => (eval.step, vec![("eval/loss", eval.loss)]),

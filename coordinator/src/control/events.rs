@@ -34,13 +34,18 @@ impl EventLog {
     /// Adds an event, which is kept already.
     pub fn push(&self, event: JobEvent) {
         let sequence = event.sequence;
-        let mut newest = self.newest();
+        let mut newest = self.held();
         newest.push_back(event);
         if newest.len() > HELD {
             newest.pop_front();
         }
         drop(newest);
         self.grown.send_modify(|(newest, _)| *newest = sequence);
+    }
+
+    /// Number of the newest event.
+    pub fn newest(&self) -> u64 {
+        self.grown.borrow().0
     }
 
     /// There will be more, or no more.
@@ -50,7 +55,7 @@ impl EventLog {
 
     /// Some events after `sequence`, in order; none when there are none yet.
     fn after(&self, sequence: u64) -> Result<Vec<JobEvent>, StoreError> {
-        let newest = self.newest();
+        let newest = self.held();
         if let Some(first) = newest.front().map(|event| event.sequence)
             && first <= sequence + 1
         {
@@ -86,7 +91,7 @@ impl EventLog {
         }
     }
 
-    fn newest(&self) -> MutexGuard<'_, VecDeque<JobEvent>> {
+    fn held(&self) -> MutexGuard<'_, VecDeque<JobEvent>> {
         self.newest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -18,6 +18,8 @@ use super::events::unix_ms;
 use super::listen::Peer;
 use super::plane::Plane;
 use super::tls::Certificate;
+use super::web;
+use crate::metrics;
 
 /// Calls of one caller: so many at once, and so many a second.
 const CALLS: Rate = Rate { burst: 400.0, per_second: 200.0 };
@@ -30,16 +32,38 @@ const MAX_NOTED: usize = 300;
 /// The one call of workers.
 const SESSION: &str = "/tunefleet.v1.Workers/Session";
 
+/// Calls that are known, and what they need.
+const NEEDED: [(&str, Role); 15] = [
+    ("Watch", Role::Viewer),
+    ("List", Role::Viewer),
+    ("Status", Role::Viewer),
+    ("Logs", Role::Viewer),
+    ("ListWorkers", Role::Viewer),
+    ("Version", Role::Viewer),
+    ("Submit", Role::User),
+    ("Cancel", Role::User),
+    ("Suspend", Role::User),
+    ("Resume", Role::User),
+    ("Doctor", Role::User),
+    ("Drain", Role::Admin),
+    ("Undrain", Role::Admin),
+    ("Audit", Role::Admin),
+    ("Session", Role::Worker),
+];
+
+/// The name of a call in metrics; what strangers make up is one.
+fn method(path: &str) -> &'static str {
+    let call = path.rsplit('/').next().unwrap_or_default();
+    NEEDED.iter().find(|(known, _)| *known == call).map_or("other", |(known, _)| known)
+}
+
 /// What a call needs. A call that is not listed needs all.
 fn needed(path: &str) -> Role {
     let Some(call) = path.strip_prefix("/tunefleet.v1.Control/") else {
         return if path == SESSION { Role::Worker } else { Role::Admin };
     };
-    match call {
-        "Watch" | "List" | "Status" | "Logs" | "ListWorkers" | "Version" => Role::Viewer,
-        "Submit" | "Cancel" | "Suspend" | "Resume" | "Doctor" => Role::User,
-        _ => Role::Admin,
-    }
+    let known = NEEDED.iter().filter(|(_, role)| *role != Role::Worker).find(|(known, _)| *known == call);
+    known.map_or(Role::Admin, |(_, role)| *role)
 }
 
 /// Who calls, and by what right.
@@ -168,7 +192,7 @@ impl Guard {
             let name = certificate.names.first().cloned().unwrap_or_default();
             (name, Role::Worker, Proof::Certificate(certificate))
         } else {
-            self.by_token(peer, headers).map_err(nobody)?
+            self.by_token(peer, rpc::shown_in(headers)).map_err(nobody)?
         };
         if !role.covers(needed) {
             let status = Status::permission_denied(format!(
@@ -189,9 +213,55 @@ impl Guard {
         Ok(Caller { name, peer: peer.address, proof })
     }
 
-    fn by_token(&self, peer: &Peer, headers: &HeaderMap) -> Result<(String, Role, Proof), Status> {
+    /// Whether anybody must show a token.
+    pub fn asks_for_tokens(&self) -> bool {
+        self.0.access.asks_for_tokens()
+    }
+
+    /// Whose token that is, if it may look at jobs.
+    ///
+    /// # Errors
+    /// When it may not.
+    pub fn viewer(&self, token: &str) -> Result<String, Status> {
+        match self.0.access.by_token(&tunefleet_proto::digest_hex(token.as_bytes())) {
+            Some((name, role)) if role.covers(Role::Viewer) => Ok(name),
+            Some((name, role)) => Err(Status::permission_denied(format!(
+                "{name} has the role {}, and this needs {}",
+                role.name(),
+                Role::Viewer.name()
+            ))),
+            None => Err(Status::unauthenticated("this token is not, or no longer, valid here")),
+        }
+    }
+
+    /// Who looks at the page, where it may.
+    fn admit_browser<B>(&self, peer: &Peer, request: &http::Request<B>) -> Result<Option<Caller>, Status> {
+        let Ok(needed) = web::needed(request.uri().path()) else {
+            return Err(Status::not_found("there is no such page"));
+        };
+        let Some(needed) = needed else { return Ok(None) };
+        let headers = request.headers();
+        let token = rpc::shown_in(headers).or_else(|| web::token(headers));
+        let (name, role, proof) = self.by_token(peer, token)?;
+        let authority = request.uri().authority().map(http::uri::Authority::as_str);
+        if matches!(proof, Proof::Near) && !web::host_is_local(headers, authority) {
+            return Err(Status::permission_denied(
+                "no token is asked for here, so the page answers only to this machine's own names: open it at \
+                 http://127.0.0.1, or make a token by `coordinator tokens create NAME --role viewer`",
+            ));
+        }
+        if !role.covers(needed) {
+            return Err(Status::permission_denied(format!("{name} has the role {}", role.name())));
+        }
+        if !take(&self.0.calls, &format!("{name} {}", peer.address.ip())) {
+            return Err(Status::resource_exhausted("too many calls: wait a moment"));
+        }
+        Ok(Some(Caller { name, peer: peer.address, proof }))
+    }
+
+    fn by_token(&self, peer: &Peer, token: Option<&str>) -> Result<(String, Role, Proof), Status> {
         let access = &self.0.access;
-        let Some(token) = rpc::shown_in(headers) else {
+        let Some(token) = token else {
             return if !access.asks_for_tokens() && peer.address.ip().is_loopback() {
                 Ok(("anybody".to_owned(), Role::Admin, Proof::Near))
             } else {
@@ -260,6 +330,8 @@ impl<S> Layer<S> for Guard {
     }
 }
 
+type Answer<E> = Pin<Box<dyn Future<Output = Result<http::Response<Body>, E>> + Send>>;
+
 /// A service behind a guard.
 #[derive(Clone)]
 pub struct Guarded<S> {
@@ -275,7 +347,7 @@ where
 {
     type Response = http::Response<Body>;
     type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+    type Future = Answer<S::Error>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
@@ -288,6 +360,9 @@ where
             let status = Status::internal("a connection without a peer: this is a bug, please report it");
             return Box::pin(std::future::ready(Ok(status.into_http())));
         };
+        if !is_call(request.headers()) {
+            return self.page(&peer, request);
+        }
         let caller = match self.guard.admit(&peer, request.headers(), &path) {
             Ok(caller) => caller,
             Err((name, status)) => {
@@ -300,14 +375,50 @@ where
         let ready = self.inner.clone();
         let mut inner = std::mem::replace(&mut self.inner, ready);
         let guard = self.guard.clone();
+        let (method, began) = (method(&path), Instant::now());
         Box::pin(async move {
             let response = inner.call(request).await?;
+            let code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
+            metrics::called(method, &format!("{code:?}"), began.elapsed());
             if let Some(why) = malformed(response.headers()) {
                 guard.noted(&caller, &action, "", &why);
             }
             Ok(response)
         })
     }
+}
+
+impl<S> Guarded<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+{
+    /// What a browser asks for.
+    fn page(&mut self, peer: &Peer, mut request: http::Request<Body>) -> Answer<S::Error> {
+        match self.guard.admit_browser(peer, &request) {
+            Ok(None) => {}
+            Ok(Some(caller)) => drop(request.extensions_mut().insert(caller)),
+            Err(status) => {
+                self.guard.refused(peer.address, "page", status.message());
+                return Box::pin(std::future::ready(Ok(web::refusal(&status).map(Body::new))));
+            }
+        }
+        let ready = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, ready);
+        let began = Instant::now();
+        Box::pin(async move {
+            let response = inner.call(request).await?;
+            metrics::called("page", response.status().as_str(), began.elapsed());
+            Ok(response)
+        })
+    }
+}
+
+/// Whether this is a call of gRPC, and no browser's.
+fn is_call(headers: &HeaderMap) -> bool {
+    let kind = headers.get(http::header::CONTENT_TYPE).map(http::HeaderValue::as_bytes);
+    kind.is_some_and(|kind| kind.starts_with(b"application/grpc"))
 }
 
 /// What was wrong with a message that never reached its handler.

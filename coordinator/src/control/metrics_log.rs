@@ -46,6 +46,8 @@ impl MetricsLog {
                 "loss": step.loss, "grad_norm": step.grad_norm, "learning_rate": step.learning_rate,
                 "tokens": step.tokens, "tokens_per_second": step.tokens_per_second,
                 "step_seconds": step.step_seconds, "peak_memory_bytes": step.peak_memory_bytes,
+                "data_wait_seconds": step.data_wait_seconds,
+                "collective_wait_seconds": step.collective_wait_seconds,
             }),
             Some(Body::Evaluated(eval)) => json!({
                 "kind": "eval", "attempt": attempt, "event": sequence, "unix_ms": unix_ms, "step": eval.step,

@@ -11,6 +11,7 @@ use tunefleet_proto::rpc::{Stage, StartTask};
 
 use super::fleet::Start;
 use super::metrics_log::MetricsLog;
+use crate::plan::Flops;
 
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -117,10 +118,22 @@ pub fn start_task(spec: &JobSpec, spec_json: &str, start: Start) -> Result<Start
 
 /// The layout of the job's model over its ranks.
 fn shard_plan(spec: &JobSpec) -> Result<String, String> {
+    let (path, config) = model_config(spec)?;
+    let plan = spec.shard_plan(&config).map_err(|error| format!("{}: {error}", path.display()))?;
+    serde_json::to_string(&plan).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn model_config(spec: &JobSpec) -> Result<(PathBuf, ModelConfig), String> {
     let path = spec.model_dir().join("config.json");
     let at = |cause: String| format!("{}: {cause}", path.display());
     let text = std::fs::read_to_string(&path).map_err(|error| at(error.to_string()))?;
     let config = ModelConfig::from_json(&text).map_err(|error| at(error.to_string()))?;
-    let plan = spec.shard_plan(&config).map_err(|error| at(error.to_string()))?;
-    serde_json::to_string(&plan).map_err(|error| at(error.to_string()))
+    Ok((path, config))
+}
+
+/// Floating-point operations that the model needs for a token of training; nothing while its shape is not known.
+pub fn model_flops_per_token(spec: &JobSpec) -> Option<f64> {
+    let (_, config) = model_config(spec).ok()?;
+    let tokens = f64::from(spec.train.micro_batch_sequences) * f64::from(spec.data.sequence_tokens);
+    Some(Flops::new(spec, &config).of_model() / tokens)
 }

@@ -13,13 +13,14 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobStatus, LogsRequest, PROTOCOL,
-    ReadLog, Register, Registered, WorkerMessage, WorkerStatus, worker_message,
+    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobState, JobStatus, LogsRequest, PROTOCOL,
+    ReadLog, Register, Registered, Stage, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::doctor::{Answers, Examinations};
 use super::entry::Entry;
 use super::events::EventLog;
+use super::figures::Figures;
 use super::fleet::{Action, Fleet, Refused, Start, Submission};
 use super::job::Input;
 use super::metrics_log::{self, MetricsLog};
@@ -78,6 +79,9 @@ pub(super) enum Message {
     },
     List {
         reply: Reply<Vec<JobStatus>>,
+    },
+    Figures {
+        reply: Reply<Figures>,
     },
     Events {
         job: String,
@@ -194,11 +198,18 @@ impl Plane {
             messages: messages.downgrade(),
             relay: Relay::default(),
             examinations: Examinations::default(),
+            stepped: BTreeMap::new(),
+            flops_per_token: BTreeMap::new(),
             replies: Vec::new(),
         };
         state.reopen()?;
         tokio::spawn(state.run(inbox));
         Ok(Plane { messages, history })
+    }
+
+    /// A handle that does not keep the task going.
+    pub(super) fn downgrade(&self) -> WeakPlane {
+        WeakPlane { messages: self.messages.downgrade(), history: Arc::clone(&self.history) }
     }
 
     /// What is kept.
@@ -216,11 +227,32 @@ impl Plane {
         let _ = self.messages.try_send(Message::Audit(record));
     }
 
+    /// Jobs and workers in numbers.
+    ///
+    /// # Errors
+    /// When the control plane is ending.
+    pub async fn figures(&self) -> Result<Figures, Status> {
+        self.ask(|reply| Message::Figures { reply }).await
+    }
+
     /// Sends a message and waits for the answer.
     pub(super) async fn ask<T>(&self, message: impl FnOnce(Reply<T>) -> Message) -> Result<T, Status> {
         let (reply, answer) = oneshot::channel();
         self.tell(message(reply)).await?;
         answer.await.map_err(|_| Status::unavailable("the coordinator is stopping"))?
+    }
+}
+
+/// A handle that does not keep the task going.
+pub(super) struct WeakPlane {
+    messages: mpsc::WeakSender<Message>,
+    history: Arc<dyn History>,
+}
+
+impl WeakPlane {
+    /// The plane, while it is there.
+    pub fn upgrade(&self) -> Option<Plane> {
+        Some(Plane { messages: self.messages.upgrade()?, history: Arc::clone(&self.history) })
     }
 }
 
@@ -316,6 +348,9 @@ struct State {
     messages: mpsc::WeakSender<Message>,
     relay: Relay,
     examinations: Examinations,
+    /// The attempt of each job that made a step last.
+    stepped: BTreeMap<JobId, u32>,
+    flops_per_token: BTreeMap<JobId, f64>,
     /// To be sent once what they tell is kept.
     replies: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -352,8 +387,9 @@ impl State {
             let mut output = Output::open(&entry.spec.output).map_err(at)?;
             catch_up(&mut output.log, id, entry, self.history.as_ref())?;
             self.outputs.insert(id.clone(), output);
-            metrics::attempt(&id.0, entry.spec.train.steps);
         }
+        let training = self.fleet.active().map(|(id, _)| id.clone());
+        training.collect::<Vec<_>>().iter().for_each(|id| self.count_flops(id));
         Ok(())
     }
 
@@ -377,8 +413,6 @@ impl State {
                     looked = Instant::now();
                     self.fleet.tick(now);
                     self.forget_forsaken();
-                    metrics::workers(self.sessions.len());
-                    metrics::jobs(self.fleet.jobs().map(|(_, entry)| entry.state()));
                 }
             }
             for _ in 1..BATCH {
@@ -411,10 +445,12 @@ impl State {
         if writes.is_empty() {
             return;
         }
+        let began = Instant::now();
         while let Err(error) = self.writer.commit(&writes).await {
             tracing::error!("the state cannot be written, training goes on: {error}");
             tokio::time::sleep(TRY_AGAIN).await;
         }
+        metrics::committed(began.elapsed());
     }
 
     // -------------------------------------------------------------------------------- messages
@@ -433,21 +469,25 @@ impl State {
             Message::Cancel { job, grace, reply } => {
                 let id = JobId(job);
                 let done = self.fleet.cancel(&id, grace, now);
-                let answer = done.and_then(|()| self.fleet.status(&id, now));
+                let answer = done.and_then(|()| self.fleet.status(&id));
                 self.reply(reply, answer.map_err(Status::from));
             }
             Message::Suspend { job, grace, reply } => {
                 let id = JobId(job);
                 let done = self.fleet.suspend(&id, grace, now);
-                let answer = done.and_then(|()| self.fleet.status(&id, now));
+                let answer = done.and_then(|()| self.fleet.status(&id));
                 self.reply(reply, answer.map_err(Status::from));
             }
             Message::Status { job, reply } => {
-                let answer = self.fleet.status(&JobId(job), now).map_err(Status::from);
+                let answer = self.fleet.status(&JobId(job)).map_err(Status::from);
                 self.reply(reply, answer);
             }
             Message::List { reply } => {
-                let answer = self.fleet.jobs().map(|(id, entry)| entry.status(id, now)).collect();
+                let answer = self.fleet.jobs().map(|(id, entry)| entry.status(id)).collect();
+                self.reply(reply, Ok(answer));
+            }
+            Message::Figures { reply } => {
+                let answer = self.figures(now);
                 self.reply(reply, Ok(answer));
             }
             Message::Events { job, reply } => {
@@ -536,7 +576,6 @@ impl State {
         self.fleet.may_submit(&id)?;
         let spec_json = serde_json::to_string(&spec).map_err(|error| Status::internal(error.to_string()))?;
         let earlier = self.open(&id, &spec)?;
-        metrics::attempt(&id.0, spec.train.steps);
         Ok(self.fleet.submit(Submission { spec, spec_json, continuation, request, earlier }, now)?)
     }
 
@@ -545,9 +584,8 @@ impl State {
         let spec = Arc::clone(&self.fleet.job(id).ok_or_else(missing)?.spec);
         self.fleet.may_submit(id)?;
         let earlier = self.open(id, &spec)?;
-        metrics::attempt(&id.0, spec.train.steps);
         self.fleet.resume(id, earlier, now)?;
-        Ok(self.fleet.status(id, now)?)
+        Ok(self.fleet.status(id)?)
     }
 
     /// Takes the directory of a job that is about to begin; the number of its newest attempt.
@@ -643,7 +681,11 @@ impl State {
             Action::Opened(id, attempt) => self.opened(&id, attempt),
             Action::Work(id, attempt, what) => self.work(id, attempt, what),
             Action::Show(id, event) => self.show(&id, event),
-            Action::Forgotten(id) => drop(self.logs.remove(&id)),
+            Action::Forgotten(id) => {
+                self.logs.remove(&id);
+                self.stepped.remove(&id);
+                self.flops_per_token.remove(&id);
+            }
             Action::Closed(id) => {
                 self.outputs.remove(&id);
                 if let Some(log) = self.logs.get(&id) {
@@ -698,13 +740,45 @@ impl State {
         });
     }
 
+    /// Durations that only their ends tell.
+    fn observe(&mut self, id: &JobId, event: &JobEvent) {
+        let Some(entry) = self.fleet.job(id) else { return };
+        let since = |began_unix_ms: u64| event.unix_ms.saturating_sub(began_unix_ms) as f64 / 1000.0;
+        match &event.body {
+            Some(Body::Saved(saved)) => metrics::checkpoint_paused(saved.pause_seconds),
+            Some(Body::AttemptEnded(_)) => metrics::failure_detected(since(entry.record.progress_unix_ms)),
+            Some(Body::Step(_)) if self.stepped.insert(id.clone(), event.attempt) != Some(event.attempt) => {
+                let before = entry.attempts.iter().rev().find(|row| row.attempt.0 < event.attempt);
+                if let Some(before) = before.filter(|row| row.state == JobState::Failed) {
+                    metrics::restarted(since(before.ended_unix_ms));
+                }
+            }
+            Some(Body::Stage(changed)) if changed.stage() == Stage::Train => self.count_flops(id),
+            _ => {}
+        }
+    }
+
+    /// What a token of training costs, once the model's shape is there.
+    fn count_flops(&mut self, id: &JobId) {
+        let flops = self.fleet.job(id).and_then(|entry| output::model_flops_per_token(&entry.spec));
+        if let Some(flops) = flops {
+            self.flops_per_token.insert(id.clone(), flops);
+        }
+    }
+
+    /// All in numbers.
+    fn figures(&self, now: Now) -> Figures {
+        let mut figures = self.fleet.figures(now);
+        for job in &mut figures.jobs {
+            job.model_flops_per_token = self.flops_per_token.get(&JobId(job.status.job.clone())).copied();
+        }
+        figures
+    }
+
     /// Notes, counts and shows an event that is kept.
     fn show(&mut self, id: &JobId, event: JobEvent) {
+        self.observe(id, &event);
         match &event.body {
-            Some(Body::State(changed)) => metrics::attempt_ended(&id.0, changed.state()),
-            Some(Body::Step(step)) => metrics::step(&id.0, step),
-            Some(Body::Evaluated(evaluated)) => metrics::evaluated(&id.0, evaluated),
-            Some(Body::Saved(saved)) => metrics::saved(&id.0, saved),
             Some(Body::RankEnded(ended)) => {
                 tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);
             }

@@ -8,13 +8,14 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{ReceiverStream, UnboundedReceiverStream};
 use tokio_stream::{Stream, StreamExt};
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::control_server::Control;
 use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
     self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DoctorRequest, DrainRequest, Finding,
-    JobEvent, JobState, JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse,
+    JobEvent, JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse,
     ResumeRequest, StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest,
     VersionRequest, VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
@@ -25,20 +26,17 @@ use super::guard::{Caller, Guard, caller, is_malformed};
 use super::listen;
 use super::placement::WorkerName;
 use super::plane::{Message, Plane};
-use super::relay;
+use super::streams::{self, Until, Watcher};
 use super::tls::{TlsError, TlsFiles};
+use super::web::Web;
 use super::workers::Epoch;
 use crate::job_file;
 use crate::plan::{self, Place};
 
 /// How long a new session may take to say who it is.
 const REGISTER_LIMIT: Duration = Duration::from_secs(5);
-/// Events under way to one watcher.
-const WATCH_WINDOW: usize = 64;
 /// Records of the audit that one call returns at most.
 const MAX_AUDIT: usize = 10_000;
-/// Between two looks at whether an attempt whose logs are followed lives.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Longest name of a worker.
 const MAX_NAME: usize = 100;
 /// Most sequences of a micro-batch, and micro-batches of a step.
@@ -185,16 +183,26 @@ impl Service {
         self,
         connections: tokio::sync::mpsc::Receiver<std::io::Result<listen::Connection>>,
     ) -> Result<(), ServeError> {
+        let web = Web::new(self.plane.clone(), self.guard.clone(), self.certificate.is_some());
+        let mut routes =
+            Routes::new(rpc::control_server(self.clone())).add_service(rpc::workers_server(self.clone()));
+        let router = std::mem::take(routes.axum_router_mut());
+        *routes.axum_router_mut() = router.merge(web.router());
         tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .concurrency_limit_per_connection(CALLS_PER_CONNECTION)
+            // Browsers come over either version of HTTP.
+            .accept_http1(true)
             .layer(self.guard.clone())
-            .add_service(rpc::control_server(self.clone()))
-            .add_service(rpc::workers_server(self))
+            .add_routes(routes)
             .serve_with_incoming(ReceiverStream::new(connections))
             .await?;
         Ok(())
+    }
+
+    fn watcher<T>(&self, request: &Request<T>) -> Result<Watcher, Status> {
+        Ok(Watcher { who: caller(request)?, guard: self.guard.clone() })
     }
 
     /// Notes who asked for a change, and what became of it.
@@ -238,38 +246,12 @@ impl Control for Service {
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let (who, guard) = (caller(&request)?, self.guard.clone());
+        let watcher = self.watcher(&request)?;
         let WatchRequest { job, from_sequence, only_past } = request.into_inner();
-        let events = self.plane.ask(|reply| Message::Events { job, reply }).await?;
-        let (sender, receiver) = tokio::sync::mpsc::channel(WATCH_WINDOW);
-        tokio::spawn(async move {
-            let mut sequence = from_sequence.saturating_sub(1);
-            loop {
-                let next = tokio::select! {
-                    next = events.next_after(sequence, only_past) => next,
-                    () = sender.closed() => return,
-                };
-                let next = match next {
-                    Ok(next) if next.is_empty() => return,
-                    Ok(next) => next,
-                    Err(error) => {
-                        let _ = sender.send(Err(Status::internal(error.to_string()))).await;
-                        return;
-                    }
-                };
-                if let Err(revoked) = guard.admits_still(&who) {
-                    let _ = sender.send(Err(revoked)).await;
-                    return;
-                }
-                for event in next {
-                    sequence = event.sequence;
-                    if sender.send(Ok(event)).await.is_err() {
-                        return;
-                    }
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+        let log = self.plane.ask(|reply| Message::Events { job, reply }).await?;
+        let until = if only_past { Until::Now } else { Until::TheEnd };
+        let events = streams::events(log, from_sequence.saturating_sub(1), until, watcher);
+        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
     }
 
     async fn list(&self, _request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
@@ -311,40 +293,9 @@ impl Control for Service {
     type LogsStream = Events<rpc::LogLines>;
 
     async fn logs(&self, request: Request<rpc::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
-        let (who, guard) = (caller(&request)?, self.guard.clone());
-        let what = request.into_inner();
-        let (follow, job, mut asked) = (what.follow, what.job.clone(), what.attempt);
-        if asked == 0 {
-            let job = job.clone();
-            asked = self.plane.ask(|reply| Message::Status { job, reply }).await?.attempt;
-        }
-        let (lines, mut received) = tokio::sync::mpsc::channel(relay::WINDOW);
-        self.plane.ask(|reply| Message::Logs { what, lines, reply }).await?;
-        let (sender, shown) = tokio::sync::mpsc::channel(WATCH_WINDOW);
-        let plane = self.plane.clone();
-        tokio::spawn(async move {
-            let mut over = std::pin::pin!(async {
-                while !follow || lives(&plane, &job, asked).await {
-                    tokio::time::sleep(LOOK_AGAIN).await;
-                }
-                // What it wrote last is on its way.
-                tokio::time::sleep(LOOK_AGAIN).await;
-            });
-            loop {
-                let line = tokio::select! {
-                    line = received.recv() => line,
-                    () = &mut over => return,
-                    () = sender.closed() => return,
-                };
-                let Some(line) = line else { return };
-                let line = guard.admits_still(&who).and(line);
-                let is_over = line.is_err();
-                if sender.send(line).await.is_err() || is_over {
-                    return;
-                }
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(shown))))
+        let watcher = self.watcher(&request)?;
+        let lines = streams::logs(&self.plane, request.into_inner(), watcher).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(lines))))
     }
 
     async fn list_workers(
@@ -385,7 +336,7 @@ impl Control for Service {
     type DoctorStream = Events<Finding>;
 
     async fn doctor(&self, _request: Request<DoctorRequest>) -> Result<Response<Self::DoctorStream>, Status> {
-        let (sender, findings) = tokio::sync::mpsc::channel(WATCH_WINDOW);
+        let (sender, findings) = tokio::sync::mpsc::channel(streams::WINDOW);
         tokio::spawn(doctor::examine(
             self.plane.clone(),
             self.state.clone(),
@@ -437,17 +388,6 @@ impl Service {
         }
         let _ = self.plane.tell(Message::Left { worker, epoch }).await;
     }
-}
-
-/// Whether that attempt of a job may still write logs.
-async fn lives(plane: &Plane, job: &str, attempt: u32) -> bool {
-    let job = job.to_owned();
-    let status = plane.ask(|reply| Message::Status { job, reply }).await;
-    status.is_ok_and(|status| {
-        let state = status.state();
-        let rests = state.is_end() || matches!(state, JobState::Suspended | JobState::Restarting);
-        status.attempt == attempt && !rests
-    })
 }
 
 /// `spec` with what its memory budget leaves open chosen, unless that was done where it was read.

@@ -15,6 +15,8 @@ pub struct Settings {
     pub give_up_after: Duration,
     /// Jobs that have ended, and the audit, are forgotten after so long.
     pub keep_ended: Duration,
+    /// Jobs that have ended, and workers that are gone, leave the metrics after so long.
+    pub show_ended: Duration,
 }
 
 impl Default for Settings {
@@ -25,6 +27,7 @@ impl Default for Settings {
             lost_after: Duration::from_secs(15),
             give_up_after: Duration::from_secs(300),
             keep_ended: Duration::from_secs(90 * 24 * 3600),
+            show_ended: Duration::from_secs(3600),
         }
     }
 }

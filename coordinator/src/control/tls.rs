@@ -21,6 +21,8 @@ const WARN_BEFORE: Duration = Duration::from_secs(30 * 24 * 3600);
 const WARN_AGAIN: Duration = Duration::from_secs(24 * 3600);
 /// gRPC is HTTP/2.
 const PROTOCOL: &[u8] = b"h2";
+/// Of browsers that speak no other.
+const HTTP_1: &[u8] = b"http/1.1";
 
 /// Which files.
 #[derive(Debug, Clone)]
@@ -74,7 +76,7 @@ impl TlsFiles {
             }
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|error| at(&self.cert)(&error))?;
-        config.alpn_protocols = vec![PROTOCOL.to_vec()];
+        config.alpn_protocols = vec![PROTOCOL.to_vec(), HTTP_1.to_vec()];
         Ok(Arc::new(config))
     }
 

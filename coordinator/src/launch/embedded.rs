@@ -16,7 +16,7 @@ use tunefleet_proto::rpc::{self, ControlClient, TOKEN_VARIABLE, Token};
 use crate::cli::exit;
 use crate::connect::Failure;
 use crate::control::{Access, Door, Plane, Server, Settings, store};
-use crate::serve::serve_metrics;
+use crate::monitor;
 
 /// How long the daemon may take to end its ranks and itself.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -44,11 +44,11 @@ impl Embedded {
         let access = Access::open(None, Some(token.sha256().to_owned()))?;
         let server = Server::bind(any_port, Door { access, tls: None, insecure: false }).await?;
         let url = server.url();
-        let metrics_url = serve_metrics(any_port).await?;
-        eprintln!("coordinator in this process: {url}, metrics {metrics_url}");
         let (store, history) = store::memory();
         let plane = Plane::start(store, history, Settings::default())
             .map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
+        let metrics_url = monitor::serve(any_port, plane.clone()).await?;
+        eprintln!("coordinator in this process: {url}, metrics {metrics_url}");
         let server = tokio::spawn(async move {
             if let Err(error) = server.serve(plane).await {
                 tracing::error!("{error}");

@@ -28,4 +28,5 @@ mod security;
 mod doctor;
 mod evaluating;
 mod serving;
+mod page;
 mod soak;

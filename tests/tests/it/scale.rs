@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
 use tunefleet_proto::rpc::{
-    self, Heartbeat, ListRequest, ListWorkersRequest, PROTOCOL, Register, Token, WorkerMessage,
-    coordinator_message, worker_message,
+    self, Continuation, Heartbeat, ListRequest, ListWorkersRequest, PROTOCOL, Register, SubmitRequest, Token,
+    WorkerMessage, coordinator_message, worker_message,
 };
 use tunefleet_tests::cluster::{Cluster, TOKEN};
 use tunefleet_tests::job::Job;
@@ -14,6 +14,11 @@ use tunefleet_tests::job::Job;
 const WORKERS: usize = 1000;
 /// Sessions of one connection.
 const SESSIONS: usize = 125;
+const JOBS: usize = 1000;
+/// Series of a job, of a worker, and of the coordinator itself, at most.
+const SERIES_PER_JOB: usize = 35;
+const SERIES_PER_WORKER: usize = 3;
+const SERIES_OF_ALL: usize = 500;
 const HEARTBEATS: u32 = 10;
 const MAX_CORES: f64 = 1.0;
 const MAX_BYTES: u64 = 300 << 20;
@@ -47,6 +52,27 @@ async fn live(channel: tonic::transport::Channel, index: usize) {
     }
 }
 
+/// Starts all workers; a client of the coordinator that has them.
+async fn all_in(url: &str) -> rpc::ControlClient {
+    for connection in 0..WORKERS / SESSIONS {
+        let channel = Endpoint::from_shared(url.to_owned()).unwrap().connect().await.unwrap();
+        for session in 0..SESSIONS {
+            tokio::spawn(live(channel.clone(), connection * SESSIONS + session));
+        }
+    }
+    let channel = Endpoint::from_shared(url.to_owned()).unwrap().connect().await.unwrap();
+    let mut client = rpc::control_client(channel, Some(Token::new(TOKEN).unwrap()));
+    let began = Instant::now();
+    loop {
+        let workers = client.list_workers(ListWorkersRequest {}).await.unwrap().into_inner().workers;
+        if workers.len() == WORKERS {
+            return client;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{} workers are in", workers.len());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Processor time and resident bytes of a process.
 fn use_of(pid: u32) -> (Duration, u64) {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -63,23 +89,7 @@ fn a_thousand_workers_take_less_than_a_core_and_300_mib() {
     let (pid, url) = (cluster.coordinator_pid(), cluster.url().to_owned());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
-        for connection in 0..WORKERS / SESSIONS {
-            let channel = Endpoint::from_shared(url.clone()).unwrap().connect().await.unwrap();
-            for session in 0..SESSIONS {
-                tokio::spawn(live(channel.clone(), connection * SESSIONS + session));
-            }
-        }
-        let channel = Endpoint::from_shared(url.clone()).unwrap().connect().await.unwrap();
-        let mut client = rpc::control_client(channel, Some(Token::new(TOKEN).unwrap()));
-        let began = Instant::now();
-        loop {
-            let workers = client.list_workers(ListWorkersRequest {}).await.unwrap().into_inner().workers;
-            if workers.len() == WORKERS {
-                break;
-            }
-            assert!(began.elapsed() < Duration::from_secs(60), "{} workers are in", workers.len());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        let mut client = all_in(&url).await;
         let (cpu, _) = use_of(pid);
         let began = Instant::now();
         let mut answers = Vec::new();
@@ -100,6 +110,54 @@ fn a_thousand_workers_take_less_than_a_core_and_300_mib() {
         let silent = workers.iter().filter(|worker| worker.silent_ms > 3000).count();
         assert_eq!(silent, 0, "all are heard of");
     });
+}
+
+#[test]
+fn a_thousand_jobs_and_workers_are_shown_in_a_moment_and_measured_by_a_bounded_number_of_series() {
+    let job = Job::builder().ranks(1).steps(1).build();
+    job.run(&[]).expect(0);
+    let spec = std::fs::read_to_string(job.output().join("logs/attempt-1/job.json")).unwrap();
+    let mut spec: serde_json::Value = serde_json::from_str(&spec).unwrap();
+    // What is there already; it waits for a GPU, which nobody has.
+    for (key, dir) in [("dataset", "dataset"), ("tokenizer", "tokenizer"), ("model", "model")] {
+        spec[key] = serde_json::json!({ "existing": job.output().join(dir) });
+    }
+    spec["train"]["device"] = "cuda".into();
+    let cluster = Cluster::start(job.dir(), &[]);
+    let url = cluster.url().to_owned();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut client = all_in(&url).await;
+        for number in 0..JOBS {
+            spec["name"] = format!("job-{number:04}").into();
+            spec["output"] = job.dir().join(format!("many/{number}")).to_str().unwrap().into();
+            let request = SubmitRequest {
+                spec_json: spec.to_string(),
+                continuation: Continuation::Fresh.into(),
+                ..SubmitRequest::default()
+            };
+            client.submit(request).await.unwrap();
+        }
+    });
+    // The last of them are looked at a moment after they were submitted.
+    let queued = |page: &str| page.contains("tunefleet_jobs{state=\"queued\"} 1000");
+    let patience = Instant::now() + Duration::from_secs(10);
+    let (page, took) = loop {
+        let began = Instant::now();
+        let page = cluster.scrape().remove(0);
+        if queued(&page) || Instant::now() > patience {
+            break (page, began.elapsed());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    let series = page.lines().filter(|line| !line.starts_with('#')).count();
+    eprintln!("{JOBS} jobs, {WORKERS} workers: {series} series, {} bytes in {took:.1?}", page.len());
+    let states: Vec<&str> = page.lines().filter(|line| line.starts_with("tunefleet_jobs{")).collect();
+    assert!(queued(&page), "{states:?}");
+    assert!(series < JOBS * SERIES_PER_JOB + WORKERS * SERIES_PER_WORKER + SERIES_OF_ALL, "{series}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    // The workers go on meanwhile: the runtime has a thread of its own.
+    super::page::drive("crowd", &url, &job.dir().join("pictures"));
 }
 
 #[test]

@@ -19,6 +19,7 @@ pub mod tcp;
 pub mod watchdog;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tch::{Device, Tensor};
 use tunefleet_proto::ids::Rank;
@@ -131,6 +132,12 @@ pub trait Communicator: Send + Sync {
 
     /// From any thread: fails what is under way and all that follows, here, now.
     fn abort(&self, reason: &str);
+
+    /// How long the thread of this rank has stood still for collectives, over all groups that share a record; nothing
+    /// where nobody measures it.
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Whether any rank has `failed`; all ranks ask. `device` is where the communicator works.

@@ -6,6 +6,7 @@
 //! So one number, counted over all communicators of a rank, means the same operation everywhere:
 //! the rank whose last number is lowest is the one that the others wait for.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -81,6 +82,8 @@ pub struct Record {
     began: Instant,
     began_unix: Duration,
     ring: Mutex<Ring>,
+    /// How long this rank's thread stood still for collectives.
+    waited_nanos: AtomicU64,
 }
 
 struct Ring {
@@ -113,7 +116,8 @@ impl Record {
     pub fn new(units: Vec<String>) -> Self {
         let ring = Ring { slots: Vec::with_capacity(CAPACITY), started: 0, last_finished: None };
         let began_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Record { units, began: Instant::now(), began_unix, ring: Mutex::new(ring) }
+        let waited_nanos = AtomicU64::new(0);
+        Record { units, began: Instant::now(), began_unix, ring: Mutex::new(ring), waited_nanos }
     }
 
     /// What is remembered now.
@@ -229,6 +233,10 @@ impl Record {
         }
     }
 
+    fn stood_still(&self, since: Instant) {
+        self.waited_nanos.fetch_add(since.elapsed().as_nanos() as u64, Ordering::Relaxed);
+    }
+
     fn ring(&self) -> MutexGuard<'_, Ring> {
         // No critical section leaves the ring half-changed.
         self.ring.lock().unwrap_or_else(PoisonError::into_inner)
@@ -288,7 +296,9 @@ impl Work for RecordedWork {
         if completion.is_none() {
             record.waited_for(sequence);
         }
+        let began = Instant::now();
         let outcome = inner.wait();
+        record.stood_still(began);
         // On a GPU the host has only been told to go on: who looks at the record later finds the end.
         if outcome.is_err() || completion.is_none_or(|completion| completion.is_complete()) {
             record.end(sequence, outcome.is_ok());
@@ -320,13 +330,19 @@ impl<C: Communicator> Communicator for Recorded<C> {
 
     fn barrier(&self) -> Result<(), Error> {
         let sequence = self.record.start(Operation::Barrier, Tag { unit: None, what: "barrier" }, 0);
+        let began = Instant::now();
         let outcome = self.inner.barrier();
+        self.record.stood_still(began);
         self.record.end(sequence, outcome.is_ok());
         outcome
     }
 
     fn abort(&self, reason: &str) {
         self.inner.abort(reason);
+    }
+
+    fn waited(&self) -> Duration {
+        Duration::from_nanos(self.record.waited_nanos.load(Ordering::Relaxed))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The life of one rank, as its daemon sees it: its start or its adoption, what it tells, its end.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use prost::Message;
@@ -17,7 +18,6 @@ use super::outbox::Key;
 use super::process::{self, Launch};
 use super::ranks::{Rank, Ranks, message};
 use super::{Error, io};
-use crate::metrics;
 
 /// How long the last events of a rank that is gone may take to arrive.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -119,7 +119,6 @@ impl Ranks {
                 });
             }
         }
-        metrics::ranks(self.live().len());
         Ok(())
     }
 
@@ -141,16 +140,15 @@ impl Ranks {
         exited.task = Some(key.task());
         exited.rank = key.rank;
         exited.aborted = aborted;
-        metrics::rank_exited(exited.exit_code == Some(0));
+        let count = if exited.exit_code == Some(0) { &self.clean_exits } else { &self.failed_exits };
+        count.fetch_add(1, Ordering::Relaxed);
         // Both at once: who acknowledges the exit forgets a rank that has ended, and would leave this one for ever.
         let mut live = self.live();
         self.keep(worker_message::Body::Exited(exited), false);
         if let Some(rank) = live.get_mut(key) {
             rank.exited = true;
             rank.commands = None;
-            metrics::section(&key.job, key.rank, &rank.section, "");
         }
-        metrics::ranks(live.values().filter(|rank| !rank.exited).count());
         drop(live);
         self.gone.notify_waiters();
     }
@@ -188,13 +186,8 @@ impl Ranks {
         }
         let (mut informs, mut lasts) = (false, true);
         match &event.body {
-            Some(rank_event::Body::Step(report)) => metrics::step(&key.job, key.rank, report),
-            Some(rank_event::Body::Section(name)) => {
-                metrics::section(&key.job, key.rank, &rank.section, name);
-                rank.section.clone_from(name);
-                informs = true;
-            }
-            Some(rank_event::Body::Note(_)) => informs = true,
+            Some(rank_event::Body::Step(report)) => rank.last_step = Some(*report),
+            Some(rank_event::Body::Section(_) | rank_event::Body::Note(_)) => informs = true,
             Some(rank_event::Body::Beat(beat)) => {
                 rank.beat = Some((beat.clone(), Instant::now()));
                 return;

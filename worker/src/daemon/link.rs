@@ -2,6 +2,7 @@
 //! since a coordinator that cannot be seen is no reason to stop them.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -60,6 +61,7 @@ pub(super) async fn run(
             }
             Err(status) => Err(status),
         };
+        ranks.is_connected.store(false, Ordering::Release);
         let status = match outcome {
             Ok(()) => Status::unavailable("the coordinator closed the session"),
             Err(status) => status,
@@ -137,6 +139,7 @@ async fn session(
     };
     let mut session = registered(&settings, ranks)?;
     *retry = FIRST_RETRY;
+    ranks.is_connected.store(true, Ordering::Release);
     let period = Duration::from_millis(settings.heartbeat_interval_ms.max(10));
     let mut heartbeat = tokio::time::interval(period.min(MAX_HEARTBEAT));
     heartbeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

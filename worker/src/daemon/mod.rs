@@ -3,13 +3,14 @@
 //! `link` speaks to the coordinator, `ranks` knows the ranks and carries out commands, `host` is the life of
 //! one, `socket` is where they connect, `process` starts and kills them, `journal` and `outbox` are what a daemon
 //! leaves to the next, `logs` shows what ranks wrote, `node` is what is known of the machine, `examine` whether it is fit
-//! to train.
+//! to train, `monitor` what Prometheus and probes see.
 
 mod examine;
 mod host;
 mod journal;
 mod link;
 mod logs;
+mod monitor;
 mod node;
 mod outbox;
 mod process;
@@ -39,8 +40,6 @@ pub fn examine_here(state: PathBuf) -> Result<Vec<Finding>, Error> {
     let subject = examine::Subject { slots: gpus.max(1), gpus, state, is_busy: false };
     Ok(runtime.block_on(examine::findings(subject)))
 }
-
-use crate::metrics;
 
 /// How long the last reports of a daemon that ends may take to reach the coordinator.
 const FLUSH_LIMIT: Duration = Duration::from_secs(5);
@@ -73,7 +72,7 @@ pub struct Args {
     /// Address of this machine that other workers reach; found by dialling the coordinator when absent.
     #[arg(long, value_name = "IP")]
     advertise: Option<std::net::IpAddr>,
-    /// Where Prometheus metrics are served.
+    /// Where Prometheus' metrics are served, and the health of this process: /metrics, /healthz, /readyz.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     metrics: SocketAddr,
     /// Directory of this worker's journal: a daemon that is started again finds its ranks there. Default:
@@ -117,9 +116,6 @@ pub enum Error {
     /// Not an amount of memory.
     #[error("--rank-memory-gib must be above 0, got {0}")]
     Memory(f64),
-    /// A second recorder.
-    #[error("starting metrics: {0}")]
-    Metrics(String),
 }
 
 /// Runs until it is told to stop, its parent is gone, or the coordinator refuses it.
@@ -151,9 +147,12 @@ async fn serve(args: Args) -> Result<(), Error> {
     let listener = TcpListener::bind(args.metrics)
         .await
         .map_err(io(&format!("--metrics {}: choose another port, or 0 for any free one", args.metrics)))?;
-    let metrics_url = format!("http://{}/metrics", listener.local_addr().map_err(io("metrics"))?);
-    metrics::serve(listener).map_err(|error| Error::Metrics(error.to_string()))?;
-    metrics::start(node.slots);
+    let mut metrics_address = listener.local_addr().map_err(io("metrics"))?;
+    if metrics_address.ip().is_unspecified() {
+        // Where Prometheus finds it on another machine.
+        metrics_address.set_ip(node.address);
+    }
+    let metrics_url = format!("http://{metrics_address}/metrics");
     tracing::info!("worker {}: {} slots, {} GPUs, metrics {metrics_url}", node.name, node.slots, node.gpus);
 
     let state_dir =
@@ -171,12 +170,14 @@ async fn serve(args: Args) -> Result<(), Error> {
     )?;
     let ranks = Arc::new(ranks);
     ranks.adopt()?;
+    let monitor = tokio::spawn(monitor::serve(listener, Arc::clone(&ranks)));
     let rank_service = tokio::spawn(socket.serve(Arc::clone(&ranks)));
     let coordinator =
         link::Coordinator { url: args.coordinator.clone(), credentials: args.credentials.clone() };
     let link = link::run(coordinator, node, metrics_url, Arc::clone(&ranks), once);
     let outcome = until_told(link, &ranks, args.exit_with_parent).await;
     rank_service.abort();
+    monitor.abort();
     outcome
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::{
-    Abort, Assignment, Beat, DaemonMessage, HeldRank, RankBeat, RankExited, StartTask, StopAtCheckpoint,
+    Abort, Assignment, Beat, DaemonMessage, HeldRank, RankBeat, RankExited, StartTask, StepDone, StopAtCheckpoint,
     TaskId, WorkerMessage, coordinator_message, daemon_message, worker_message,
 };
 
@@ -18,7 +19,6 @@ use super::logs::Readers;
 use super::node::Node;
 use super::outbox::{Key, Outbox};
 use super::{Error, examine, process};
-use crate::metrics;
 
 /// From the abort message to SIGKILL.
 pub(super) const KILL_AFTER: Duration = Duration::from_secs(2);
@@ -40,7 +40,7 @@ pub(super) struct Rank {
     pub reader: Option<JoinHandle<()>>,
     /// Number of its newest event that is in the outbox.
     pub heard: u64,
-    pub section: String,
+    pub last_step: Option<StepDone>,
     pub beat: Option<(Beat, Instant)>,
     /// Its process is gone, and its exit is in the outbox.
     pub exited: bool,
@@ -63,6 +63,11 @@ pub(super) struct Ranks {
     readers: Readers,
     /// Signalled whenever a rank is gone.
     pub gone: tokio::sync::Notify,
+    /// Whether there is a session with the coordinator.
+    pub is_connected: AtomicBool,
+    /// Ranks that have exited, for metrics.
+    pub clean_exits: AtomicU64,
+    pub failed_exits: AtomicU64,
 }
 
 impl Ranks {
@@ -88,6 +93,9 @@ impl Ranks {
             live: Mutex::default(),
             readers: Readers::default(),
             gone: tokio::sync::Notify::new(),
+            is_connected: AtomicBool::new(false),
+            clean_exits: AtomicU64::new(0),
+            failed_exits: AtomicU64::new(0),
         })
     }
 
@@ -117,6 +125,18 @@ impl Ranks {
             Some(RankBeat { task: Some(key.task()), rank: key.rank, beat: Some(Beat { seconds, ..beat }) })
         };
         self.live().iter().filter_map(beat).collect()
+    }
+
+    /// Ranks that run, for metrics: what they were told to do, and what they told last.
+    pub fn shown(&self) -> Vec<(Key, Assignment, Option<StepDone>, Option<Beat>)> {
+        let shown = |(key, rank): (&Key, &Rank)| {
+            let beat = rank.beat.clone().map(|(beat, at)| {
+                let seconds = beat.seconds + at.elapsed().as_secs_f64();
+                Beat { seconds, ..beat }
+            });
+            (key.clone(), rank.assignment.clone(), rank.last_step, beat)
+        };
+        self.live().iter().filter(|(_, rank)| !rank.exited).map(shown).collect()
     }
 
     /// Carries out a command of the coordinator.
@@ -162,7 +182,6 @@ impl Ranks {
             let token = new_token();
             let rank = self.new_rank(&start, &key, slot, &token);
             live.insert(key.clone(), rank);
-            metrics::ranks(live.len());
             drop(live);
             tokio::spawn(Arc::clone(self).host(key, token));
         }
@@ -321,6 +340,11 @@ impl Ranks {
         self.outbox().after(sequence).take(at_most).cloned().collect()
     }
 
+    /// Messages that the coordinator has not acknowledged.
+    pub fn unacknowledged(&self) -> usize {
+        self.outbox().after(0).count()
+    }
+
     /// Whether the coordinator has everything.
     pub fn is_told(&self) -> bool {
         self.outbox().after(0).next().is_none()
@@ -378,7 +402,7 @@ impl Rank {
             queue: Vec::new(),
             reader: None,
             heard: 0,
-            section: String::new(),
+            last_step: None,
             beat: None,
             exited: false,
         }

@@ -219,6 +219,7 @@ impl Subject {
             end_tokens,
             adapter: self.adapter,
             top: None,
+            asked: Instant::now(),
             deadline: Instant::now() + PATIENCE,
             events: sender,
         })?;

@@ -234,6 +234,8 @@ impl Host for Daemon {
                 tokens_per_second: report.tokens_per_second,
                 step_seconds: report.step_seconds,
                 peak_memory_bytes: report.peak_memory_bytes,
+                data_wait_seconds: report.data_wait_seconds,
+                collective_wait_seconds: report.collective_wait_seconds,
             }),
             Event::Evaluated { step, loss } => rank_event::Body::Evaluated(Evaluated { step, loss }),
             Event::Saved { step, path, pause_seconds } => {

@@ -20,9 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use ::metrics::SetRecorderError;
 use clap::Parser as _;
-use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusRecorder};
 use sha2::{Digest, Sha256};
 use tch::Device;
 use tokio::net::TcpListener;
@@ -171,9 +169,6 @@ pub enum Error {
     /// The system refused something.
     #[error(transparent)]
     Io(#[from] std::io::Error),
-    /// There is a recorder already.
-    #[error(transparent)]
-    Metrics(#[from] SetRecorderError<PrometheusRecorder>),
 }
 
 /// Serves until SIGTERM or SIGINT; then completions under way are finished.
@@ -218,17 +213,13 @@ fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Resul
     let listener = runtime
         .block_on(TcpListener::bind(args.listen))
         .map_err(|source| Error::Listen { address: args.listen, source })?;
-    let recorder = PrometheusBuilder::new().build_recorder();
-    let rendered = recorder.handle();
-    ::metrics::set_global_recorder(recorder)?;
-    metrics::describe();
     // Each step takes and frees what the one before it did.
     keep_freed_memory();
     let server = load(args)?;
     let address = listener.local_addr()?;
     tracing::info!(%address, model = server.model_name, "serving");
     let engine = server.engine.clone();
-    let router = http::router(Shared { server: Arc::new(server), tokens: tokens.into(), metrics: rendered });
+    let router = http::router(Shared { server: Arc::new(server), tokens: tokens.into() });
     runtime.block_on(async move {
         let (end, told) = tokio::sync::oneshot::channel::<()>();
         let told = async move { drop(told.await) };

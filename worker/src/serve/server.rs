@@ -179,6 +179,7 @@ impl Server {
             end_tokens,
             adapter,
             top: ask.top,
+            asked: Instant::now(),
             deadline: Instant::now() + self.timeout,
             events: sender,
         })?;

@@ -28,6 +28,7 @@ mod setup;
 mod meter;
 
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::checkpoint::{AdapterRecord, DataPosition, Validation};
@@ -41,7 +42,7 @@ use crate::data::Sequences;
 use crate::memory;
 use batches::Batches;
 use gradients::Checks;
-use meter::Meter;
+use meter::{Meter, Waited};
 use optimizer::{StepStatus, StepValues};
 use walk::{MicroPosition, Walk};
 
@@ -91,6 +92,10 @@ pub struct StepReport {
     pub step_seconds: f64,
     /// Most that this rank's tensors took, since it began.
     pub peak_memory_bytes: u64,
+    /// Mean time of a step since the last report that this rank's thread waited for its batches.
+    pub data_wait_seconds: f64,
+    /// And for collectives. A GPU's are not waited for: they are ordered on the device.
+    pub collective_wait_seconds: f64,
 }
 
 /// The host process, as the training loop sees it.
@@ -207,6 +212,8 @@ struct Run<'a> {
     consumed: u64,
     /// Mean loss of the last step that was read.
     loss: f64,
+    /// How long batches were waited for, since the last report.
+    data_wait: Duration,
     saver: Saver,
     /// What evaluations found so far, and after which update the last one was.
     found: Option<Validation>,
@@ -242,7 +249,7 @@ impl<'a> Run<'a> {
                 return self.end(host);
             }
         }
-        let mut meter = Meter::start(self.step, self.consumed);
+        let mut meter = Meter::start((self.step, self.consumed), self.walk.mesh().world.waited());
         // On a GPU the host runs one step ahead: what a step found, and whether some rank was asked
         // to stop when it began, is read after the next one has begun.
         let mut unread: Option<(u64, StepStatus)> = None;
@@ -277,8 +284,12 @@ impl<'a> Run<'a> {
             {
                 let values = self.check(step, &status)?;
                 if due(train.log_every_steps) {
-                    let sequences = self.consumed;
-                    let mut report = meter.report(self.spec, step, sequences, learning_rate, values);
+                    let waited = Waited {
+                        for_data: std::mem::take(&mut self.data_wait),
+                        for_collectives: self.walk.mesh().world.waited(),
+                    };
+                    let mut report =
+                        meter.report(self.spec, (step, self.consumed), learning_rate, values, waited);
                     report.peak_memory_bytes = memory::tensors(self.device)?.peak_bytes;
                     host.report(Event::Step(report));
                 }
@@ -310,7 +321,9 @@ impl<'a> Run<'a> {
         crate::fault::at(self.rank.rank, self.step + 1);
         let train = &self.spec.train;
         let batches = Batches::new(&self.training, train, self.rank, self.device);
+        let began = Instant::now();
         let (micro_batches, own_targets) = batches.step(self.consumed)?;
+        self.data_wait += began.elapsed();
         self.consumed += batches.step_sequences();
 
         // The loss is a mean over all targets of the whole step: not a mean of means.

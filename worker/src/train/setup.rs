@@ -2,6 +2,7 @@
 //! the model, the beginning of an adapter or a checkpoint.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::device::assert_fused_attention;
@@ -108,6 +109,7 @@ impl<'a> Run<'a> {
             step,
             consumed,
             loss,
+            data_wait: Duration::ZERO,
             saver: Saver::new(save::Settings {
                 dir: spec.checkpoints_dir(),
                 keep: spec.train.keep_checkpoints as usize,

@@ -70,6 +70,7 @@ fn ask(engine: &Handle, prompt: &[u32], sampling: Sampling) -> UnboundedReceiver
         end_tokens: vec![0],
         adapter: None,
         top: Some(0),
+        asked: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(120),
         events,
     };

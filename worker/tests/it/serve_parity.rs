@@ -67,6 +67,7 @@ fn ask(engine: &Handle, prompt: &[u32], adapter: Option<AdapterId>) -> Unbounded
         end_tokens: vec![0],
         adapter,
         top: None,
+        asked: Instant::now(),
         deadline: Instant::now() + Duration::from_secs(120),
         events,
     };

@@ -15,16 +15,20 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::DeviceKind;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, JobEvent, JobStatus, Register, Stage, TaskId, WorkerState, WorkerStatus,
+    AuditRecord, Continuation, JobEvent, JobState, JobStatus, Register, Stage, TaskId, WorkerState, WorkerStatus,
 };
 
 use super::entry::Entry;
+use super::figures::{Figures, JobFigures};
+use super::goodput::Lost;
 use super::job::Input;
 use super::placement::{Room, WorkerName};
 use super::queue;
 use super::settings::{Now, Settings};
 use super::store::{Loaded, Write};
 use super::workers::{Epoch, Worker};
+
+use crate::plan::GpuModel;
 
 pub use jobs::Submission;
 
@@ -188,8 +192,41 @@ impl Fleet {
     ///
     /// # Errors
     /// When there is none of that name.
-    pub fn status(&self, id: &JobId, now: Now) -> Result<JobStatus, Refused> {
-        Ok(self.known(id)?.status(id, now))
+    pub fn status(&self, id: &JobId) -> Result<JobStatus, Refused> {
+        Ok(self.known(id)?.status(id))
+    }
+
+    /// All in numbers, of jobs that have not ended long ago and workers that were heard of since.
+    pub fn figures(&self, now: Now) -> Figures {
+        let oldest_unix_ms = now.unix_ms.saturating_sub(self.settings.show_ended.as_millis() as u64);
+        let is_shown = |entry: &Entry| {
+            let last = entry.attempts.last();
+            entry.is_active() || last.is_some_and(|last| last.ended_unix_ms >= oldest_unix_ms)
+        };
+        let peak = |entry: &Entry| {
+            let slots = &entry.record.slots;
+            let of = |name: &WorkerName| {
+                let device = self.workers.get(name)?.register.devices.first()?;
+                Some(GpuModel::named(&device.name)?.peak_flops)
+            };
+            let all = slots.iter().map(of).sum::<Option<f64>>();
+            all.filter(|_| entry.record.cuda && !slots.is_empty())
+        };
+        let shown = self.jobs.iter().filter(|(_, entry)| is_shown(entry));
+        let mut states = [0; JobState::ALL.len()];
+        for state in self.jobs.values().map(Entry::state) {
+            if let Some(index) = JobState::ALL.iter().position(|known| *known == state) {
+                states[index] += 1;
+            }
+        }
+        let show_workers = self.settings.show_ended.as_millis() as u64;
+        let mut workers = self.worker_statuses(now);
+        workers.retain(|worker| worker.silent_ms <= show_workers);
+        Figures {
+            states,
+            jobs: shown.map(|(id, entry)| JobFigures::new(id, entry, peak(entry))).collect(),
+            workers,
+        }
     }
 
     /// How a worker is.
@@ -318,6 +355,7 @@ impl Fleet {
             let secret = (self.secret)();
             if let Some(entry) = self.jobs.get_mut(&id) {
                 entry.record.detail.clear();
+                entry.record.account.lost(Lost::Queue, now);
                 entry.waiting = None;
                 entry.record.cuda = item.needs_gpu;
                 entry.record.slots.clone_from(&ranks);

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::adapter::{self, AdapterPlan, LoraConfig};
-use crate::base_plan::{BasePlan, PartDtype, Quantization};
+use crate::base_plan::{BasePlan, PartDtype, QuantKind, Quantization};
 use crate::evaluation::EVALUATIONS_DIR;
 use crate::model::ModelConfig;
 use crate::shard_plan::ShardPlan;
@@ -243,6 +243,15 @@ pub struct WorkersSpec {
 }
 
 impl JobSpec {
+    /// What is trained: `full`, `lora`, or `qlora` on a quantised base.
+    pub fn method(&self) -> &'static str {
+        match &self.adapter {
+            None => "full",
+            Some(adapter) if adapter.quantization.kind == QuantKind::None => "lora",
+            Some(_) => "qlora",
+        }
+    }
+
     /// `<output>/dataset`, or the existing one.
     pub fn dataset_dir(&self) -> PathBuf {
         match &self.dataset {

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::Nvml;
-use nvml_wrapper::enum_wrappers::device::MemoryError;
+use nvml_wrapper::enum_wrappers::device::{MemoryError, TemperatureSensor};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use tunefleet_proto::rpc::finding::Verdict;
 use tunefleet_proto::rpc::{Finding, Gpu};
 
 use super::finding;
+use crate::metrics::GpuFigures;
 
 const GIB: f64 = (1u64 << 30) as f64;
 /// The driver takes some of each GPU; more than this, and somebody's process is there.
@@ -48,6 +49,29 @@ fn seen(nvml: &Nvml, index: u32) -> Result<Seen, nvml_wrapper::error::NvmlError>
     });
     let uncorrected = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).unwrap_or(0);
     Ok(Seen { gpu, used_bytes: memory.used, held_by: held_by.collect(), uncorrected })
+}
+
+/// What the GPUs do now; none where the driver tells of none.
+pub fn figures() -> Vec<GpuFigures> {
+    let Ok(nvml) = Nvml::init() else { return Vec::new() };
+    let count = nvml.device_count().unwrap_or(0);
+    (0..count).filter_map(|index| figures_of(&nvml, index).ok()).collect()
+}
+
+fn figures_of(nvml: &Nvml, index: u32) -> Result<GpuFigures, nvml_wrapper::error::NvmlError> {
+    let Seen { gpu, used_bytes, uncorrected, .. } = seen(nvml, index)?;
+    let device = nvml.device_by_index(index)?;
+    Ok(GpuFigures {
+        index,
+        uuid: gpu.uuid,
+        name: gpu.name,
+        memory_bytes: gpu.memory_bytes,
+        used_memory_bytes: used_bytes,
+        utilization_ratio: device.utilization_rates().ok().map(|rates| f64::from(rates.gpu) / 100.0),
+        power_watts: device.power_usage().ok().map(|milliwatts| f64::from(milliwatts) / 1000.0),
+        temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok().map(f64::from),
+        uncorrected_errors: uncorrected,
+    })
 }
 
 /// The GPUs of this machine; none where the driver tells of none.

@@ -27,6 +27,8 @@ pub struct Request {
     pub adapter: Option<AdapterId>,
     /// Likeliest tokens that are told with each token; `None` tells no probabilities.
     pub top: Option<usize>,
+    /// When it came.
+    pub asked: Instant,
     /// When it is given up.
     pub deadline: Instant,
     /// Where answers go. When nobody listens, the completion is given up.

@@ -13,7 +13,7 @@ use crate::data::tokenizer::Tokenizer;
 use crate::generate::adapters::Adapter;
 use crate::generate::decoder::{Context, Piece};
 use crate::generate::sampling::Sampler;
-use crate::serve::stop;
+use crate::serve::{metrics, stop};
 
 /// A request, and how far it is.
 pub struct Running {
@@ -149,6 +149,9 @@ impl Running {
         for row in 0..self.rows() {
             let logits_v = logits_rv.get(row);
             let next = self.sampler.next(&logits_v, &self.tokens);
+            if self.made() == 0 {
+                metrics::first_token(self.request.asked.elapsed());
+            }
             self.push(next, &logits_v, tokenizer);
             let is_right = guess.get(row as usize) == Some(&next);
             if self.is_done || !is_right {
@@ -226,13 +229,15 @@ impl Running {
 
     fn end(&mut self, reason: Reason) {
         self.is_done = true;
-        let _ = self.request.events.send(Event::Ended(End {
+        let end = End {
             reason,
             prompt_tokens: self.request.prompt.len(),
             known_tokens: self.known,
             made_tokens: self.made(),
             guessed_tokens: self.guessed_right,
-        }));
+        };
+        metrics::completed(&end);
+        let _ = self.request.events.send(Event::Ended(end));
     }
 
     fn token(&self, id: u32, logits_v: &Tensor, tokenizer: &Tokenizer) -> Token {

@@ -34,8 +34,6 @@ pub struct Shared {
     pub server: Arc<Server>,
     /// Digests of tokens, one of which a request must bear; none lets everybody in.
     pub tokens: Arc<[[u8; 32]]>,
-    /// Renders the metrics.
-    pub metrics: metrics_exporter_prometheus::PrometheusHandle,
 }
 
 /// All routes.
@@ -72,10 +70,11 @@ async fn healthy() -> StatusCode {
     StatusCode::OK
 }
 
-async fn metrics(State(shared): State<Shared>) -> String {
-    let gauges = shared.server.engine.gauges();
-    super::metrics::gauges(gauges);
-    shared.metrics.render()
+async fn metrics(State(shared): State<Shared>) -> Response {
+    match super::metrics::page(shared.server.engine.gauges()) {
+        Ok(page) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    }
 }
 
 async fn nothing_here(request: Request) -> Response {
@@ -110,7 +109,7 @@ async fn log(request: Request<Body>, next: Next) -> Response {
     let began = Instant::now();
     let response = next.run(request).await;
     let status = response.status().as_u16();
-    super::metrics::request(&path, status);
+    super::metrics::request(&path, status, began.elapsed());
     tracing::info!(%method, path, status, ms = began.elapsed().as_millis() as u64, "request");
     response
 }
