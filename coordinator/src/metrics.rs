@@ -13,7 +13,7 @@ use prometheus::{
     CounterVec, Error, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry,
     TextEncoder,
 };
-use tunefleet_proto::rpc::{FailureKind, JobState, WorkerState};
+use tunefleet_proto::rpc::{FailureKind, JobState, Stage, WorkerState};
 
 use crate::control::{Figures, JobFigures, Lost};
 
@@ -221,6 +221,7 @@ fn jobs(page: &Page, figures: &Figures) -> Result<(), Error> {
         &["job", "method"],
     )?;
     let state = page.gauge("tunefleet_job_state", "1 for the state that a job is in", &["job", "state"])?;
+    let stage = page.gauge("tunefleet_job_stage", "1 for the stage that a job is at", &["job", "stage"])?;
     let attempts = page.counter(
         "tunefleet_job_attempts_total",
         "Attempts that have ended, by how: completed, stopped, cancelled, or the kind of failure",
@@ -229,6 +230,9 @@ fn jobs(page: &Page, figures: &Figures) -> Result<(), Error> {
     for JobFigures { status, .. } in &figures.jobs {
         info.with_label_values(&[status.job.as_str(), &status.method]).set(1.0);
         state.with_label_values(&[status.job.as_str(), status.state().name()]).set(1.0);
+        if status.stage() != Stage::Unspecified {
+            stage.with_label_values(&[status.job.as_str(), status.stage().name()]).set(1.0);
+        }
         for attempt in status.attempts.iter().filter(|attempt| attempt.ended_unix_ms > 0) {
             let cause = match (attempt.kind(), attempt.state()) {
                 (FailureKind::Unspecified, state) if state != JobState::Failed => state.name(),

@@ -78,12 +78,13 @@ struct Labels {
     #[serde(rename = "__scheme__")]
     scheme: String,
     /// `worker` or `server`.
+    #[serde(rename = "tunefleet_role")]
     role: &'static str,
     /// Absent of a completion server.
     #[serde(skip_serializing_if = "Option::is_none")]
     worker: Option<String>,
-    /// Absent of a worker.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Absent of a worker; Prometheus' own `job` stays what it is.
+    #[serde(rename = "tunefleet_job", skip_serializing_if = "Option::is_none")]
     job: Option<String>,
 }
 
@@ -129,7 +130,7 @@ mod tests {
         assert_eq!(
             serde_json::to_value(found).unwrap(),
             serde_json::json!({"targets": ["10.0.0.7:9101"], "labels": {
-                "__metrics_path__": "/metrics", "__scheme__": "http", "role": "worker", "worker": "w1",
+                "__metrics_path__": "/metrics", "__scheme__": "http", "tunefleet_role": "worker", "worker": "w1",
             }})
         );
         assert_eq!(target("", "worker", Some("w1"), None), None);

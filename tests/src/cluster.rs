@@ -59,16 +59,25 @@ impl Cluster {
         environment: &[(&str, &str)],
         arguments: &[&str],
     ) -> Self {
-        let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0", &[], None);
+        let mut cluster = Cluster::serving_with(dir, &[], &[]);
         let environment = environment.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+        cluster.environment = environment.collect();
+        cluster.arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        cluster.add_workers(worker_slots);
+        cluster
+    }
+
+    /// As [`Cluster::start`], with arguments of the coordinator's.
+    pub fn serving_with(dir: &Path, worker_slots: &[u32], serve_arguments: &[&str]) -> Self {
+        let (coordinator, url, metrics_url) = serve(dir, "127.0.0.1:0", serve_arguments, None);
         let mut cluster = Cluster {
             coordinator,
             workers: Vec::new(),
             url,
             metrics_urls: vec![metrics_url],
             dir: dir.to_owned(),
-            environment: environment.collect(),
-            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+            environment: Vec::new(),
+            arguments: Vec::new(),
             place: None,
         };
         cluster.add_workers(worker_slots);
@@ -254,6 +263,12 @@ impl Cluster {
     /// All that Prometheus would scrape: the coordinator's page, then each worker's.
     pub fn scrape(&self) -> Vec<String> {
         self.metrics_urls.iter().map(|url| get(url)).collect()
+    }
+
+    /// Host and port of the coordinator's metrics.
+    pub fn metrics_address(&self) -> String {
+        let url = self.metrics_urls[0].strip_prefix("http://").unwrap();
+        url.split('/').next().unwrap().to_owned()
     }
 
     /// Processes of ranks on all workers, whichever daemon has started them.

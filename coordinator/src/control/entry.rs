@@ -299,6 +299,7 @@ impl Entry {
                 record.budget.stepped(step.step_seconds);
                 self.last_step = Some(*step);
             }
+            Body::Note(_) | Body::Section(_) => record.progress_unix_ms = now.unix_ms,
             Body::Evaluated(evaluated) => {
                 record.progress_unix_ms = now.unix_ms;
                 self.eval_loss = Some(evaluated.loss);

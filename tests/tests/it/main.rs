@@ -29,4 +29,5 @@ mod doctor;
 mod evaluating;
 mod serving;
 mod page;
+mod monitoring;
 mod soak;

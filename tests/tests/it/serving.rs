@@ -29,7 +29,7 @@ fn ask(port: u16, method: &str, path: &str, body: &str) -> Option<String> {
     head.starts_with("HTTP/1.1 200").then(|| body.to_owned())
 }
 
-fn completion(port: u16, model: &str) -> Option<String> {
+pub fn completion(port: u16, model: &str) -> Option<String> {
     let body = format!(
         r#"{{"model": "{model}", "prompt": "fn main() {{", "max_tokens": 8, "temperature": 0, "stop": []}}"#
     );
