@@ -130,11 +130,8 @@ pub fn called(method: &str, code: &str, took: Duration) {
 /// When two metrics have one name.
 pub fn page(figures: &Figures) -> Result<String, Error> {
     let page = Page { registry: Registry::new() };
-    let build = page.gauge(
-        "tunefleet_build_info",
-        "1, labelled with the version of this coordinator",
-        &["version"],
-    )?;
+    let build =
+        page.gauge("tunefleet_build_info", "1, labelled with the version of this coordinator", &["version"])?;
     build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
     fleet(&page, figures)?;
     jobs(&page, figures)?;

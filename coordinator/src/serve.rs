@@ -8,13 +8,12 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 use tunefleet_proto::dial::Credentials;
+use tunefleet_proto::service_manager;
 
 use crate::cli::exit;
 use crate::connect::{self, Failure};
 use crate::control::store::{self, StoreError};
-use crate::control::{
-    Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles,
-};
+use crate::control::{Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles};
 use crate::monitor;
 
 /// Command line of `coordinator serve`.
@@ -114,12 +113,24 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     let stop = |kind| signal(kind).map_err(|error| Failure::new(exit::FAILED, error.to_string()));
     let mut terminate = stop(SignalKind::terminate())?;
     let mut interrupt = stop(SignalKind::interrupt())?;
+    service_manager::ready(&format!("listens on {}", server.url()));
     tokio::select! {
         served = server.serve(plane) => served?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = live() => {}
     }
+    service_manager::stopping();
     Ok(0)
+}
+
+/// Gives systemd's watchdog its signs of life, as long as this runtime gets round to it.
+async fn live() {
+    let Some(interval) = service_manager::watchdog_interval() else { return std::future::pending().await };
+    loop {
+        service_manager::alive();
+        tokio::time::sleep(interval).await;
+    }
 }
 
 /// What is wrong with these arguments, where that can be seen without serving.

@@ -30,6 +30,8 @@ pub mod findings;
 pub mod dial;
 /// The flags of a daemon from a file.
 pub mod flags_file;
+/// systemd's notifications.
+pub mod service_manager;
 /// Who holds which elements of which parameter.
 pub mod shard_plan;
 

@@ -25,11 +25,14 @@ struct Cli {
 enum Verb {
     /// Owns this machine's slots: dials a coordinator and runs the ranks that it places here.
     Daemon(daemon::Args),
-    /// Checks a file of the daemon's flags and reports everything that is wrong with it.
+    /// Checks a file of the flags of `daemon` or `serve` and reports everything that is wrong with it.
     Validate {
-        /// The file.
+        /// A file of the daemon's flags.
+        #[arg(long, value_name = "FILE", required_unless_present = "serve", conflicts_with = "serve")]
+        config: Option<std::path::PathBuf>,
+        /// A file of the flags of `worker serve`.
         #[arg(long, value_name = "FILE")]
-        config: std::path::PathBuf,
+        serve: Option<std::path::PathBuf>,
     },
     /// Looks at this machine: is it fit to train?
     Doctor {
@@ -70,8 +73,9 @@ enum Verb {
     Rank(rank::Args),
 }
 
-/// The verb that has a file of flags.
+/// The verbs that have a file of flags.
 const DAEMON: &str = "daemon";
+const SERVE: &str = "serve";
 /// Exit code of a file that is wrong (EX_CONFIG).
 const BAD_CONFIG: u8 = 78;
 
@@ -106,7 +110,10 @@ pub fn main() -> ExitCode {
 fn run(verb: Verb) -> Result<ExitCode, Failure> {
     match verb {
         Verb::Daemon(args) => Ok(daemon::run(args)?),
-        Verb::Validate { config } => validate(config),
+        Verb::Validate { config, serve } => {
+            let (verb, file) = if serve.is_some() { (SERVE, serve) } else { (DAEMON, config) };
+            validate(verb, file.unwrap_or_default())
+        }
         Verb::Doctor { state_dir } => return doctor(state_dir),
         Verb::Tokenizer(args) => Ok(train_tokenizer::run(args)?),
         Verb::InitModel(args) => Ok(init_model::run(args)?),
@@ -129,13 +136,12 @@ fn run(verb: Verb) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What was typed, with the flags of a daemon's file.
+/// What was typed, with the flags of the file of `daemon` or `serve`.
 fn arguments(typed: Vec<OsString>) -> Result<Vec<OsString>, Failure> {
-    if typed.get(1).is_none_or(|verb| verb != DAEMON) {
-        return Ok(typed);
-    }
+    let has_file = |verb: &&str| typed.get(1).is_some_and(|typed| typed == verb);
+    let Some(verb) = [DAEMON, SERVE].into_iter().find(has_file) else { return Ok(typed) };
     let command = Cli::command();
-    let Some(verb) = command.find_subcommand(DAEMON) else { return Ok(typed) };
+    let Some(verb) = command.find_subcommand(verb) else { return Ok(typed) };
     flags_file::complete(verb, typed)
         .map_err(|error| Failure { exit_code: BAD_CONFIG, message: error.to_string() })
 }
@@ -149,13 +155,15 @@ fn doctor(state_dir: std::path::PathBuf) -> Result<ExitCode, Failure> {
 }
 
 /// Checks a file of flags as far as that can be done without running with it.
-fn validate(config: std::path::PathBuf) -> Result<(), Failure> {
+fn validate(verb: &str, config: std::path::PathBuf) -> Result<(), Failure> {
     let bad = |message: String| Failure { exit_code: BAD_CONFIG, message };
     let name = config.display().to_string();
-    let typed = vec!["worker".into(), DAEMON.into(), "--config".into(), config.into_os_string()];
+    let typed = vec!["worker".into(), verb.into(), "--config".into(), config.into_os_string()];
     let cli = Cli::try_parse_from(arguments(typed)?).map_err(|error| bad(format!("{name}: {error}")))?;
-    if let Verb::Daemon(args) = cli.verb {
-        daemon::check(&args).map_err(|error| bad(format!("{name}: {error}")))?;
+    match cli.verb {
+        Verb::Daemon(args) => daemon::check(&args).map_err(|error| bad(format!("{name}: {error}")))?,
+        Verb::Serve(args) => serve::check(&args).map_err(|error| bad(format!("{name}: {error}")))?,
+        _ => {}
     }
     // A reader that has gone away wants no more.
     let _ = writeln!(std::io::stdout(), "ok");

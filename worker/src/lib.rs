@@ -30,6 +30,7 @@ pub mod export;
 pub mod generate;
 /// `worker serve`: completions for editors.
 pub mod serve;
+mod watchdog;
 /// `worker evaluate`: what a model does with tasks.
 pub mod evaluate;
 /// The node daemon: owns slots, runs ranks as child processes.

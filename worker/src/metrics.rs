@@ -262,7 +262,8 @@ mod tests {
             beat: Some(Beat { step: 7, section: "step".to_owned(), seconds: 0.25 }),
         };
         let gpu = GpuFigures { uuid: "GPU-1".to_owned(), memory_bytes: 80, ..GpuFigures::default() };
-        let figures = Figures { slots: 8, exits: [2, 1], ranks: vec![rank], gpus: vec![gpu], ..Figures::default() };
+        let figures =
+            Figures { slots: 8, exits: [2, 1], ranks: vec![rank], gpus: vec![gpu], ..Figures::default() };
         let shown = page(&figures).unwrap();
         for line in [
             "tunefleet_rank_info{gpu_uuid=\"GPU-1\",job=\"j\",rank=\"3\",stage=\"train\"} 1",

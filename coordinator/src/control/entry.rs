@@ -10,8 +10,8 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AttemptStatus, Continuation, Failure, FailureKind, JobEvent, JobState, JobStatus, Stage, StepDone, Waiting,
-    stage_changed::What,
+    AttemptStatus, Continuation, Failure, FailureKind, JobEvent, JobState, JobStatus, Stage, StepDone,
+    Waiting, stage_changed::What,
 };
 
 use super::budget::Budget;
@@ -237,7 +237,10 @@ impl Entry {
     /// As people see it.
     pub fn state(&self) -> JobState {
         match self.record.life {
-            Life::Live => self.record.job.state(),
+            Life::Live => match self.record.job.state() {
+                JobState::Running if self.record.job.waiting().is_some() => JobState::Queued,
+                state => state,
+            },
             Life::Pausing { .. } => JobState::Restarting,
             Life::Suspended => JobState::Suspended,
             Life::Ended(Ended::Completed) => JobState::Completed,
@@ -311,7 +314,8 @@ impl Entry {
                 record.saved_step = record.saved_step.max(saved.step);
             }
             Body::AttemptEnded(ended) => {
-                let is_hang = ended.failure.as_ref().is_some_and(|failure| failure.kind() == FailureKind::Hang);
+                let is_hang =
+                    ended.failure.as_ref().is_some_and(|failure| failure.kind() == FailureKind::Hang);
                 record.account.lost(if is_hang { Lost::Hang } else { Lost::Restart }, now);
             }
             Body::State(changed) if changed.state().is_end() || changed.state() == JobState::Suspended => {
@@ -401,7 +405,6 @@ impl Entry {
         }
     }
 }
-
 
 /// A failure in one line: the cause, and which ranks ended only because of it.
 pub fn cause_of(failure: &Failure) -> String {

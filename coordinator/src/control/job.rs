@@ -250,7 +250,6 @@ impl Job {
             Phase::Ended(End::Stopped(_)) => JobState::Stopped,
             Phase::Running(task) if task.is_failing() => JobState::Stopping,
             _ if self.stopping.is_some() => JobState::Stopping,
-            Phase::Waiting { .. } => JobState::Queued,
             _ => JobState::Running,
         }
     }

@@ -13,8 +13,8 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobState, JobStatus, LogsRequest, PROTOCOL,
-    ReadLog, Register, Registered, Stage, WorkerMessage, WorkerStatus, worker_message,
+    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobState, JobStatus, LogsRequest,
+    PROTOCOL, ReadLog, Register, Registered, Stage, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::doctor::{Answers, Examinations};

@@ -15,9 +15,9 @@ use tunefleet_proto::rpc::control_server::Control;
 use tunefleet_proto::rpc::workers_server::Workers;
 use tunefleet_proto::rpc::{
     self, AuditRecord, AuditRequest, CancelRequest, CoordinatorMessage, DoctorRequest, DrainRequest, Finding,
-    JobEvent, JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse,
-    ResumeRequest, StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest,
-    VersionRequest, VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
+    JobEvent, JobStatus, ListRequest, ListResponse, ListWorkersRequest, ListWorkersResponse, ResumeRequest,
+    StatusRequest, SubmitRequest, SubmitResponse, SuspendRequest, UndrainRequest, VersionRequest,
+    VersionResponse, WatchRequest, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::access::Access;

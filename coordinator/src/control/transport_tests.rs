@@ -10,6 +10,7 @@ use std::rc::Rc;
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
 use tunefleet_proto::checkpoint;
+use tunefleet_proto::rpc::JobState;
 use tunefleet_proto::rpc::{
     Finished, Heartbeat, RankDone, Stage, StepDone, Token, WorkerMessage, coordinator_message, rank_done,
     rank_event, worker_message,

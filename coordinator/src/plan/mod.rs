@@ -25,9 +25,9 @@ use crate::connect::Failure;
 use crate::hardware::Hardware;
 use crate::job_file::{self, JobArgs};
 use crate::launch::find_worker;
-use measure::{Depth, Measurement, Question};
 pub use flops::Flops;
 pub use gpus::GpuModel;
+use measure::{Depth, Measurement, Question};
 pub use print::{count, size};
 pub use report::{Known, Place, Report};
 

@@ -30,4 +30,5 @@ mod evaluating;
 mod serving;
 mod page;
 mod monitoring;
+mod packages;
 mod soak;

@@ -115,7 +115,8 @@ fn dashboard_queries() -> Vec<(String, String)> {
             }
             for target in panel["targets"].as_array().unwrap() {
                 let query = target["expr"].as_str().unwrap();
-                let query = query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "30s");
+                let query =
+                    query.replace("$job", ".*").replace("$instance", ".*").replace("$__rate_interval", "30s");
                 queries.push((format!("{name}: {}", panel["title"].as_str().unwrap()), query));
             }
         }
@@ -142,7 +143,10 @@ fn the_dashboards_are_those_that_their_program_writes() {
     for (board, name) in written.into_iter().zip(["fleet", "job", "rank", "server"]) {
         let path = monitoring().join(format!("dashboards/{name}.json"));
         let kept: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-        assert!(kept == board, "deploy/monitoring/dashboards/{name}.json is old: run deploy/monitoring/dashboards.py");
+        assert!(
+            kept == board,
+            "deploy/monitoring/dashboards/{name}.json is old: run deploy/monitoring/dashboards.py"
+        );
     }
 }
 

@@ -30,9 +30,7 @@ fn job(more: impl FnOnce(Builder) -> Builder) -> Job {
 #[test]
 fn a_person_sees_curves_move_and_why_a_job_failed() {
     let full = job(|builder| builder);
-    let qlora = job(|builder| {
-        builder.section("adapter: { rank: 4 }").learning_rate("1e-2")
-    });
+    let qlora = job(|builder| builder.section("adapter: { rank: 4 }").learning_rate("1e-2"));
     let broken = job(|builder| builder.ranks(2));
     let mut cluster = Cluster::start_with(
         full.dir(),

@@ -26,6 +26,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tunefleet_proto::dial::{Credentials, DialError};
 use tunefleet_proto::rpc::{Finding, Leaving, worker_message};
+use tunefleet_proto::service_manager;
 
 pub(crate) use journal::leave_last_words;
 
@@ -171,6 +172,8 @@ async fn serve(args: Args) -> Result<(), Error> {
     let ranks = Arc::new(ranks);
     ranks.adopt()?;
     let monitor = tokio::spawn(monitor::serve(listener, Arc::clone(&ranks)));
+    let watchdog = tokio::spawn(crate::watchdog::live());
+    service_manager::ready(&format!("worker {}: {} slots, {} GPUs", node.name, node.slots, node.gpus));
     let rank_service = tokio::spawn(socket.serve(Arc::clone(&ranks)));
     let coordinator =
         link::Coordinator { url: args.coordinator.clone(), credentials: args.credentials.clone() };
@@ -178,6 +181,7 @@ async fn serve(args: Args) -> Result<(), Error> {
     let outcome = until_told(link, &ranks, args.exit_with_parent).await;
     rank_service.abort();
     monitor.abort();
+    watchdog.abort();
     outcome
 }
 
@@ -196,6 +200,7 @@ async fn until_told(
         told = told_to_stop(exit_with_parent) => told?,
     };
     tracing::info!("stopping: {}", told.reason());
+    service_manager::stopping();
     // The coordinator is told meanwhile: the link goes on.
     let end = async {
         match told {

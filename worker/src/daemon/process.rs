@@ -50,6 +50,8 @@ pub(super) async fn start(launch: &Launch<'_>) -> Result<Child, String> {
         format!("no program `keeper` in {beside} or on PATH: install it beside `worker`")
     })?;
     let mut command = Command::new(&keeper);
+    // What systemd is told, the daemon tells.
+    command.env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC").env_remove("WATCHDOG_PID");
     command.arg(launch.dir);
     if launch.ends_with_daemon {
         command.arg("--ends-with-parent");

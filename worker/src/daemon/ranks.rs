@@ -10,8 +10,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::{
-    Abort, Assignment, Beat, DaemonMessage, HeldRank, RankBeat, RankExited, StartTask, StepDone, StopAtCheckpoint,
-    TaskId, WorkerMessage, coordinator_message, daemon_message, worker_message,
+    Abort, Assignment, Beat, DaemonMessage, HeldRank, RankBeat, RankExited, StartTask, StepDone,
+    StopAtCheckpoint, TaskId, WorkerMessage, coordinator_message, daemon_message, worker_message,
 };
 
 use super::journal::{Journal, LAST_WORDS_FILE, RankFile};

@@ -7,7 +7,8 @@ use std::time::Duration;
 use prometheus::core::Collector;
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{
-    Error, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+    Error, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry,
+    TextEncoder,
 };
 
 use super::engine::Gauges;
@@ -42,8 +43,7 @@ static OBSERVED: LazyLock<Option<Observed>> = LazyLock::new(|| match Observed::n
 impl Observed {
     fn new() -> Result<Self, Error> {
         let registry = Registry::new();
-        let counter =
-            |name: &str, help: &str| add(&registry, IntCounter::with_opts(Opts::new(name, help))?);
+        let counter = |name: &str, help: &str| add(&registry, IntCounter::with_opts(Opts::new(name, help))?);
         let gauge = |name: &str, help: &str| add(&registry, Gauge::with_opts(Opts::new(name, help))?);
         let requests = IntCounterVec::new(
             Opts::new("tunefleet_serve_requests_total", "Requests that were answered, by route and status"),

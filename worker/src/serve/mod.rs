@@ -28,6 +28,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tunefleet_kernels::device::keep_freed_memory;
 use tunefleet_proto::base_plan::{QuantKind, Quantization};
 use tunefleet_proto::job::{JobSpec, MergeBase, Precision, ServeSpec};
+use tunefleet_proto::service_manager;
 
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::decoder::{Decoder, LoadError};
@@ -45,6 +46,9 @@ const TOKEN_VARIABLE: &str = "TUNEFLEET_SERVE_TOKEN";
 /// Command line of `worker serve`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// YAML file with these flags, e.g. `max_batch: 32`; the command line wins over it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// A Hugging Face model directory with its tokenizer.
     #[arg(long)]
     model: PathBuf,
@@ -122,6 +126,7 @@ impl Args {
         let quantize = Some(serve.quantization).filter(|of| of.kind != QuantKind::None);
         let adapters = beside.then(|| (spec.name.clone(), spec.adapter_dir(), 1.0));
         Ok(Args {
+            config: None,
             adapters: adapters.into_iter().collect(),
             default_adapter: beside.then(|| spec.name.clone()),
             listen: serve.listen,
@@ -200,14 +205,23 @@ pub fn run_job(spec: &JobSpec, device: Device, is_over: impl Fn() -> bool) -> Re
     })
 }
 
-fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Result<(), Error> {
-    let tokens = tokens(args)?;
-    if tokens.is_empty() && !args.listen.ip().is_loopback() {
+/// What is wrong with these arguments, where that can be seen without a model.
+///
+/// # Errors
+/// The first fault.
+pub fn check(args: &Args) -> Result<(), Error> {
+    if tokens(args)?.is_empty() && !args.listen.ip().is_loopback() {
         return Err(Error::Setting(format!(
             "--listen {} is open to other machines: give --token-file, or {TOKEN_VARIABLE}, so that not everybody may ask",
             args.listen
         )));
     }
+    Ok(())
+}
+
+fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Result<(), Error> {
+    check(args)?;
+    let tokens = tokens(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     // Before the model is read: a wrong address is told at once.
     let listener = runtime
@@ -218,18 +232,23 @@ fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Resul
     let server = load(args)?;
     let address = listener.local_addr()?;
     tracing::info!(%address, model = server.model_name, "serving");
-    let engine = server.engine.clone();
+    let (engine, model_name) = (server.engine.clone(), server.model_name.clone());
     let router = http::router(Shared { server: Arc::new(server), tokens: tokens.into() });
     runtime.block_on(async move {
+        let watchdog = tokio::spawn(crate::watchdog::live());
+        service_manager::ready(&format!("serves {model_name} on {address}"));
         let (end, told) = tokio::sync::oneshot::channel::<()>();
         let told = async move { drop(told.await) };
         let serving =
             tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(told).await });
         ended.await?;
+        service_manager::stopping();
         tracing::info!("completions under way are finished, then the server ends");
         engine.end();
         drop(end);
-        serving.await.map_err(std::io::Error::other)?
+        let served = serving.await.map_err(std::io::Error::other)?;
+        watchdog.abort();
+        served
     })?;
     Ok(())
 }

@@ -15,7 +15,8 @@ use tunefleet_proto::ids::{Attempt, JobId};
 use tunefleet_proto::job::DeviceKind;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, JobEvent, JobState, JobStatus, Register, Stage, TaskId, WorkerState, WorkerStatus,
+    AuditRecord, Continuation, JobEvent, JobState, JobStatus, Register, Stage, TaskId, WorkerState,
+    WorkerStatus,
 };
 
 use super::entry::Entry;

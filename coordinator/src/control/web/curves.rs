@@ -143,8 +143,13 @@ fn thinned(points: &[Point], most: usize) -> Vec<Point> {
     let mut kept = Vec::with_capacity(most);
     for stretch in points.chunks(stretch) {
         let by_loss = |a: &&Point, b: &&Point| a.loss.total_cmp(&b.loss);
-        let mut ends: Vec<Point> =
-            stretch.iter().min_by(by_loss).into_iter().chain(stretch.iter().max_by(by_loss)).copied().collect();
+        let mut ends: Vec<Point> = stretch
+            .iter()
+            .min_by(by_loss)
+            .into_iter()
+            .chain(stretch.iter().max_by(by_loss))
+            .copied()
+            .collect();
         ends.sort_by_key(|point| point.step);
         ends.dedup_by_key(|point| point.step);
         kept.extend(ends);
@@ -174,7 +179,8 @@ impl Cache {
 /// The curves of a job.
 pub async fn curves(State(web): State<Web>, Path(job): Path<String>) -> Result<Json<Value>, Response> {
     let name = job.clone();
-    let log = web.plane.ask(|reply| Message::Events { job, reply }).await.map_err(|status| refusal(&status))?;
+    let log =
+        web.plane.ask(|reply| Message::Events { job, reply }).await.map_err(|status| refusal(&status))?;
     let curves = web.curves.of(&name);
     let mut curves = curves.lock().await;
     curves.catch_up(&log).await.map_err(|status| refusal(&status))?;
@@ -195,7 +201,8 @@ mod tests {
     #[test]
     fn what_an_attempt_makes_again_replaces_what_was_made_before() {
         let mut curves = Curves::default();
-        for (sequence, (attempt, number)) in [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3)].into_iter().enumerate() {
+        for (sequence, (attempt, number)) in [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3)].into_iter().enumerate()
+        {
             curves.take(&step(sequence as u64 + 1, attempt, number, f64::from(attempt)));
         }
         let shown: Vec<_> = curves.steps.iter().map(|point| (point.step, point.loss)).collect();

@@ -78,7 +78,8 @@ pub async fn events(
     headers: HeaderMap,
 ) -> Result<Response, Response> {
     let seen = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
-    let log = web.plane.ask(|reply| Message::Events { job, reply }).await.map_err(|status| refusal(&status))?;
+    let log =
+        web.plane.ask(|reply| Message::Events { job, reply }).await.map_err(|status| refusal(&status))?;
     let watcher = Watcher { who, guard: web.guard };
     let mut told = streams::events(log, seen.unwrap_or(after), Until::Left, watcher);
     let (sender, receiver) = mpsc::channel(WINDOW);
@@ -107,11 +108,14 @@ pub async fn logs(
     Path(job): Path<String>,
     Query(Which { attempt, rank }): Query<Which>,
 ) -> Response {
-    let what = LogsRequest { job, attempt, rank, follow: true, tail_lines: TAIL_LINES, ..LogsRequest::default() };
+    let what =
+        LogsRequest { job, attempt, rank, follow: true, tail_lines: TAIL_LINES, ..LogsRequest::default() };
     let watcher = Watcher { who, guard: web.guard.clone() };
     let (sender, receiver) = mpsc::channel(WINDOW);
     tokio::spawn(async move {
-        let fault = |status: &Status| Event::default().event("fault").data(json!({ "error": status.message() }).to_string());
+        let fault = |status: &Status| {
+            Event::default().event("fault").data(json!({ "error": status.message() }).to_string())
+        };
         match streams::logs(&web.plane, what, watcher).await {
             Err(status) => drop(sender.send(fault(&status)).await),
             Ok(mut told) => {

@@ -110,7 +110,8 @@ async fn harden(mut response: Response) -> Response {
 }
 
 async fn job(State(web): State<Web>, Path(job): Path<String>) -> Result<Json<Value>, Response> {
-    let status = web.plane.ask(|reply| Message::Status { job, reply }).await.map_err(|status| refusal(&status))?;
+    let status =
+        web.plane.ask(|reply| Message::Status { job, reply }).await.map_err(|status| refusal(&status))?;
     Ok(Json(jobs::to_json(&status)))
 }
 

@@ -52,14 +52,17 @@ pub async fn login(
 ) -> Response {
     let token = match body {
         Ok(Json(Login { token })) => token.trim().to_owned(),
-        Err(rejection) => return (StatusCode::BAD_REQUEST, Json(json!({ "error": rejection.body_text() }))).into_response(),
+        Err(rejection) => {
+            return (StatusCode::BAD_REQUEST, Json(json!({ "error": rejection.body_text() }))).into_response();
+        }
     };
     match web.guard.viewer(&token) {
         Ok(name) => {
             let mut response = Json(json!({ "name": name })).into_response();
             let secure = if web.is_tls { "; Secure" } else { "" };
-            let cookie =
-                format!("{COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict; Max-Age={MAX_AGE_SECONDS}{secure}");
+            let cookie = format!(
+                "{COOKIE}={token}; Path=/; HttpOnly; SameSite=Strict; Max-Age={MAX_AGE_SECONDS}{secure}"
+            );
             match HeaderValue::from_str(&cookie) {
                 Ok(cookie) => drop(response.headers_mut().insert(header::SET_COOKIE, cookie)),
                 Err(_) => return refusal(&Status::unauthenticated("this is not a token")),
@@ -107,7 +110,8 @@ mod tests {
         for host in ["127.0.0.1:7070", "localhost", "LOCALHOST:1", "[::1]:7070", "127.8.8.8"] {
             assert!(local(host), "{host}");
         }
-        for host in ["evil.example:7070", "10.0.0.1", "127.0.0.1.evil.example", "", "localhost.evil.example"] {
+        for host in ["evil.example:7070", "10.0.0.1", "127.0.0.1.evil.example", "", "localhost.evil.example"]
+        {
             assert!(!local(host), "{host}");
         }
         assert!(!host_is_local(&HeaderMap::new(), None));

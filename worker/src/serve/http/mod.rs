@@ -72,7 +72,9 @@ async fn healthy() -> StatusCode {
 
 async fn metrics(State(shared): State<Shared>) -> Response {
     match super::metrics::page(shared.server.engine.gauges()) {
-        Ok(page) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response(),
+        Ok(page) => {
+            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], page).into_response()
+        }
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
