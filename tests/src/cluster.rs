@@ -265,6 +265,23 @@ impl Cluster {
         self.metrics_urls.iter().map(|url| get(url)).collect()
     }
 
+    /// Where the coordinator's metrics are, then each worker's.
+    pub fn metrics_urls(&self) -> &[String] {
+        &self.metrics_urls
+    }
+
+    /// Waits until so many workers are known.
+    pub fn wait_for_workers(&mut self, count: usize) {
+        let url = self.url.clone();
+        let known = || {
+            let mut command = Command::new(programs::coordinator());
+            command.args(["workers", "--json", "--coordinator", &url]).env("TUNEFLEET_TOKEN", TOKEN);
+            let said = Running::start(command).wait().expect(0).stdout;
+            serde_json::from_str::<Value>(&said).unwrap().as_array().map_or(0, Vec::len)
+        };
+        self.coordinator.wait_until("workers", || known() >= count);
+    }
+
     /// Host and port of the coordinator's metrics.
     pub fn metrics_address(&self) -> String {
         let url = self.metrics_urls[0].strip_prefix("http://").unwrap();
@@ -308,8 +325,8 @@ fn serve(dir: &Path, address: &str, arguments: &[&str], place: Option<&Place>) -
     (coordinator, url.clone(), metrics_url.clone())
 }
 
-/// The body of a page.
-fn get(url: &str) -> String {
+/// The body of a page that is there.
+pub fn get(url: &str) -> String {
     let (authority, path) = url.strip_prefix("http://").unwrap().split_once('/').unwrap();
     let mut stream = TcpStream::connect(authority).unwrap();
     write!(stream, "GET /{path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n").unwrap();

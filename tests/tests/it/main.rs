@@ -31,4 +31,6 @@ mod serving;
 mod page;
 mod monitoring;
 mod packages;
+mod containers;
+mod kubernetes;
 mod soak;

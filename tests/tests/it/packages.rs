@@ -21,7 +21,7 @@ fn run(command: &mut Command) -> Output {
     out
 }
 
-fn on_path(program: &str) -> bool {
+pub fn on_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
     dirs.push("/usr/sbin".into());
@@ -29,21 +29,23 @@ fn on_path(program: &str) -> bool {
 }
 
 /// Whether packages can be made and installed here; says so where they cannot.
-fn can_install() -> bool {
+pub fn can_install() -> bool {
     let needed = ["debootstrap", "dpkg-deb", "unshare", "cargo-deb", "ip"];
     if !nix::unistd::Uid::effective().is_root() {
         skip("installing packages needs root");
         return false;
     }
     if let Some(missing) = needed.into_iter().find(|program| !on_path(program)) {
-        skip(&format!("no {missing}: apt-get install -y debootstrap iproute2, cargo install --locked cargo-deb"));
+        skip(&format!(
+            "no {missing}: apt-get install -y debootstrap iproute2, cargo install --locked cargo-deb"
+        ));
         return false;
     }
     true
 }
 
 /// Both packages of the programs under test, as revision `revision`.
-fn packages(dir: &Path, revision: u32) -> [PathBuf; 2] {
+pub fn packages(dir: &Path, revision: u32) -> [PathBuf; 2] {
     let man = root().join("target/man");
     std::fs::create_dir_all(&man).unwrap();
     run(Command::new(programs::coordinator()).arg("man").arg(&man));
@@ -58,6 +60,13 @@ fn packages(dir: &Path, revision: u32) -> [PathBuf; 2] {
     })
 }
 
+/// A small Debian with systemd; it is made once.
+pub fn debian_root() -> PathBuf {
+    let base = root().join("target/debian-root");
+    run(Command::new(root().join("tests/packages/make_root.sh")).arg(&base));
+    base
+}
+
 /// A booted machine.
 struct Machine {
     /// Killed with this.
@@ -68,11 +77,8 @@ struct Machine {
 
 impl Machine {
     fn boot(dir: &Path, torch: &Path) -> Self {
-        let scripts = root().join("tests/packages");
-        let base = root().join("target/debian-root");
-        run(Command::new(scripts.join("make_root.sh")).arg(&base));
-        let mut command = Command::new(scripts.join("boot.sh"));
-        command.arg(&base).arg(dir.join("machine"));
+        let mut command = Command::new(root().join("tests/packages/boot.sh"));
+        command.arg(debian_root()).arg(dir.join("machine"));
         command.arg(format!("{}:opt/tunefleet", torch.display()));
         command.arg(format!("{}:packages", dir.join("packages").display()));
         let console = Running::start(command);
@@ -102,7 +108,20 @@ impl Machine {
 
     fn try_run(&self, script: &str) -> Output {
         let mut command = Command::new("timeout");
-        command.args(["-k", "5", "120", "nsenter", "-t", &self.pid.to_string(), "-m", "-p", "-n", "-i", "-u", "-C"]);
+        command.args([
+            "-k",
+            "5",
+            "120",
+            "nsenter",
+            "-t",
+            &self.pid.to_string(),
+            "-m",
+            "-p",
+            "-n",
+            "-i",
+            "-u",
+            "-C",
+        ]);
         command.args(["sh", "-c", script]).env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
         command.env("DEBIAN_FRONTEND", "noninteractive").current_dir("/").output().unwrap()
     }
@@ -131,7 +150,9 @@ impl Machine {
     }
 
     fn status(&self) -> Value {
-        let said = self.run("runuser -u tunefleet -- coordinator status test --json --coordinator http://127.0.0.1:7070");
+        let said = self.run(
+            "runuser -u tunefleet -- coordinator status test --json --coordinator http://127.0.0.1:7070",
+        );
         serde_json::from_str(&said).unwrap()
     }
 
@@ -139,7 +160,8 @@ impl Machine {
     fn ranks(&self) -> Vec<String> {
         let said = self.try_run("grep -lz '^rank$' /proc/[0-9]*/cmdline 2>/dev/null");
         let found = String::from_utf8_lossy(&said.stdout).into_owned();
-        let mut ranks: Vec<String> = found.lines().map(str::to_owned).filter(|path| !path.contains("self")).collect();
+        let mut ranks: Vec<String> =
+            found.lines().map(str::to_owned).filter(|path| !path.contains("self")).collect();
         ranks.sort();
         ranks
     }
@@ -156,7 +178,8 @@ fn packages_install_run_a_job_upgrade_under_it_and_leave_nothing_behind() {
     }
     let job = Job::builder().steps(3000).checkpoint_every(1000).build();
     std::fs::create_dir(job.dir().join("packages")).unwrap();
-    let (first, second) = (packages(&job.dir().join("packages"), 1), packages(&job.dir().join("packages"), 2));
+    let (first, second) =
+        (packages(&job.dir().join("packages"), 1), packages(&job.dir().join("packages"), 2));
     assert!(first.iter().chain(&second).all(|path| path.exists()));
     let machine = Machine::boot(job.dir(), &torch);
 
@@ -236,11 +259,14 @@ fn packages_install_run_a_job_upgrade_under_it_and_leave_nothing_behind() {
 
     // Removed, nothing runs; purged, nothing is left but what the job made.
     machine.run("dpkg -r tunefleet-worker tunefleet-coordinator");
-    machine.wait("nothing runs", |machine| {
-        machine.run("find /proc -maxdepth 1 -user tunefleet").is_empty()
-    });
+    machine.wait("nothing runs", |machine| machine.run("find /proc -maxdepth 1 -user tunefleet").is_empty());
     machine.run("dpkg -P tunefleet-worker tunefleet-coordinator");
-    for gone in ["/etc/tunefleet/worker.yaml", "/etc/tunefleet/coordinator.yaml", "/var/lib/tunefleet", "/usr/lib/tunefleet"] {
+    for gone in [
+        "/etc/tunefleet/worker.yaml",
+        "/etc/tunefleet/coordinator.yaml",
+        "/var/lib/tunefleet",
+        "/usr/lib/tunefleet",
+    ] {
         assert!(!machine.try_run(&format!("test -e {gone}")).status.success(), "{gone} is left");
     }
     machine.run("test -e /srv/tunefleet/job/output/checkpoints");

@@ -53,7 +53,8 @@ pub async fn login(
     let token = match body {
         Ok(Json(Login { token })) => token.trim().to_owned(),
         Err(rejection) => {
-            return (StatusCode::BAD_REQUEST, Json(json!({ "error": rejection.body_text() }))).into_response();
+            return (StatusCode::BAD_REQUEST, Json(json!({ "error": rejection.body_text() })))
+                .into_response();
         }
     };
     match web.guard.viewer(&token) {
