@@ -53,6 +53,8 @@ mod tables;
 mod serve;
 /// `coordinator store`: the state as a file.
 mod store_verb;
+/// Spans for OpenTelemetry.
+mod traces;
 /// `coordinator tokens`: who may ask for what.
 mod tokens;
 /// `coordinator validate`: what is wrong with a job file.

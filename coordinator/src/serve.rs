@@ -14,7 +14,7 @@ use crate::cli::exit;
 use crate::connect::{self, Failure};
 use crate::control::store::{self, StoreError};
 use crate::control::{Access, AccessError, Door, Plane, ServeError, Server, Settings, StartError, TlsFiles};
-use crate::monitor;
+use crate::{monitor, traces};
 
 /// Command line of `coordinator serve`.
 #[derive(Debug, clap::Args)]
@@ -49,6 +49,10 @@ pub struct Args {
     /// Seconds after which jobs that have ended, and workers that are gone, leave the metrics.
     #[arg(long, value_name = "SECONDS", default_value_t = 3600)]
     metrics_keep: u64,
+    /// Where spans of jobs and calls go: a collector of OpenTelemetry that speaks OTLP over gRPC, e.g.
+    /// http://127.0.0.1:4317. Default: none are sent.
+    #[arg(long, value_name = "URL", env = "OTEL_EXPORTER_OTLP_ENDPOINT")]
+    otlp_endpoint: Option<String>,
     /// Directory of the coordinator's state: jobs, events, workers. Only one coordinator may use it.
     /// Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/tunefleet/coordinator, else
     /// ~/.local/state/tunefleet/coordinator.
@@ -103,6 +107,10 @@ async fn serve(args: Args) -> Result<u8, Failure> {
     let dir = state_dir(args.state.clone())?;
     let (store, history) = store::open(&dir)?;
     let server = Server::bind(args.listen, door(&args, &dir)?).await?;
+    if let Some(endpoint) = &args.otlp_endpoint {
+        let bad = |error| Failure::new(exit::USAGE, format!("--otlp-endpoint {endpoint}: {error}"));
+        traces::export_to(endpoint).map_err(bad)?;
+    }
     let plane = Plane::start(store, history, settings)?;
     let metrics_url = monitor::serve(args.metrics, plane.clone()).await?;
     eprintln!(
@@ -121,6 +129,7 @@ async fn serve(args: Args) -> Result<u8, Failure> {
         () = live() => {}
     }
     service_manager::stopping();
+    let _ = tokio::task::spawn_blocking(traces::flush).await;
     Ok(0)
 }
 

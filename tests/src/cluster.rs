@@ -29,6 +29,7 @@ pub struct Cluster {
     dir: std::path::PathBuf,
     environment: Vec<(String, String)>,
     arguments: Vec<String>,
+    serve_arguments: Vec<String>,
     /// Makes each program one of a host; absent on one machine.
     place: Option<Place>,
 }
@@ -78,6 +79,7 @@ impl Cluster {
             dir: dir.to_owned(),
             environment: Vec::new(),
             arguments: Vec::new(),
+            serve_arguments: serve_arguments.iter().map(|&argument| argument.to_owned()).collect(),
             place: None,
         };
         cluster.add_workers(worker_slots);
@@ -102,6 +104,7 @@ impl Cluster {
             dir: dir.to_owned(),
             environment: Vec::new(),
             arguments: Vec::new(),
+            serve_arguments: serve_arguments.iter().map(|&argument| argument.to_owned()).collect(),
             place: Some(place),
         };
         cluster.add_workers(worker_slots);
@@ -177,7 +180,8 @@ impl Cluster {
     /// Starts a coordinator in the place of one that was killed: same state, same address.
     pub fn restart_coordinator(&mut self) {
         let address = self.url.strip_prefix("http://").unwrap().to_owned();
-        let (coordinator, url, metrics_url) = serve(&self.dir, &address, &[], self.place.as_ref());
+        let arguments: Vec<&str> = self.serve_arguments.iter().map(String::as_str).collect();
+        let (coordinator, url, metrics_url) = serve(&self.dir, &address, &arguments, self.place.as_ref());
         assert_eq!(url, self.url);
         self.coordinator = coordinator;
         self.metrics_urls[0] = metrics_url;

@@ -19,7 +19,7 @@ use super::listen::Peer;
 use super::plane::Plane;
 use super::tls::Certificate;
 use super::web;
-use crate::metrics;
+use crate::{metrics, traces};
 
 /// Calls of one caller: so many at once, and so many a second.
 const CALLS: Rate = Rate { burst: 400.0, per_second: 200.0 };
@@ -379,7 +379,9 @@ where
         Box::pin(async move {
             let response = inner.call(request).await?;
             let code = Status::from_header_map(response.headers()).map_or(Code::Ok, |status| status.code());
-            metrics::called(method, &format!("{code:?}"), began.elapsed());
+            let (code, took) = (format!("{code:?}"), began.elapsed());
+            metrics::called(method, &code, took);
+            traces::called(method, &code, took);
             if let Some(why) = malformed(response.headers()) {
                 guard.noted(&caller, &action, "", &why);
             }

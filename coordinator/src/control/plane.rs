@@ -33,6 +33,7 @@ use super::store::{History, Store, StoreError, Write};
 use super::work;
 use super::workers::Epoch;
 use crate::metrics;
+use crate::traces::{self, Tracer};
 
 /// Messages under way to the plane before senders have to wait.
 const WINDOW: usize = 4096;
@@ -187,6 +188,7 @@ impl Plane {
         let fleet = Fleet::restore(store.load()?, settings, secret, Now::since(start))
             .map_err(|(job, cause)| StartError::Job { job, cause })?;
         let (messages, inbox) = mpsc::channel(WINDOW);
+        let tracer = Tracer::new(fleet.identity().0);
         let mut state = State {
             start,
             fleet,
@@ -200,6 +202,7 @@ impl Plane {
             examinations: Examinations::default(),
             stepped: BTreeMap::new(),
             flops_per_token: BTreeMap::new(),
+            tracer,
             replies: Vec::new(),
         };
         state.reopen()?;
@@ -295,6 +298,18 @@ fn catch_up(
     }
 }
 
+/// Brings a tracer to where a job is.
+fn retrace(tracer: &mut Tracer, id: &JobId, newest: u64, history: &dyn History) -> Result<(), StartError> {
+    let mut after = 0;
+    while after < newest {
+        let events = history.events(id, after, PAGE)?;
+        let Some(last) = events.last() else { break };
+        after = last.sequence;
+        events.iter().for_each(|event| drop(tracer.take(event)));
+    }
+    Ok(())
+}
+
 type Commit = (Vec<Write>, oneshot::Sender<Result<(), StoreError>>);
 
 /// What alone writes the state.
@@ -351,6 +366,7 @@ struct State {
     /// The attempt of each job that made a step last.
     stepped: BTreeMap<JobId, u32>,
     flops_per_token: BTreeMap<JobId, f64>,
+    tracer: Tracer,
     /// To be sent once what they tell is kept.
     replies: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -387,6 +403,12 @@ impl State {
             let mut output = Output::open(&entry.spec.output).map_err(at)?;
             catch_up(&mut output.log, id, entry, self.history.as_ref())?;
             self.outputs.insert(id.clone(), output);
+        }
+        if traces::are_wanted() {
+            for (id, entry) in self.fleet.active() {
+                // What has ended was told by a coordinator before this one.
+                retrace(&mut self.tracer, id, entry.record.sequence, self.history.as_ref())?;
+            }
         }
         let training = self.fleet.active().map(|(id, _)| id.clone());
         training.collect::<Vec<_>>().iter().for_each(|id| self.count_flops(id));
@@ -778,6 +800,9 @@ impl State {
     /// Notes, counts and shows an event that is kept.
     fn show(&mut self, id: &JobId, event: JobEvent) {
         self.observe(id, &event);
+        if traces::are_wanted() {
+            traces::export(self.tracer.take(&event));
+        }
         match &event.body {
             Some(Body::RankEnded(ended)) => {
                 tracing::info!("job {id}: rank {} on {}: {}", ended.rank, ended.worker, ended.how);

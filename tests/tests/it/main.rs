@@ -30,6 +30,7 @@ mod evaluating;
 mod serving;
 mod page;
 mod monitoring;
+mod traces;
 mod packages;
 mod containers;
 mod kubernetes;
