@@ -22,6 +22,14 @@ setup: ## name what is missing, make .venv and the .libtorch link
 build: setup ## release programs in target/release
 	cargo build --release -p tunefleet-coordinator -p tunefleet-keeper -p tunefleet-sandbox -p tunefleet-worker
 
+.PHONY: deb
+deb: build ## Debian packages of both programs in target/debian (cargo install --locked cargo-deb)
+	mkdir -p target/man
+	target/release/coordinator man target/man
+	target/release/worker man target/man
+	cargo deb -p tunefleet-coordinator --no-build --output target/debian/
+	cargo deb -p tunefleet-worker --no-build --output target/debian/
+
 demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="path url ..." adds repositories
 	@scripts/demo $(DEMO_REPOS)
 

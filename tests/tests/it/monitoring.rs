@@ -246,3 +246,32 @@ fn series_of_a_job_leave_some_time_after_it_has_ended() {
     }
     assert!(cluster.scrape()[0].contains("tunefleet_jobs{state=\"completed\"} 1"), "it is still counted");
 }
+
+#[test]
+fn a_log_becomes_a_run_of_weights_and_biases() {
+    let python = root().join(".venv/bin/python");
+    let there =
+        Command::new(&python).args(["-c", "import wandb"]).output().is_ok_and(|out| out.status.success());
+    if !there {
+        return skip("no wandb in .venv: make setup-tests");
+    }
+    let job = Job::builder().steps(4).train("eval_every_steps: 2").build();
+    job.run(&[]).expect(0);
+    let mut command = Command::new(&python);
+    command.arg(monitoring().join("to_wandb.py")).arg(job.output()).args(["--project", "test"]);
+    let out = command.env("WANDB_MODE", "offline").env("WANDB_SILENT", "false").output().unwrap();
+    let said = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{said}");
+    // Its own summary of what it was told last.
+    let loss = f64::from_bits(job.metrics().losses()[&4]);
+    let told = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    let shown = |name: &str| {
+        let (_, rest) = told.rsplit_once(&format!("wandb: {name} "))?;
+        rest.split(' ').next()?.parse::<f64>().ok()
+    };
+    assert!((shown("train/loss").unwrap() - loss).abs() < 1e-4, "{loss}: {said}");
+    assert!(shown("eval/loss").is_some() && shown("train/learning_rate").is_some(), "{said}");
+    let runs = std::fs::read_dir(job.output().join("wandb")).unwrap().flatten();
+    let runs = runs.filter(|entry| entry.file_name().to_string_lossy().starts_with("offline-run-"));
+    assert_eq!(runs.count(), 1);
+}

@@ -19,7 +19,7 @@ pub fn drive(mode: &str, url: &str, pictures: &Path) {
     command.arg(root().join("tests/web/drive.py")).args([mode, url, TOKEN]).arg(pictures);
     let out = command.env("OMP_NUM_THREADS", "1").output().unwrap();
     let (said, faults) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
-    println!("{said}");
+    eprintln!("{said}");
     assert!(out.status.success(), "{said}\n{faults}\npictures: {}", pictures.display());
 }
 
