@@ -2,6 +2,7 @@
 
     drive.py live  URL TOKEN PICTURES   a job that trains, one that has failed, two over each other
     drive.py crowd URL TOKEN PICTURES   1,000 jobs and 1,000 workers
+    drive.py link  URL TOKEN PICTURES   the address that a launch prints
 
 Says what it saw as JSON; any fault ends it with a message.
 """
@@ -74,6 +75,15 @@ def accessible(name):
         faults = [f"{v['id']}: {node['html'][:160]}" for v in violations for node in v["nodes"]]
         assert not faults, f"{name}, {theme}: " + "; ".join(faults)
     browser.execute_script("delete document.documentElement.dataset.theme")
+
+
+def link():
+    """The address that a launch prints shows its job."""
+    browser.get(url)
+    until("the job is shown", lambda: text("h1") == "Jobs" and "running" in text())
+    assert "token" not in browser.current_url, browser.current_url
+    go("#/jobs/test")
+    until("a curve is drawn", lambda: any(path.count("L") >= 3 for path in path_of("Training loss")))
 
 
 def log_in():
@@ -183,7 +193,7 @@ def crowd():
 
 
 try:
-    {"live": live, "crowd": crowd}[mode]()
+    {"live": live, "crowd": crowd, "link": link}[mode]()
     # A wrong token was tried: that one answer is meant.
     log = [entry for entry in browser.get_log("browser") if "401" not in entry["message"]]
     faults = [entry["message"] for entry in log if entry["level"] in ("WARNING", "SEVERE")]

@@ -227,6 +227,8 @@ pub struct Access {
     state: Option<PathBuf>,
     /// SHA-256 of the token of `--token-file`, which may do all.
     shared_sha256: Option<String>,
+    /// SHA-256 of a token that may only look, of a coordinator inside another program.
+    viewer_sha256: Option<String>,
     loaded: Mutex<Loaded>,
 }
 
@@ -249,7 +251,12 @@ impl Access {
         let stamp = state.as_deref().and_then(stamp);
         let grants = state.as_deref().map(Grants::read).transpose()?.unwrap_or_default();
         let loaded = Loaded { stamp, grants: Arc::new(grants), is_broken: false };
-        Ok(Access { state, shared_sha256, loaded: Mutex::new(loaded) })
+        Ok(Access { state, shared_sha256, viewer_sha256: None, loaded: Mutex::new(loaded) })
+    }
+
+    /// These, and one more token that may only look.
+    pub fn with_viewer(self, sha256: String) -> Self {
+        Access { viewer_sha256: Some(sha256), ..self }
     }
 
     /// The state directory.
@@ -267,6 +274,9 @@ impl Access {
     pub fn by_token(&self, sha256: &str) -> Option<(String, Role)> {
         if self.shared_sha256.as_deref() == Some(sha256) {
             return Some(("token".to_owned(), Role::Admin));
+        }
+        if self.viewer_sha256.as_deref() == Some(sha256) {
+            return Some(("page".to_owned(), Role::Viewer));
         }
         let (grants, _) = self.now();
         let grant = grants.tokens.iter().find(|grant| grant.sha256 == sha256)?;

@@ -402,7 +402,11 @@ where
             Ok(None) => {}
             Ok(Some(caller)) => drop(request.extensions_mut().insert(caller)),
             Err(status) => {
-                self.guard.refused(peer.address, "page", status.message());
+                // A browser that has yet to log in, or looks for an icon, is nobody's attempt.
+                let shown = rpc::shown_in(request.headers()).or_else(|| web::token(request.headers()));
+                if shown.is_some() || status.code() == Code::PermissionDenied {
+                    self.guard.refused(peer.address, "page", status.message());
+                }
                 return Box::pin(std::future::ready(Ok(web::refusal(&status).map(Body::new))));
             }
         }

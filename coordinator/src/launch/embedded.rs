@@ -41,7 +41,9 @@ impl Embedded {
         let secret = tunefleet_proto::hex(&rand::random::<[u8; 32]>());
         let token = Token::new(&secret).map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
         let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let access = Access::open(None, Some(token.sha256().to_owned()))?;
+        let viewer = tunefleet_proto::hex(&rand::random::<[u8; 16]>());
+        let access = Access::open(None, Some(token.sha256().to_owned()))?
+            .with_viewer(tunefleet_proto::digest_hex(viewer.as_bytes()));
         let server = Server::bind(any_port, Door { access, tls: None, insecure: false }).await?;
         let url = server.url();
         let (store, history) = store::memory();
@@ -49,6 +51,7 @@ impl Embedded {
             .map_err(|error| Failure::new(exit::FAILED, error.to_string()))?;
         let metrics_url = monitor::serve(any_port, plane.clone()).await?;
         eprintln!("coordinator in this process: {url}, metrics {metrics_url}");
+        eprintln!("page: {url}/#token={viewer}");
         let server = tokio::spawn(async move {
             if let Err(error) = server.serve(plane).await {
                 tracing::error!("{error}");

@@ -19,13 +19,15 @@ fn ctrl_c_detaches_and_the_job_goes_on_until_it_is_cancelled_and_resumed() {
     let seen = job.metrics().last_step();
     cluster.wait_for_state("test", "running");
     let pages = cluster.scrape();
-    for name in
-        ["tunefleet_job_step{job=\"test\"}", "tunefleet_job_loss{job=\"test\"}", "tunefleet_workers 2"]
-    {
+    for name in [
+        "tunefleet_job_step{job=\"test\"}",
+        "tunefleet_job_loss{job=\"test\"}",
+        "tunefleet_workers{state=\"ready\"} 2",
+    ] {
         assert!(pages[0].contains(name), "{name} is not in:\n{}", pages[0]);
     }
     for (page, rank) in pages[1..].iter().zip(["0", "1"]) {
-        assert!(page.contains("tunefleet_worker_slots 1"), "{page}");
+        assert!(page.contains("tunefleet_daemon_slots 1"), "{page}");
         assert!(page.contains(&format!("job=\"test\",rank=\"{rank}\"")), "{page}");
     }
     cluster.ask(&["list"]).expect(0).says(&["test", "running", "train"]);

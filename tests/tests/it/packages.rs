@@ -176,7 +176,7 @@ fn packages_install_run_a_job_upgrade_under_it_and_leave_nothing_behind() {
     if !can_install() {
         return;
     }
-    let job = Job::builder().steps(3000).checkpoint_every(1000).build();
+    let job = Job::builder().steps(100_000).checkpoint_every(1000).build();
     std::fs::create_dir(job.dir().join("packages")).unwrap();
     let (first, second) =
         (packages(&job.dir().join("packages"), 1), packages(&job.dir().join("packages"), 2));

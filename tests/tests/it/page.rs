@@ -48,3 +48,13 @@ fn a_person_sees_curves_move_and_why_a_job_failed() {
     cluster.ask(&["cancel", "full", "--grace", "0"]);
     cluster.ask(&["cancel", "qlora", "--grace", "0"]);
 }
+
+#[test]
+fn a_launch_prints_the_address_of_a_page_that_logs_in() {
+    let job = job(|builder| builder);
+    let launch = job.launch(&[]);
+    let line = launch.wait_for_line("page: http://");
+    let url = line.split_whitespace().find(|word| word.starts_with("http://")).unwrap().to_owned();
+    assert!(url.contains("/#token="), "{url}");
+    drive("link", &url, &job.dir().join("pictures"));
+}

@@ -75,6 +75,12 @@ function login() {
 
 async function start() {
   try {
+    // A launch prints an address that logs in.
+    if (location.hash.startsWith("#token=")) {
+      const token = location.hash.slice("#token=".length);
+      history.replaceState(null, "", "#/jobs");
+      await fetch("/login", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ token }) });
+    }
     const answer = await fetch("/api/session");
     if (answer.status === 401) return login();
     if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error ?? answer.statusText);
