@@ -6,7 +6,7 @@
 //! none of these does IO. `store` keeps what the fleet says, `plane` is the one task that owns both and does what
 //! follows, with `work` and `output` for what touches files; `service` is gRPC in front of it and `web` a page for people;
 //! `relay` passes on what workers answer in pieces, `doctor` asks them about their machines, `goodput` and `figures` are
-//! what metrics are made of. Who reaches the service comes through `listen`
+//! what metrics are made of, with what `telemetry` counts. Who reaches the service comes through `listen`
 //! (connections, with `tls`) and the `guard`, who knows from `access` who may do what.
 
 mod access;
@@ -38,6 +38,7 @@ mod stage;
 pub mod store;
 mod streams;
 mod task;
+mod telemetry;
 mod tls;
 mod web;
 mod work;

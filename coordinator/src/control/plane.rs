@@ -13,8 +13,8 @@ use tunefleet_proto::job::JobSpec;
 use tunefleet_proto::rpc::coordinator_message::Body as Command;
 use tunefleet_proto::rpc::job_event::Body;
 use tunefleet_proto::rpc::{
-    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobState, JobStatus, LogsRequest,
-    PROTOCOL, ReadLog, Register, Registered, Stage, WorkerMessage, WorkerStatus, worker_message,
+    AuditRecord, Continuation, CoordinatorMessage, Examine, JobEvent, JobStatus, LogsRequest, PROTOCOL,
+    ReadLog, Register, Registered, WorkerMessage, WorkerStatus, worker_message,
 };
 
 use super::doctor::{Answers, Examinations};
@@ -30,10 +30,10 @@ use super::rank::Exit;
 use super::relay::{Lines, Relay};
 use super::settings::{Now, Settings};
 use super::store::{History, Store, StoreError, Write};
+use super::telemetry::Telemetry;
 use super::work;
 use super::workers::Epoch;
 use crate::metrics;
-use crate::traces::{self, Tracer};
 
 /// Messages under way to the plane before senders have to wait.
 const WINDOW: usize = 4096;
@@ -188,7 +188,7 @@ impl Plane {
         let fleet = Fleet::restore(store.load()?, settings, secret, Now::since(start))
             .map_err(|(job, cause)| StartError::Job { job, cause })?;
         let (messages, inbox) = mpsc::channel(WINDOW);
-        let tracer = Tracer::new(fleet.identity().0);
+        let telemetry = Telemetry::new(&fleet, history.as_ref())?;
         let mut state = State {
             start,
             fleet,
@@ -200,9 +200,7 @@ impl Plane {
             messages: messages.downgrade(),
             relay: Relay::default(),
             examinations: Examinations::default(),
-            stepped: BTreeMap::new(),
-            flops_per_token: BTreeMap::new(),
-            tracer,
+            telemetry,
             replies: Vec::new(),
         };
         state.reopen()?;
@@ -298,18 +296,6 @@ fn catch_up(
     }
 }
 
-/// Brings a tracer to where a job is.
-fn retrace(tracer: &mut Tracer, id: &JobId, newest: u64, history: &dyn History) -> Result<(), StartError> {
-    let mut after = 0;
-    while after < newest {
-        let events = history.events(id, after, PAGE)?;
-        let Some(last) = events.last() else { break };
-        after = last.sequence;
-        events.iter().for_each(|event| drop(tracer.take(event)));
-    }
-    Ok(())
-}
-
 type Commit = (Vec<Write>, oneshot::Sender<Result<(), StoreError>>);
 
 /// What alone writes the state.
@@ -363,10 +349,7 @@ struct State {
     messages: mpsc::WeakSender<Message>,
     relay: Relay,
     examinations: Examinations,
-    /// The attempt of each job that made a step last.
-    stepped: BTreeMap<JobId, u32>,
-    flops_per_token: BTreeMap<JobId, f64>,
-    tracer: Tracer,
+    telemetry: Telemetry,
     /// To be sent once what they tell is kept.
     replies: Vec<Box<dyn FnOnce() + Send>>,
 }
@@ -404,14 +387,6 @@ impl State {
             catch_up(&mut output.log, id, entry, self.history.as_ref())?;
             self.outputs.insert(id.clone(), output);
         }
-        if traces::are_wanted() {
-            for (id, entry) in self.fleet.active() {
-                // What has ended was told by a coordinator before this one.
-                retrace(&mut self.tracer, id, entry.record.sequence, self.history.as_ref())?;
-            }
-        }
-        let training = self.fleet.active().map(|(id, _)| id.clone());
-        training.collect::<Vec<_>>().iter().for_each(|id| self.count_flops(id));
         Ok(())
     }
 
@@ -509,7 +484,8 @@ impl State {
                 self.reply(reply, Ok(answer));
             }
             Message::Figures { reply } => {
-                let answer = self.figures(now);
+                let mut answer = self.fleet.figures(now);
+                self.telemetry.complete(&mut answer);
                 self.reply(reply, Ok(answer));
             }
             Message::Events { job, reply } => {
@@ -705,8 +681,7 @@ impl State {
             Action::Show(id, event) => self.show(&id, event),
             Action::Forgotten(id) => {
                 self.logs.remove(&id);
-                self.stepped.remove(&id);
-                self.flops_per_token.remove(&id);
+                self.telemetry.forget(&id);
             }
             Action::Closed(id) => {
                 self.outputs.remove(&id);
@@ -762,46 +737,10 @@ impl State {
         });
     }
 
-    /// Durations that only their ends tell.
-    fn observe(&mut self, id: &JobId, event: &JobEvent) {
-        let Some(entry) = self.fleet.job(id) else { return };
-        let since = |began_unix_ms: u64| event.unix_ms.saturating_sub(began_unix_ms) as f64 / 1000.0;
-        match &event.body {
-            Some(Body::Saved(saved)) => metrics::checkpoint_paused(saved.pause_seconds),
-            Some(Body::AttemptEnded(_)) => metrics::failure_detected(since(entry.record.progress_unix_ms)),
-            Some(Body::Step(_)) if self.stepped.insert(id.clone(), event.attempt) != Some(event.attempt) => {
-                let before = entry.attempts.iter().rev().find(|row| row.attempt.0 < event.attempt);
-                if let Some(before) = before.filter(|row| row.state == JobState::Failed) {
-                    metrics::restarted(since(before.ended_unix_ms));
-                }
-            }
-            Some(Body::Stage(changed)) if changed.stage() == Stage::Train => self.count_flops(id),
-            _ => {}
-        }
-    }
-
-    /// What a token of training costs, once the model's shape is there.
-    fn count_flops(&mut self, id: &JobId) {
-        let flops = self.fleet.job(id).and_then(|entry| output::model_flops_per_token(&entry.spec));
-        if let Some(flops) = flops {
-            self.flops_per_token.insert(id.clone(), flops);
-        }
-    }
-
-    /// All in numbers.
-    fn figures(&self, now: Now) -> Figures {
-        let mut figures = self.fleet.figures(now);
-        for job in &mut figures.jobs {
-            job.model_flops_per_token = self.flops_per_token.get(&JobId(job.status.job.clone())).copied();
-        }
-        figures
-    }
-
     /// Notes, counts and shows an event that is kept.
     fn show(&mut self, id: &JobId, event: JobEvent) {
-        self.observe(id, &event);
-        if traces::are_wanted() {
-            traces::export(self.tracer.take(&event));
+        if let Some(entry) = self.fleet.job(id) {
+            self.telemetry.saw(id, entry, &event);
         }
         match &event.body {
             Some(Body::RankEnded(ended)) => {
