@@ -108,7 +108,7 @@ def port(container, name):
 
 def agreement(objects):
     """Ports, probes and services of one rendering, among themselves; for the programs, what is said of them."""
-    facts = {"probes": {}, "ports": {}, "grace": {}}
+    facts = {"probes": {}, "grace": {}}
     for part in ("coordinator", "worker", "server"):
         kind = "Deployment" if part == "server" else "StatefulSet"
         pod = of(objects, kind, part)["spec"]["template"]["spec"]
