@@ -10,11 +10,6 @@ pub fn ready(status: &str) {
     let _ = sd_notify::notify(&[NotifyState::Status(status), NotifyState::Ready]);
 }
 
-/// A new line for `systemctl status`.
-pub fn status(status: &str) {
-    let _ = sd_notify::notify(&[NotifyState::Status(status)]);
-}
-
 /// The end has begun.
 pub fn stopping() {
     let _ = sd_notify::notify(&[NotifyState::Stopping]);

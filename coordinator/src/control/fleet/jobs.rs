@@ -83,6 +83,8 @@ impl Fleet {
             if continuation == Continuation::Resume {
                 entry.record.saved_step = known.record.saved_step;
                 entry.record.saved_before = known.record.saved_step;
+                entry.record.saved_unix_ms = known.record.saved_unix_ms;
+                entry.record.account = known.record.account;
                 entry.record.furthest_step = known.record.furthest_step;
                 entry.record.budget = known.record.budget;
             }
