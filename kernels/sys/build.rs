@@ -5,7 +5,7 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 18] = [
+const SOURCES: [&str; 20] = [
     "csrc/core.cpp",
     "csrc/cpu_memory.cpp",
     "csrc/attention_cpu.cpp",
@@ -15,6 +15,8 @@ const SOURCES: [&str; 18] = [
     "csrc/columns_cpu.cpp",
     "csrc/layer_norm_cpu.cpp",
     "csrc/bias_gelu_cpu.cpp",
+    "csrc/gated_cpu.cpp",
+    "csrc/rotary_cpu.cpp",
     "csrc/dropout_cpu.cpp",
     "csrc/cross_entropy_cpu.cpp",
     "csrc/accumulate_cpu.cpp",
@@ -28,10 +30,12 @@ const SOURCES: [&str; 18] = [
 const CUDA_SOURCES: [&str; 1] = ["csrc/cuda.cpp"];
 const NO_CUDA_SOURCES: [&str; 1] = ["csrc/no_cuda.cpp"];
 /// For the CUDA compiler, and what stands in for it where it is absent.
-const KERNELS: [&str; 8] = [
+const KERNELS: [&str; 10] = [
     "csrc/columns.cu",
     "csrc/layer_norm.cu",
     "csrc/bias_gelu.cu",
+    "csrc/gated.cu",
+    "csrc/rotary.cu",
     "csrc/dropout.cu",
     "csrc/cross_entropy.cu",
     "csrc/accumulate.cu",

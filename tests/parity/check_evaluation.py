@@ -17,7 +17,8 @@ from transformers import GPTBigCodeForCausalLM
 
 EOS, PREFIX, MIDDLE, SUFFIX = 0, 1, 2, 3
 TIE = 1e-3
-TEACHING_STEPS = 50
+TAUGHT_LOSS = 0.02
+MOST_TEACHING_STEPS = 600
 
 
 def load(model, adapter):
@@ -70,7 +71,7 @@ def complete(model, tokenizer, before, after, kind, most_new):
 
 
 def teach(model, tokenizer, holes, directory):
-    """Trains on the holes, laid out as they are asked, until most of them are known."""
+    """Trains on the holes, laid out as they are asked, until they are known: how many steps that takes, rounding decides."""
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     rows = [
         ([PREFIX, SUFFIX, *encode(after), MIDDLE, *encode(before)], [*encode(truth), EOS]) for before, truth, after in holes
@@ -80,13 +81,17 @@ def teach(model, tokenizer, holes, directory):
     for row, (prompt, truth) in enumerate(rows):
         ids[row, :len(prompt) + len(truth)] = torch.tensor(prompt + truth)
         labels[row, len(prompt):len(prompt) + len(truth)] = torch.tensor(truth)
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3)
-    for _ in range(TEACHING_STEPS):
+    # No dropout: `eval` does not keep a model from learning.
+    optimizer = torch.optim.AdamW(model.eval().parameters(), lr=3e-3)
+    for _ in range(MOST_TEACHING_STEPS):
         loss = model(input_ids=ids, labels=labels).loss
+        if loss.item() < TAUGHT_LOSS:
+            return model.save_pretrained(directory)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(directory)
+    raise SystemExit(f"not taught after {MOST_TEACHING_STEPS} steps: loss {loss.item()}")
 
 
 def main():

@@ -33,6 +33,8 @@ ATTENTION = [
 # One batch has too few independent roundings in a small tensor to tell two bf16 implementations apart.
 BF16_BATCHES = 8
 IGNORE = -100
+# Of those that the model has positions for.
+GREEDY_TOKENS = 12
 
 
 def loss_of(logits_btv, targets_bt):
@@ -83,27 +85,33 @@ def forward_backward(model, ids_bt, targets_bt):
     return tensors
 
 
-def make_model(case, seed, out):
-    """One random GPTBigCode: its directory as `save_pretrained` writes it, and fixture.safetensors beside it."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+def starcoder(case):
+    """The configuration of one of MODELS, whose other entries are GPTBigCode's own keys."""
+    from transformers import GPTBigCodeConfig
 
     shape = {k: v for k, v in case.items() if k not in ("name", "batch", "tokens")}
-    config = GPTBigCodeConfig(
+    return GPTBigCodeConfig(
         **shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, multi_query=True, bos_token_id=0, eos_token_id=0
     )
+
+
+def make_model(config, case, seed, out):
+    """One random model: its directory as `save_pretrained` writes it, and its fixtures beside it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
     generator = torch.Generator().manual_seed(seed)
     directory = out / case["name"]
 
-    model = GPTBigCodeForCausalLM(config).train()
+    model = AutoModelForCausalLM.from_config(config).train()
     randomise(model, generator)
     model.save_pretrained(directory, safe_serialization=True)
 
     batches = [make_batch(config.vocab_size, case, generator) for _ in range(BF16_BATCHES)]
 
     def load(dtype, attention):
-        return GPTBigCodeForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).train()
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).train()
 
     ids_bt, targets_bt = batches[0]
     peer = load(torch.float32, "eager")
@@ -111,6 +119,7 @@ def make_model(case, seed, out):
     # The loss rule above is transformers' own.
     own = peer(input_ids=ids_bt, labels=targets_bt, shift_labels=targets_bt, use_cache=False).loss
     torch.testing.assert_close(own.detach().reshape(1), tensors["loss"], rtol=1e-6, atol=0)
+    tensors |= greedy(peer, case, generator)
     save_file(tensors, directory / "fixture.safetensors")
 
     ids_kbt, targets_kbt = (torch.stack(parts) for parts in zip(*batches))
@@ -123,6 +132,24 @@ def make_model(case, seed, out):
         tensors |= {prefix + name: torch.stack([result[name] for result in results]) for name in grads}
     save_file(tensors, directory / "bf16.safetensors")
     return {"name": case["name"], "directory": case["name"], "batch": case["batch"], "tokens": case["tokens"]}
+
+
+def greedy(model, case, generator):
+    """A prompt, the tokens that `generate` makes of it, and how far each was ahead of the second."""
+    import torch
+
+    prompt = torch.randint(model.config.vocab_size, (1, case["tokens"] // 2), generator=generator)
+    made = model.eval().generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=GREEDY_TOKENS, min_new_tokens=GREEDY_TOKENS,
+        pad_token_id=0, eos_token_id=None, output_scores=True, return_dict_in_generate=True,
+    )
+    model.train()
+    margins = [scores[0].topk(2).values.diff().abs() for scores in made.scores]
+    return {
+        "prompt": prompt[0],
+        "greedy": made.sequences[0, prompt.shape[1]:].clone(),
+        "margins": torch.cat(margins).float(),
+    }
 
 
 def make_attention(case, seed, out):
@@ -161,7 +188,7 @@ def make(out):
 
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
-    models = [make_model(case, 1000 + i, out) for i, case in enumerate(MODELS)]
+    models = [make_model(starcoder(case), case, 1000 + i, out) for i, case in enumerate(MODELS)]
     attention = [make_attention(case, 2000 + i, out) for i, case in enumerate(ATTENTION)]
     return {"models": models, "attention": attention}
 

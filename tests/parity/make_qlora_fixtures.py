@@ -17,11 +17,13 @@ import warnings
 from pathlib import Path
 
 from fixture_dir import once
-from make_fixtures import BF16_BATCHES, loss_of, make_batch, randomise
+from make_fixtures import BF16_BATCHES, loss_of, make_batch, randomise, starcoder
 from make_quant_fixtures import nearest8
 
 BLOCK = 64
 TARGETS = ["c_proj", "c_attn", "q_attn", "c_fc"]  # no module is named q_attn
+# Of the blocks of every family.
+LINEARS = {*TARGETS, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 MODELS = [
     dict(name="one-block", vocab_size=97, n_positions=64, n_embd=64, n_head=2, n_layer=1,
          n_inner=None, activation_function="gelu_pytorch_tanh", batch=2, tokens=24),
@@ -51,7 +53,7 @@ VARIANTS = [
 def linears(model):
     """The linears of the blocks by name; under an adapter, those of the base."""
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in TARGETS:
+        if name.rpartition(".")[2] in LINEARS and ".lora_" not in name:
             yield name, module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
@@ -73,13 +75,13 @@ def make_scales_agree(model, generator):
 
 def load(directory, base, dtype, attention):
     """The base model in train mode, quantised as `base` says, computing in `dtype`."""
-    from transformers import BitsAndBytesConfig, GPTBigCodeForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BASES[base]
     if settings and "load_in_4bit" in settings:
         settings = dict(settings, bnb_4bit_compute_dtype=dtype)
     quantization = BitsAndBytesConfig(**settings) if settings else None
-    return GPTBigCodeForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention, quantization_config=quantization
     ).train()
 
@@ -114,8 +116,9 @@ def make_adapter(model, variant, generator, path):
     from peft import LoraConfig, get_peft_model
 
     options = {key: value for key, value in variant.items() if key not in ("name", "base")}
+    targets = TARGETS if model.config.model_type == "gpt_bigcode" else "all-linear"
     config = LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM", **options
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM", **options
     )
     model = get_peft_model(model, config)
     with torch.no_grad():
@@ -189,28 +192,24 @@ def make_variant(variant, directory, batches, weights, generator):
     save_file(tensors, path / "bf16.safetensors")
 
 
-def make_model(case, seed, out):
-    """A random model, its bases and all variants over them."""
+def make_adapted(config, case, variants, seed, out):
+    """A random model, its bases and variants over them."""
     import torch
     from safetensors.torch import save_file
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    shape = {k: v for k, v in case.items() if k not in ("name", "batch", "tokens")}
-    config = GPTBigCodeConfig(
-        **shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, multi_query=True, bos_token_id=0, eos_token_id=0
-    )
     generator = torch.Generator().manual_seed(seed)
-    model = GPTBigCodeForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     randomise(model, generator)
     make_scales_agree(model, generator)
     directory = out / case["name"]
     model.save_pretrained(directory, safe_serialization=True)
     batches = [make_batch(config.vocab_size, case, generator) for _ in range(BF16_BATCHES)]
 
-    weights = {base: dequantised(directory, base) for base in BASES}
+    weights = {base: dequantised(directory, base) for base in {variant["base"]: None for variant in variants}}
     for base, named in weights.items():
         save_file(named, directory / f"{base}.safetensors")
-    for variant in VARIANTS:
+    for variant in variants:
         make_variant(variant, directory, batches, weights[variant["base"]], generator)
     return {"name": case["name"], "directory": case["name"], "batch": case["batch"], "tokens": case["tokens"]}
 
@@ -222,7 +221,7 @@ def make(out):
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    models = [make_model(case, 4000 + i, out) for i, case in enumerate(MODELS)]
+    models = [make_adapted(starcoder(case), case, VARIANTS, 4000 + i, out) for i, case in enumerate(MODELS)]
     return {"models": models, "variants": [dict(variant, directory=variant["name"]) for variant in VARIANTS]}
 
 

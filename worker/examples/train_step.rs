@@ -427,7 +427,7 @@ fn relay(args: &Args) -> Outcome<()> {
 }
 
 fn shape(args: &Args) -> Outcome<ModelConfig> {
-    let none = Dropout { attention: 0.0, embedding: 0.0, residual: 0.0 };
+    let none = Dropout::NONE;
     let mut config = match args.preset.as_str() {
         "bench" => ModelConfig {
             layers: 6,

@@ -16,7 +16,8 @@ const CHUNK_ELEMENTS: u64 = 1 << 22;
 /// Command line of `worker init-model`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Shape: tiny, demo, starcoderbase-1b, starcoderbase-3b, starcoderbase-7b, starcoder.
+    /// Shape: tiny, demo, or that of a published model, such as starcoderbase-1b or qwen2.5-coder-7b; a name that is not
+    /// known brings the list.
     #[arg(long)]
     preset: String,
     /// Directory to write.
@@ -92,15 +93,17 @@ pub fn init(
     Ok(config)
 }
 
-/// GPT-2's scheme, as transformers applies it: norms 1, biases 0, matrices normal; projections
+/// GPT-2's scheme: norms 1, biases 0, matrices normal; projections
 /// back into the residual stream are narrower by the root of twice the number of blocks.
 fn fresh(config: &ModelConfig, parameter: &Parameter, count: i64) -> Vec<f32> {
     let options = (Kind::Float, Device::Cpu);
     let values = if parameter.decays {
-        let into_residual = parameter.name.ends_with("c_proj.weight");
+        let into_residual = config.linears().iter().any(|linear| {
+            linear.role.is_into_residual() && parameter.name.strip_suffix(".weight") == Some(linear.name)
+        });
         let narrow = if into_residual { (2.0 * config.layers as f64).sqrt() } else { 1.0 };
         Tensor::randn([count], options) * (config.initializer_range / narrow)
-    } else if parameter.name.starts_with("ln_") && parameter.name.ends_with("weight") {
+    } else if parameter.name.ends_with(".weight") {
         Tensor::ones([count], options)
     } else {
         Tensor::zeros([count], options)

@@ -1,4 +1,4 @@
-//! Layer norm.
+//! Layer norm and RMS norm.
 
 use tch::Tensor;
 use tunefleet_kernels_sys as sys;
@@ -6,16 +6,18 @@ use tunefleet_kernels_sys as sys;
 use crate::{Error, ffi};
 
 /// Layer norm (Ba et al. 2016) over the last dimension, of `x` `[.., D]` and `weight`, `bias` `[D]`, all fp32 or all
-/// bf16; differentiable in all three. Statistics and sums are fp32; the graph keeps `x`, the weight, and the mean
-/// and inverse deviation of each row. Other dtypes, and CPUs without AVX-512, get libtorch's own.
+/// bf16; differentiable in all three. Without a bias, RMS norm (Zhang and Sennrich 2019): nothing is subtracted.
+/// Statistics and sums are fp32; the graph keeps `x`, the weight, and the mean and inverse deviation of each row. Other
+/// dtypes, and CPUs without AVX-512, get libtorch's own.
 ///
 /// # Errors
 /// [`Error::Torch`] with libtorch's message.
-pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<Tensor, Error> {
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, epsilon: f64) -> Result<Tensor, Error> {
     let mut out = std::ptr::null_mut();
-    let (x, weight, bias) = (ffi::ptr(x), ffi::ptr(weight), ffi::ptr(bias));
-    // SAFETY: live tensors borrowed for the call (the graph takes its own references), and a place for one
-    // pointer; shapes and dtypes are checked on the other side, which falls back to libtorch's own.
+    let (x, weight) = (ffi::ptr(x), ffi::ptr(weight));
+    let bias = bias.map_or(std::ptr::null_mut(), ffi::ptr);
+    // SAFETY: live tensors borrowed for the call (the graph takes its own references), the bias null or one, and a place
+    // for one pointer; shapes and dtypes are checked on the other side, which falls back to libtorch's own.
     let status = unsafe { sys::tf_layer_norm(x, weight, bias, epsilon, &mut out) };
     ffi::check("layer norm", status)?;
     // SAFETY: on success the call wrote a tensor made by `new` for us.
@@ -32,12 +34,15 @@ mod tests {
     const EPSILON: f64 = 1e-5;
 
     fn theirs(leaves: &[Tensor]) -> Tensor {
-        let [x, weight, bias] = leaves else { panic!("three leaves") };
-        x.layer_norm(weight.size(), Some(weight), Some(bias), EPSILON, false)
+        let (x, weight) = (&leaves[0], &leaves[1]);
+        match leaves.get(2) {
+            Some(bias) => x.layer_norm(weight.size(), Some(weight), Some(bias), EPSILON, false),
+            None => x.rms_norm(weight.size(), Some(weight), Some(EPSILON)),
+        }
     }
 
     fn ours(leaves: &[Tensor]) -> Tensor {
-        layer_norm(&leaves[0], &leaves[1], &leaves[2], EPSILON).unwrap()
+        layer_norm(&leaves[0], &leaves[1], leaves.get(2), EPSILON).unwrap()
     }
 
     fn case(rows: i64, columns: i64, kind: Kind, device: Device) -> [Tensor; 3] {
@@ -62,6 +67,22 @@ mod tests {
     }
 
     #[test]
+    fn rms_norm_and_its_gradients_are_about_as_exact_as_libtorchs_whatever_the_shape() {
+        for device in devices() {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                for (rows, columns) in SHAPES {
+                    assert_about_as_exact(
+                        || case(rows, columns, kind, device).into_iter().take(2).collect(),
+                        ours,
+                        theirs,
+                        &format!("{device:?} {kind:?} {rows} {columns}"),
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
     fn strided_input_and_a_frozen_weight_give_the_same() {
         for device in devices() {
             let [x, weight, bias] = case(65, 48, Kind::BFloat16, device);
@@ -69,7 +90,7 @@ mod tests {
             assert!(!strided.is_contiguous());
             let (out, grads) = run(&[x, weight.shallow_clone(), bias.shallow_clone()], ours);
             let x = strided.set_requires_grad(true);
-            let again = layer_norm(&x, &weight, &bias, EPSILON).unwrap();
+            let again = layer_norm(&x, &weight, Some(&bias), EPSILON).unwrap();
             assert!(again.detach().equal(&out));
             let dx = crate::autograd::grad(&again, &weights_like(&out), &[x]).unwrap();
             assert!(dx[0].equal(&grads[0]));
@@ -95,18 +116,21 @@ mod tests {
         assert_eq!(out.size(), [0, 7]);
         assert_eq!(grads[1].abs().sum(Kind::Float).double_value(&[]), 0.0);
         let wrong = Tensor::ones([2, 8], (Kind::Float, Device::Cpu));
-        assert!(layer_norm(&wrong, &weight, &bias, EPSILON).unwrap_err().to_string().contains("shape"));
+        assert!(layer_norm(&wrong, &weight, Some(&bias), EPSILON).unwrap_err().to_string().contains("shape"));
+        assert!(layer_norm(&wrong, &weight, None, EPSILON).unwrap_err().to_string().contains("shape"));
     }
 
     #[test]
     fn neither_the_number_of_threads_nor_a_repetition_changes_a_bit() {
         for device in devices() {
             let leaves = case(1003, 96, Kind::BFloat16, device);
-            assert_same_on_any_number_of_threads(|| {
-                let (out, mut grads) = run(&leaves, ours);
-                grads.push(out);
-                grads
-            });
+            for leaves in [&leaves[..], &leaves[..2]] {
+                assert_same_on_any_number_of_threads(|| {
+                    let (out, mut grads) = run(leaves, ours);
+                    grads.push(out);
+                    grads
+                });
+            }
         }
     }
 }

@@ -7,7 +7,9 @@ mod accumulate;
 mod bias_gelu;
 mod cross_entropy;
 mod dropout;
+mod gated;
 mod layer_norm;
+mod rotary;
 #[cfg(test)]
 mod testing;
 
@@ -15,7 +17,9 @@ pub use accumulate::accumulate;
 pub use bias_gelu::bias_gelu;
 pub use cross_entropy::softmax_cross_entropy_;
 pub use dropout::residual_dropout;
+pub use gated::gated;
 pub use layer_norm::layer_norm;
+pub use rotary::rotate;
 
 use tch::Tensor;
 use tunefleet_kernels_sys as sys;

@@ -119,11 +119,18 @@ int tf_cached_attention(tf_tensor qkv, int64_t heads, int64_t kv_heads, const st
 /* GELU, by tanh or exact; differentiable. The tanh form is ours on a CPU, else libtorch's. */
 int tf_gelu_cpu(tf_tensor x, int tanh_form, tf_tensor *out);
 
-/* Layer norm over the last dimension, of x `[.., D]`, weight and bias `[D]`; differentiable. */
+/* Layer norm over the last dimension, of x `[.., D]`, weight and bias `[D]`; without a bias RMS norm. Differentiable. */
 int tf_layer_norm(tf_tensor x, tf_tensor weight, tf_tensor bias, double epsilon, tf_tensor *out);
 
 /* gelu(x + bias), x `[.., D]`, bias `[D]`; differentiable. The sum is rounded to x's dtype. */
 int tf_bias_gelu(tf_tensor x, tf_tensor bias, int tanh_form, tf_tensor *out);
+
+/* silu(gate) * up, of one shape; differentiable. */
+int tf_gated(tf_tensor gate, tf_tensor up, tf_tensor *out);
+
+/* Heads of x `[N, heads * 2P]` rotated, first halves against second halves, by turns `[R, 2, P]` (fp32, dense; cosines,
+ * sines), of which row n takes the n % R-th; N a multiple of R. Differentiable in x. */
+int tf_rotate(tf_tensor x, tf_tensor turns, tf_tensor *out);
 
 /* residual + dropout(x + bias), by the mask of philox.h; `bias` may be null, `[D]` otherwise. Differentiable. */
 int tf_residual_dropout(tf_tensor residual, tf_tensor x, tf_tensor bias, double probability, int64_t seed,

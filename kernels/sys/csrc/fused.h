@@ -32,6 +32,7 @@ struct fused_pair {
   fused_dtype into_dtype, grad_dtype;
 };
 
+/* Without a bias and `mean`, of both directions: RMS norm, in which the mean counts as 0. */
 struct fused_layer_norm {
   const void *x, *weight, *bias;
   void *out;
@@ -45,7 +46,7 @@ struct fused_layer_norm_grad {
   const float *mean, *rstd;
   void *dx;
   float *row_sums; /* [rows, 2], scratch; used by CUDA alone */
-  float *partials; /* of dweight and dbias */
+  float *partials; /* of dweight and dbias; of dweight alone in RMS norm */
   fused_dtype dtype;
   int64_t rows, columns;
 };
@@ -58,6 +59,26 @@ struct fused_bias_gelu {
   fused_dtype dtype;
   int64_t rows, columns;
   int tanh_form; /* the exact form on CUDA alone */
+};
+
+/* silu(gate) * up, elementwise. */
+struct fused_gated {
+  const void *dout; /* null in the forward pass */
+  const void *gate, *up;
+  void *out;  /* or dgate */
+  void *dup;  /* backward pass */
+  fused_dtype dtype;
+  int64_t len;
+};
+
+/* The first half of each head against the second: (a, b) to (a cos - b sin, b cos + a sin). */
+struct fused_rotation {
+  const void *x; /* [rows, heads, 2 pairs] */
+  const float *turns; /* [turn_rows, 2, pairs]: cosines, sines; row r of x has turns r % turn_rows */
+  void *out;
+  fused_dtype dtype;
+  int64_t rows, heads, pairs, turn_rows;
+  int back; /* by the negative angle: the gradient */
 };
 
 /* Dropout's mask, see philox.h: an element is kept when its word is at least `threshold`. */
@@ -81,10 +102,12 @@ namespace fused_cpu {
 void softmax_cross_entropy(const fused_cross_entropy &args);
 /* False where plain loops would have to do it: libtorch's are better. */
 bool accumulate(const fused_pair *pairs, size_t len, bool first);
-/* These three need AVX-512. */
+/* These need AVX-512. */
 void layer_norm(const fused_layer_norm &args);
 void layer_norm_grad(const fused_layer_norm_grad &args);
 void bias_gelu(const fused_bias_gelu &args);
+void gated(const fused_gated &args);
+void rotate(const fused_rotation &args);
 void residual_dropout(const fused_dropout &args);
 /* Partial sums to `outs`, one vector of `dtype` for each of `sums`. */
 void sum_parts(const float *partials, int64_t parts, int64_t sums, int64_t columns, void *const *outs,
@@ -100,6 +123,8 @@ void accumulate(const fused_pair *pairs, size_t len, bool first, void *stream);
 void layer_norm(const fused_layer_norm &args, void *stream);
 void layer_norm_grad(const fused_layer_norm_grad &args, void *stream);
 void bias_gelu(const fused_bias_gelu &args, void *stream);
+void gated(const fused_gated &args, void *stream);
+void rotate(const fused_rotation &args, void *stream);
 void residual_dropout(const fused_dropout &args, void *stream);
 void sum_parts(const float *partials, int64_t parts, int64_t sums, int64_t columns, void *const *outs,
                fused_dtype dtype, void *stream);

@@ -17,6 +17,8 @@ namespace {
 
 const void *data_or_null(const at::Tensor &x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 
+float *floats_or_null(const at::Tensor &x) { return x.defined() ? x.mutable_data_ptr<float>() : nullptr; }
+
 // [.., D] as a matrix. There is at least one element.
 int64_t columns_of(const at::Tensor &x) { return x.size(-1); }
 int64_t rows_of(const at::Tensor &x) { return x.numel() / columns_of(x); }
@@ -55,16 +57,19 @@ struct RowSums {
   }
 };
 
+// Without a bias it is RMS norm.
 struct LayerNorm : Function<LayerNorm> {
   static at::Tensor forward(AutogradContext *context, const at::Tensor &x_, const at::Tensor &weight_,
-                            const at::Tensor &bias_, double epsilon) {
-    const at::Tensor x = x_.contiguous(), weight = weight_.contiguous(), bias = bias_.contiguous();
+                            const std::optional<at::Tensor> &bias_, double epsilon) {
+    const at::Tensor x = x_.contiguous(), weight = weight_.contiguous();
+    const at::Tensor bias = bias_.has_value() ? bias_->contiguous() : at::Tensor();
     const auto statistics = x.options().dtype(at::kFloat);
-    at::Tensor out = at::empty_like(x), mean = at::empty({rows_of(x)}, statistics), rstd = at::empty_like(mean);
+    at::Tensor out = at::empty_like(x), mean, rstd = at::empty({rows_of(x)}, statistics);
+    if (bias.defined()) mean = at::empty_like(rstd);
     run_on_device_of(x, fused_cpu::layer_norm, fused_cuda::layer_norm,
-                     fused_layer_norm{x.const_data_ptr(), weight.const_data_ptr(), bias.const_data_ptr(),
-                                      out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
-                                      rstd.mutable_data_ptr<float>(), dtype_of(x), rows_of(x), columns_of(x), epsilon});
+                     fused_layer_norm{x.const_data_ptr(), weight.const_data_ptr(), data_or_null(bias),
+                                      out.mutable_data_ptr(), floats_or_null(mean), floats_or_null(rstd), dtype_of(x),
+                                      rows_of(x), columns_of(x), epsilon});
     context->save_for_backward({x, weight, mean, rstd});
     return out;
   }
@@ -74,15 +79,15 @@ struct LayerNorm : Function<LayerNorm> {
     const at::Tensor &x = saved[0], &weight = saved[1], &mean = saved[2], &rstd = saved[3];
     const at::Tensor dout = grads[0].contiguous();
     at::Tensor dx = at::empty_like(x), row_sums;
-    if (x.is_cuda()) row_sums = at::empty({rows_of(x), 2}, mean.options());
-    const bool needs_weight = context->needs_input_grad(1), needs_bias = context->needs_input_grad(2);
-    const RowSums sums(x, 2, needs_weight || needs_bias);
+    if (x.is_cuda()) row_sums = at::empty({rows_of(x), 2}, rstd.options());
+    const bool has_bias = mean.defined();
+    const bool needs_weight = context->needs_input_grad(1), needs_bias = has_bias && context->needs_input_grad(2);
+    const RowSums sums(x, has_bias ? 2 : 1, needs_weight || needs_bias);
     run_on_device_of(x, fused_cpu::layer_norm_grad, fused_cuda::layer_norm_grad,
                      fused_layer_norm_grad{dout.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                           mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-                                           dx.mutable_data_ptr(),
-                                           x.is_cuda() ? row_sums.mutable_data_ptr<float>() : nullptr, sums.data(),
-                                           dtype_of(x), rows_of(x), columns_of(x)});
+                                           floats_or_null(mean), floats_or_null(rstd), dx.mutable_data_ptr(),
+                                           floats_or_null(row_sums), sums.data(), dtype_of(x), rows_of(x),
+                                           columns_of(x)});
     const auto vectors = sums.finish(x);
     return {dx, needs_weight ? vectors[0] : at::Tensor(), needs_bias ? vectors[1] : at::Tensor(), at::Tensor()};
   }
@@ -113,6 +118,58 @@ struct BiasGelu : Function<BiasGelu> {
                                      dtype_of(x), rows_of(x), columns_of(x), tanh_form});
   }
 };
+
+struct Gated : Function<Gated> {
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &gate_, const at::Tensor &up_) {
+    const at::Tensor gate = gate_.contiguous(), up = up_.contiguous();
+    at::Tensor out = at::empty_like(gate);
+    run(nullptr, gate, up, out.mutable_data_ptr(), nullptr);
+    context->save_for_backward({gate, up});
+    return out;
+  }
+  static tensor_list backward(AutogradContext *context, tensor_list grads) {
+    once_only("a gated SiLU");
+    const auto saved = context->get_saved_variables();
+    const at::Tensor dout = grads[0].contiguous();
+    at::Tensor dgate = at::empty_like(saved[0]), dup = at::empty_like(saved[0]);
+    run(dout.const_data_ptr(), saved[0], saved[1], dgate.mutable_data_ptr(), dup.mutable_data_ptr());
+    return {dgate, dup};
+  }
+  static void run(const void *dout, const at::Tensor &gate, const at::Tensor &up, void *out, void *dup) {
+    run_on_device_of(gate, fused_cpu::gated, fused_cuda::gated,
+                     fused_gated{dout, gate.const_data_ptr(), up.const_data_ptr(), out, dup, dtype_of(gate),
+                                 gate.numel()});
+  }
+};
+
+struct Rotate : Function<Rotate> {
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &x_, const at::Tensor &turns) {
+    context->save_for_backward({turns});
+    return run(x_.contiguous(), turns, false);
+  }
+  static tensor_list backward(AutogradContext *context, tensor_list grads) {
+    once_only("a rotation");
+    return {run(grads[0].contiguous(), context->get_saved_variables()[0], true), at::Tensor()};
+  }
+  static at::Tensor run(const at::Tensor &x, const at::Tensor &turns, bool back) {
+    at::Tensor out = at::empty_like(x);
+    const int64_t pairs = turns.size(2);
+    run_on_device_of(x, fused_cpu::rotate, fused_cuda::rotate,
+                     fused_rotation{x.const_data_ptr(), turns.const_data_ptr<float>(), out.mutable_data_ptr(),
+                                    dtype_of(x), rows_of(x), columns_of(x) / (2 * pairs), pairs, turns.size(0), back});
+    return out;
+  }
+};
+
+// The same in libtorch's operations.
+at::Tensor rotate_plainly(const at::Tensor &x, const at::Tensor &turns) {
+  const int64_t pairs = turns.size(2), width = columns_of(x);
+  const at::Tensor halves = x.reshape({-1, turns.size(0), width / (2 * pairs), 2, pairs});
+  const at::Tensor a = halves.select(3, 0), b = halves.select(3, 1);
+  const at::Tensor near = turns.to(x.scalar_type()).unsqueeze(1);
+  const at::Tensor cosines = near.select(2, 0), sines = near.select(2, 1);
+  return at::stack({a * cosines - b * sines, b * cosines + a * sines}, 3).reshape(x.sizes());
+}
 
 fused_mask mask_of(double probability, int64_t seed, int64_t stream) {
   return {static_cast<uint64_t>(seed), static_cast<uint64_t>(stream),
@@ -168,9 +225,29 @@ struct ResidualDropout : Function<ResidualDropout> {
 
 int tf_layer_norm(tf_tensor x_, tf_tensor weight_, tf_tensor bias_, double epsilon, tf_tensor *out) {
   return tf_guard([&] {
-    const at::Tensor &x = ref(x_), &weight = ref(weight_), &bias = ref(bias_);
-    *out = new at::Tensor(suits(x, {weight, bias}) ? LayerNorm::apply(x, weight, bias, epsilon)
-                                                   : at::layer_norm(x, weight.sizes(), weight, bias, epsilon));
+    const at::Tensor &x = ref(x_), &weight = ref(weight_);
+    std::optional<at::Tensor> bias;
+    if (bias_ != nullptr) bias = ref(bias_);
+    const bool own = bias.has_value() ? suits(x, {weight, *bias}) : suits(x, {weight});
+    *out = new at::Tensor(own                ? LayerNorm::apply(x, weight, bias, epsilon)
+                          : bias.has_value() ? at::layer_norm(x, weight.sizes(), weight, bias, epsilon)
+                                             : at::rms_norm(x, weight.sizes(), weight, epsilon));
+  });
+}
+
+int tf_gated(tf_tensor gate_, tf_tensor up_, tf_tensor *out) {
+  return tf_guard([&] {
+    const at::Tensor &gate = ref(gate_), &up = ref(up_);
+    const bool own = suits(gate, {}) && up.scalar_type() == gate.scalar_type() && up.device() == gate.device() &&
+                     up.sizes() == gate.sizes();
+    *out = new at::Tensor(own ? Gated::apply(gate, up) : at::silu(gate) * up);
+  });
+}
+
+int tf_rotate(tf_tensor x_, tf_tensor turns_, tf_tensor *out) {
+  return tf_guard([&] {
+    const at::Tensor &x = ref(x_), &turns = ref(turns_);
+    *out = new at::Tensor(suits(x, {}) ? Rotate::apply(x, turns) : rotate_plainly(x, turns));
   });
 }
 

@@ -189,6 +189,8 @@ unsafe extern "C" {
         epsilon: f64,
         out: *mut tf_tensor,
     ) -> c_int;
+    pub fn tf_gated(gate: tf_tensor, up: tf_tensor, out: *mut tf_tensor) -> c_int;
+    pub fn tf_rotate(x: tf_tensor, turns: tf_tensor, out: *mut tf_tensor) -> c_int;
     pub fn tf_bias_gelu(x: tf_tensor, bias: tf_tensor, tanh_form: c_int, out: *mut tf_tensor) -> c_int;
     pub fn tf_residual_dropout(
         residual: tf_tensor,

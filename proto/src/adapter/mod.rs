@@ -157,7 +157,9 @@ impl LoraConfig {
         }
         // PEFT would put a pair on the output head or an embedding, and train the wrong thing silently
         // if we did not: both are said.
-        for name in ["lm_head", "transformer.wte", "transformer.wpe"] {
+        for parameter in model.embed_parameters().iter().filter(|parameter| parameter.decays).chain([&head()])
+        {
+            let name = parameter.hf_name.trim_end_matches(".weight");
             if modules.names(name) {
                 return Err(Error::Module {
                     key: "target_modules",
@@ -201,7 +203,8 @@ impl LoraConfig {
             Err(Error::Module { key: "modules_to_save", module: module.to_owned(), rule: rule.to_owned() })
         };
         for name in &self.modules_to_save {
-            if model.tied_head && (name == "wte" || name == "lm_head" || name.ends_with(".wte")) {
+            let tied = model.family.names().token_embedding;
+            if model.tied_head && (name == "lm_head" || targets::ends_with_module(name, tied)) {
                 return refuse(
                     name,
                     "this model's output head is its token embedding, and training one of them would untie \
@@ -268,6 +271,12 @@ impl AdapterPlan {
         out.sort_by_key(|parameter| !parameter.decays);
         out
     }
+}
+
+/// The output head, which is there by name where it is tied as well.
+fn head() -> Parameter {
+    let name = "lm_head.weight".to_owned();
+    Parameter { hf_name: name.clone(), name, shape: Vec::new(), decays: true }
 }
 
 fn saved_parameter(base: &Parameter) -> Parameter {

@@ -157,8 +157,10 @@ fn rank(key: &str, value: Option<&Value>, default: u64) -> Result<u64, Error> {
 
 fn targets(value: Option<&Value>) -> Result<Targets, Error> {
     match value {
-        // PEFT's own default for gpt_bigcode.
-        None | Some(Value::Null) => Ok(Targets::Suffixes(vec!["c_attn".to_owned()])),
+        // PEFT's own defaults, of which a model has one or the other.
+        None | Some(Value::Null) => {
+            Ok(Targets::Suffixes(["c_attn", "q_proj", "v_proj"].map(str::to_owned).to_vec()))
+        }
         Some(Value::String(text)) => Ok(Targets::Pattern(text.clone())),
         Some(list) => Ok(Targets::Suffixes(words(Some(list), "target_modules")?)),
     }

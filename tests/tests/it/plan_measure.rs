@@ -31,7 +31,7 @@ fn shape() -> ModelConfig {
         intermediate_size: 512,
         vocab_size: 2048,
         max_positions: 256,
-        dropout: Dropout { attention: 0.0, embedding: 0.0, residual: 0.0 },
+        dropout: Dropout::NONE,
         ..ModelConfig::preset("demo").unwrap()
     }
 }
@@ -148,6 +148,29 @@ fn two_copies_over_four_ranks_need_what_was_planned() {
 fn attention_with_dropout_keeps_its_matrices_as_planned() {
     let case = Case::new(shape(), "ranks: 1, precision: fp32, dropout: 0.1", "");
     assert_planned_as_counted("fp32 with dropout", &case);
+}
+
+/// Grouped queries, rotary positions and a gated MLP; and layer norm, a window and three projections.
+#[test]
+fn models_of_other_families_need_what_was_planned() {
+    let of = |preset| ModelConfig {
+        layers: 6,
+        hidden_size: 128,
+        heads: 4,
+        kv_heads: 2,
+        intermediate_size: 352,
+        vocab_size: 2048,
+        dropout: Dropout::NONE,
+        ..ModelConfig::preset(preset).unwrap()
+    };
+    let keep = "ranks: 1, precision: bf16, recompute: none, micro_batch_sequences: 2";
+    let again = "ranks: 1, precision: fp32, recompute: all, micro_batch_sequences: 2";
+    for preset in ["decicoder-1b", "starcoder2-3b"] {
+        assert_planned_as_counted(&format!("{preset}, kept"), &Case::new(of(preset), keep, ""));
+        assert_planned_as_counted(&format!("{preset}, again"), &Case::new(of(preset), again, ""));
+        let more = "adapter: {rank: 8, quantize: nf4}";
+        assert_planned_as_counted(&format!("adapter on {preset}"), &Case::new(of(preset), again, more));
+    }
 }
 
 /// Eight of them would hold six gigabytes.

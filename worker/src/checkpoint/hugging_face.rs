@@ -277,10 +277,9 @@ pub(crate) fn check_names(dir: &Path, files: &ModelFiles, plan: &ShardPlan) -> R
         }
         unused.remove(slot.hf_name.as_str());
     }
-    // Written by some versions: the tied head once more, and causal masks.
-    unused.retain(|name| {
-        *name != "lm_head.weight" && !name.ends_with(".attn.bias") && !name.ends_with(".attn.masked_bias")
-    });
+    // Written by some versions: the tied head once more, causal masks, and turns of rotary positions.
+    let follows = [".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+    unused.retain(|name| *name != "lm_head.weight" && !follows.iter().any(|end| name.ends_with(end)));
     match unused.first() {
         Some(name) => Err(Error::tensor(dir, name, "is not a parameter of this model")),
         None => Ok(()),

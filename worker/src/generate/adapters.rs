@@ -6,7 +6,6 @@ use tch::Tensor;
 use tunefleet_proto::model::ModelConfig;
 
 use crate::adapter::{self, files};
-use crate::model::block::LINEARS;
 use crate::model::linear::Pair;
 use crate::model::numerics::Numerics;
 
@@ -16,7 +15,7 @@ pub struct Adapter {
     /// What its difference is multiplied by.
     weight: f64,
     /// For each block, the pair beside each of its linears.
-    blocks: Vec<[Option<Held>; LINEARS]>,
+    blocks: Vec<Vec<Option<Held>>>,
 }
 
 #[derive(Debug)]
@@ -50,12 +49,12 @@ impl Adapter {
                 dir.display()
             )));
         }
-        let mut blocks: Vec<[Option<Held>; LINEARS]> =
-            (0..config.layers).map(|_| Default::default()).collect();
+        let linears = config.linears();
+        let mut blocks: Vec<Vec<Option<Held>>> =
+            (0..config.layers).map(|_| linears.iter().map(|_| None).collect()).collect();
         for (module, pair) in adapter.pairs()? {
             let Some(linear) = plan.linears.iter().find(|linear| linear.module == module) else { continue };
-            let parameters = config.block_parameters(linear.block);
-            let place = parameters.iter().position(|p| p.name == format!("{}.weight", linear.name));
+            let place = linears.iter().position(|shape| shape.name == linear.name);
             let slot = blocks.get_mut(linear.block as usize).and_then(|block| block.get_mut(place?));
             let Some(slot) = slot else { continue };
             let there = |tensor: &Tensor| tensor.to_device(numerics.device).to_kind(numerics.product_kind);
@@ -71,8 +70,7 @@ impl Adapter {
             b: held.b.shallow_clone(),
             scaling: held.scaling,
         };
-        let block =
-            |pairs: &[Option<Held>; LINEARS]| std::array::from_fn(|at| pairs.get(at)?.as_ref().map(held));
+        let block = |pairs: &Vec<Option<Held>>| pairs.iter().map(|pair| pair.as_ref().map(held)).collect();
         Adapter { weight, blocks: self.blocks.iter().map(block).collect() }
     }
 

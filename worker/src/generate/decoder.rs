@@ -13,12 +13,14 @@ use crate::adapter;
 use crate::adapter::merge::{self, Dequantized};
 use crate::base::{self, cache};
 use crate::checkpoint::{Error, hugging_face};
-use crate::model::block::{self, BlockParams, BlockShape, KvCache, LINEARS, Run, Sight};
+use crate::model::attention::{KvCache, Run, Sight};
+use crate::model::block::{self, BlockLayout, BlockParams, BlockShape};
 use crate::model::embed::{self, Positions};
 use crate::model::head::{self, HeadParams};
 use crate::model::linear::{Pair, Served};
 use crate::model::matrix::Matrix;
-use crate::model::numerics::Numerics;
+use crate::model::numerics::{self, Numerics};
+use crate::model::rotary::Turns;
 use crate::train::units;
 
 /// Weights, shape and how to compute.
@@ -26,6 +28,7 @@ pub struct Decoder {
     config: ModelConfig,
     numerics: Numerics,
     shape: BlockShape,
+    layout: BlockLayout,
     embed: Vec<Tensor>,
     /// Output embedding in the dtype of products.
     head_vd: Tensor,
@@ -158,9 +161,10 @@ impl Decoder {
     fn new(config: ModelConfig, plan: &ShardPlan, buffers: &[Tensor], numerics: Numerics) -> Self {
         let mut views = plan.units.iter().zip(buffers).map(|(unit, buffer)| units::views(unit, buffer));
         let embed = views.next().unwrap_or_default();
+        let linears = config.linears().len();
         let block = |views| {
             let mut params = numerics.for_products(views);
-            let others = params.split_off(LINEARS.min(params.len()));
+            let others = params.split_off(linears.min(params.len()));
             Block { linears: params.into_iter().map(Matrix::Dense).collect(), others }
         };
         let blocks = views.map(block).collect();
@@ -169,8 +173,9 @@ impl Decoder {
 
     fn of(config: ModelConfig, embed: Vec<Tensor>, blocks: Vec<Block>, numerics: Numerics) -> Self {
         // Widened once: a token's products are too small to pay for it each time.
-        let head_vd = if config.tied_head { &embed[0] } else { &embed[2] }.to_kind(numerics.product_kind);
-        Decoder { shape: BlockShape::new(&config, false), config, numerics, embed, head_vd, blocks }
+        let head_vd = embed[config.embed_layout().head].to_kind(numerics.product_kind);
+        let (shape, layout) = (BlockShape::new(&config, false), BlockLayout::new(&config));
+        Decoder { shape, layout, config, numerics, embed, head_vd, blocks }
     }
 
     /// The model's shape.
@@ -203,27 +208,30 @@ impl Decoder {
     ) -> Result<Tensor, tunefleet_kernels::Error> {
         let rows = tokens_bt.numel() as i64;
         tch::no_grad(|| {
-            let x = embed::forward(&self.embed[0], &self.embed[1], tokens_bt, Positions::From(0));
-            let mut x = x.to_kind(self.numerics.product_kind);
+            let (mut x, turns) = self.embedded(tokens_bt, Positions::From(0));
             for (at, block) in self.blocks.iter().enumerate() {
                 let pair = |linear| adapter.and_then(|adapter| adapter.pair(at, linear));
-                let params =
-                    block.params(|linear| pair(linear).map(|pair| (0, rows, pair)).into_iter().collect());
-                x = block::forward(&self.shape, &params, &x, Sight::Row);
+                let runs = |linear| pair(linear).map(|pair| (0, rows, pair)).into_iter().collect();
+                let params = block.params(&self.layout, runs);
+                x = block::forward(&self.shape.of_block(at), &params, &x, turns.as_ref(), Sight::Row);
             }
-            let h = head::norm(&self.head(), &x.to_kind(self.numerics.kind), self.config.norm_epsilon);
+            let h = self.final_norm(&x.to_kind(self.numerics.kind));
             let h_nd = h.reshape([-1, self.config.hidden_size as i64]);
             head::loss_sum(self.numerics, &self.head_vd, &h_nd, &targets_bt.reshape([-1]))
         })
     }
 
-    fn head(&self) -> HeadParams<'_> {
-        let norms = self.embed.len() - 2;
-        HeadParams {
-            norm_weight: &self.embed[norms],
-            norm_bias: &self.embed[norms + 1],
-            weight_vd: &self.head_vd,
-        }
+    fn final_norm(&self, x: &Tensor) -> Tensor {
+        let head = HeadParams::of(&self.config.embed_layout(), &self.embed);
+        numerics::norm(&head.norm, x, self.config.norm_epsilon)
+    }
+
+    /// The residual stream before the first block, in the dtype of products, and the tokens' turns.
+    fn embedded(&self, tokens_bt: &Tensor, positions: Positions<'_>) -> (Tensor, Option<Turns>) {
+        let layout = self.config.embed_layout();
+        let learned = layout.positions.map(|at| &self.embed[at]);
+        let x = embed::forward(&self.embed[layout.tokens], learned, tokens_bt, positions);
+        (x.to_kind(self.numerics.product_kind), Turns::of(&self.config, tokens_bt, positions))
     }
 
     /// Shows `tokens`; the next token's logits, fp32 `[V]` on the CPU.
@@ -254,11 +262,10 @@ impl Decoder {
         }
         let row = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let (tokens_1n, positions_1n) = (row(&ids).unsqueeze(0), row(&positions).unsqueeze(0));
-        let x = embed::forward(&self.embed[0], &self.embed[1], &tokens_1n, Positions::Each(&positions_1n));
-        let mut x = x.to_kind(product_kind);
+        let (mut x, turns) = self.embedded(&tokens_1n, Positions::Each(&positions_1n));
         let adapters: Vec<_> = pieces.iter().map(|piece| piece.adapter).collect();
         for (at, block) in self.blocks.iter().enumerate() {
-            let params = block.params(|linear| {
+            let params = block.params(&self.layout, |linear| {
                 let pairs = adapters.iter().zip(&spans).filter_map(|(adapter, (first, count))| {
                     Some((*first, *count, adapter.as_ref()?.pair(at, linear)?))
                 });
@@ -271,7 +278,8 @@ impl Decoder {
                     Some(Run { cache: piece.context.caches.get_mut(at)?, cached_tokens, tokens })
                 })
                 .collect();
-            x = block::forward(&self.shape, &params, &x, Sight::Cached(&mut runs));
+            let shape = self.shape.of_block(at);
+            x = block::forward(&shape, &params, &x, turns.as_ref(), Sight::Cached(&mut runs));
         }
         for piece in pieces {
             piece.context.tokens += piece.tokens.len();
@@ -279,9 +287,8 @@ impl Decoder {
         if wanted.is_empty() {
             return Tensor::zeros([0, self.config.vocab_size as i64], (Kind::Float, tch::Device::Cpu));
         }
-        let head = self.head();
         let last = x.index_select(1, &row(&wanted)).squeeze_dim(0).to_kind(kind);
-        let h = head::norm(&head, &last, self.config.norm_epsilon).to_kind(product_kind);
+        let h = self.final_norm(&last).to_kind(product_kind);
         Matrix::Dense(self.head_vd.shallow_clone())
             .times(&h, None)
             .to_kind(Kind::Float)
@@ -291,11 +298,11 @@ impl Decoder {
 
 impl Block {
     /// The block with `pairs` beside its linears.
-    fn params<'a>(&'a self, pairs: impl Fn(usize) -> Vec<(i64, i64, Pair<'a>)>) -> BlockParams<'a> {
-        BlockParams::served(&self.others, |at, bias| Served {
-            matrix: &self.linears[at],
-            bias,
-            runs: pairs(at),
-        })
+    fn params<'a>(
+        &'a self,
+        layout: &BlockLayout,
+        pairs: impl Fn(usize) -> Vec<(i64, i64, Pair<'a>)>,
+    ) -> BlockParams<'a> {
+        layout.served(&self.others, |at, bias| Served { matrix: &self.linears[at], bias, runs: pairs(at) })
     }
 }

@@ -3,7 +3,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::numerics::attention;
+use super::attention::causal;
 
 /// Where documents lie in the rows of a batch.
 #[derive(Debug)]
@@ -49,12 +49,19 @@ impl Documents {
         &self.positions_bt
     }
 
-    /// [`attention`] within each document, causal.
-    pub fn attention(&self, q_bhtc: &Tensor, k_bktc: &Tensor, v_bktc: &Tensor, dropout: f64) -> Tensor {
+    /// [`causal`] attention within each document.
+    pub fn attention(
+        &self,
+        q_bhtc: &Tensor,
+        k_bktc: &Tensor,
+        v_bktc: &Tensor,
+        window: Option<i64>,
+        dropout: f64,
+    ) -> Tensor {
         let row = |(row, runs): (usize, &Vec<(i64, i64)>)| {
             let document = |&(begin, tokens): &(i64, i64)| {
                 let part = |x: &Tensor| x.narrow(0, row as i64, 1).narrow(2, begin, tokens);
-                attention(&part(q_bhtc), &part(k_bktc), &part(v_bktc), true, dropout)
+                causal(&part(q_bhtc), &part(k_bktc), &part(v_bktc), window, dropout)
             };
             Tensor::cat(&runs.iter().map(document).collect::<Vec<_>>(), 2)
         };

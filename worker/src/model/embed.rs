@@ -1,4 +1,4 @@
-//! Token and position embeddings, with the backward pass written out: a dense gradient of the
+//! Token and learned position embeddings, with the backward pass written out: a dense gradient of the
 //! vocabulary's size per micro-batch would cost more than the lookup.
 
 use tch::{Kind, Tensor};
@@ -12,13 +12,20 @@ pub enum Positions<'a> {
     Each(&'a Tensor),
 }
 
-/// `wte[tokens] + wpe[positions]`, `[B, T, D]` in the tables' dtype.
-pub fn forward(wte_vd: &Tensor, wpe_pd: &Tensor, tokens_bt: &Tensor, positions: Positions<'_>) -> Tensor {
+/// `wte[tokens] + wpe[positions]`, `[B, T, D]` in the tables' dtype; without the second table, the first's rows.
+pub fn forward(
+    wte_vd: &Tensor,
+    wpe_pd: Option<&Tensor>,
+    tokens_bt: &Tensor,
+    positions: Positions<'_>,
+) -> Tensor {
+    let tokens = Tensor::embedding(wte_vd, tokens_bt, -1, false, false);
+    let Some(wpe_pd) = wpe_pd else { return tokens };
     let positions = match positions {
         Positions::From(first) => wpe_pd.narrow(0, first, tokens_bt.size()[1]),
         Positions::Each(positions_bt) => Tensor::embedding(wpe_pd, positions_bt, -1, false, false),
     };
-    Tensor::embedding(wte_vd, tokens_bt, -1, false, false) + positions
+    tokens + positions
 }
 
 /// Adds the gradients of the fp32 tables, of those that are trained.

@@ -3,8 +3,10 @@
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::{Error, fused};
+use tunefleet_proto::model::EmbedLayout;
 
-use super::numerics::{Numerics, layer_norm};
+use super::block::Norm;
+use super::numerics::Numerics;
 
 /// Targets with this value do not count, as in transformers.
 pub const IGNORED: i64 = -100;
@@ -19,17 +21,18 @@ const CUDA_CHUNK_ROWS: i64 = 1024;
 
 /// The head's weights.
 pub struct HeadParams<'a> {
-    /// Final norm, `[D]`.
-    pub norm_weight: &'a Tensor,
-    /// Final norm, `[D]`.
-    pub norm_bias: &'a Tensor,
+    /// Final norm.
+    pub norm: Norm<'a>,
     /// Output embedding; the token embedding where they are tied.
     pub weight_vd: &'a Tensor,
 }
 
-/// The final norm; differentiable.
-pub fn norm(params: &HeadParams<'_>, x_btd: &Tensor, epsilon: f64) -> Tensor {
-    layer_norm(x_btd, params.norm_weight, params.norm_bias, epsilon)
+impl<'a> HeadParams<'a> {
+    /// Among the parameters outside the blocks.
+    pub fn of(layout: &EmbedLayout, embed: &'a [Tensor]) -> Self {
+        let norm = Norm { weight: &embed[layout.norm_weight], bias: layout.norm_bias.map(|at| &embed[at]) };
+        HeadParams { norm, weight_vd: &embed[layout.head] }
+    }
 }
 
 /// Logits in fp32, `[.., V]`, of normed states.

@@ -10,8 +10,8 @@ use super::matrix::Matrix;
 pub struct Linear<'a> {
     /// `[O, I]`.
     pub weight: &'a Tensor,
-    /// `[O]`.
-    pub bias: &'a Tensor,
+    /// `[O]`, where it adds one.
+    pub bias: Option<&'a Tensor>,
     /// What an adapter adds; the weight is then frozen, and may lie in a scratch.
     pub adapted: Adapted<'a>,
 }
@@ -30,8 +30,8 @@ pub enum Adapted<'a> {
 pub struct Served<'a> {
     /// The weight.
     pub matrix: &'a Matrix,
-    /// `[O]`.
-    pub bias: &'a Tensor,
+    /// `[O]`, where it adds one.
+    pub bias: Option<&'a Tensor>,
     /// Pairs for runs of rows (first row, rows), without dropout and magnitudes.
     pub runs: Vec<(i64, i64, Pair<'a>)>,
 }
@@ -63,7 +63,7 @@ impl<'a> Projection<'a> {
     pub fn forward(&self, x: &Tensor) -> Tensor {
         match self {
             Projection::Trained(linear) => linear.forward(x),
-            Projection::Served(served) => served.add_runs(x, served.matrix.times(x, Some(served.bias))),
+            Projection::Served(served) => served.add_runs(x, served.matrix.times(x, served.bias)),
         }
     }
 
@@ -72,7 +72,7 @@ impl<'a> Projection<'a> {
         match self {
             Projection::Trained(linear) => linear.forward_unbiased(x),
             Projection::Served(served) if x.device().is_cuda() => {
-                (served.add_runs(x, served.matrix.times(x, None)), Some(served.bias))
+                (served.add_runs(x, served.matrix.times(x, None)), served.bias)
             }
             Projection::Served(_) => (self.forward(x), None),
         }
@@ -97,10 +97,8 @@ impl<'a> Linear<'a> {
     /// it, and nothing, where the product adds it at no cost (on CPUs) or it belongs inside (DoRA).
     pub fn forward_unbiased(&self, x: &Tensor) -> (Tensor, Option<&'a Tensor>) {
         match &self.adapted {
-            Adapted::Trained if x.device().is_cuda() => {
-                (x.linear(self.weight, None::<&Tensor>), Some(self.bias))
-            }
-            Adapted::Frozen if x.device().is_cuda() => (frozen(x, self.weight, None), Some(self.bias)),
+            Adapted::Trained if x.device().is_cuda() => (x.linear(self.weight, None::<&Tensor>), self.bias),
+            Adapted::Frozen if x.device().is_cuda() => (frozen(x, self.weight, None), self.bias),
             _ => (self.forward(x), None),
         }
     }
@@ -108,8 +106,8 @@ impl<'a> Linear<'a> {
     /// `[.., I]` to `[.., O]`; differentiable in the input and in what is trained.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let pair = match &self.adapted {
-            Adapted::Trained => return x.linear(self.weight, Some(self.bias)),
-            Adapted::Frozen => return frozen(x, self.weight, Some(self.bias)),
+            Adapted::Trained => return x.linear(self.weight, self.bias),
+            Adapted::Frozen => return frozen(x, self.weight, self.bias),
             Adapted::Pair(pair) => pair,
         };
         let mut size = x.size();
@@ -122,16 +120,20 @@ impl<'a> Linear<'a> {
         };
         let inner_nr = dropped_ni.mm(&pair.a.tr()) * pair.scaling;
         let y_no = match pair.magnitude {
-            None => frozen(&x_ni, self.weight, Some(self.bias)).addmm_(&inner_nr, &pair.b.tr()),
+            None => frozen(&x_ni, self.weight, self.bias).addmm_(&inner_nr, &pair.b.tr()),
             Some(magnitude) => {
                 // Near 1 throughout, where bf16 is coarse: in fp32, rounded once at the end.
                 let scale_o = magnitude.to_kind(Kind::Float) / tch::no_grad(|| row_norms(self.weight, pair));
                 let y_no = if pair.dropout == 0.0 {
-                    frozen(&x_ni, self.weight, None).addmm_(&inner_nr, &pair.b.tr()) * scale_o + self.bias
+                    let y_no = frozen(&x_ni, self.weight, None).addmm_(&inner_nr, &pair.b.tr()) * scale_o;
+                    match self.bias {
+                        Some(bias) => y_no + bias,
+                        None => y_no,
+                    }
                 } else {
                     // The frozen part sees the whole input, its correction the dropped one.
                     let dropped_no = frozen(&dropped_ni, self.weight, None);
-                    frozen(&x_ni, self.weight, Some(self.bias))
+                    frozen(&x_ni, self.weight, self.bias)
                         + dropped_no * (&scale_o - 1.0)
                         + inner_nr.mm(&pair.b.tr()) * scale_o
                 };

@@ -6,10 +6,14 @@
 
 /// Dtype and device of the computation, and the products that depend on them.
 pub mod numerics;
-/// Token and position embeddings.
+/// Token and learned position embeddings.
 pub mod embed;
+/// Rotary positions.
+pub mod rotary;
 /// Documents that share a row.
 pub mod documents;
+/// What a token sees.
+pub mod attention;
 /// Weights that are only multiplied with, quantised or not.
 pub mod matrix;
 /// One linear, with or without an adapter.

@@ -5,6 +5,8 @@ use tunefleet_kernels::fused;
 use tunefleet_proto::job::Precision;
 use tunefleet_proto::model::Activation;
 
+use super::block::Norm;
+
 /// How to compute.
 ///
 /// On CPUs without bf16 matrix instructions libtorch multiplies bf16 several times slower than
@@ -60,14 +62,15 @@ pub fn attention(q_bhtc: &Tensor, k_bksc: &Tensor, v_bksc: &Tensor, causal: bool
     Tensor::scaled_dot_product_attention(q_bhtc, k_bksc, v_bksc, None::<&Tensor>, dropout, causal, None, true)
 }
 
-/// GELU of `x`, with `bias` added first where there is one; differentiable.
+/// The activation of `x`, with `bias` added first where there is one; differentiable.
 ///
 /// # Panics
 /// As [`attention`].
-pub fn gelu(x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Tensor {
+pub fn activate(x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Tensor {
     let tanh_form = match activation {
         Activation::Gelu => false,
         Activation::GeluPytorchTanh => true,
+        Activation::Silu => return bias.map_or_else(|| x.silu(), |bias| (x + bias).silu()),
     };
     let y = match bias {
         None => fused::gelu(x, tanh_form),
@@ -76,12 +79,23 @@ pub fn gelu(x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Tensor
     y.unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Layer norm over the last dimension, differentiable.
+/// The activation of `gate`, times `up`; differentiable.
 ///
 /// # Panics
 /// As [`attention`].
-pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, epsilon: f64) -> Tensor {
-    fused::layer_norm(x, weight, bias, epsilon).unwrap_or_else(|error| panic!("{error}"))
+pub fn gated(gate: &Tensor, up: &Tensor, activation: Activation) -> Tensor {
+    match activation {
+        Activation::Silu => fused::gated(gate, up).unwrap_or_else(|error| panic!("{error}")),
+        _ => activate(gate, None, activation) * up,
+    }
+}
+
+/// A norm over the last dimension, differentiable: layer norm where it has a bias, else RMS norm.
+///
+/// # Panics
+/// As [`attention`].
+pub fn norm(norm: &Norm<'_>, x: &Tensor, epsilon: f64) -> Tensor {
+    fused::layer_norm(x, norm.weight, norm.bias, epsilon).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// `residual + dropout(x)`, differentiable; what is dropped follows from `seed` and `stream`.

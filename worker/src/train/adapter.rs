@@ -24,6 +24,8 @@ pub struct Frozen {
 /// Where each parameter comes from.
 pub struct Wiring {
     embed: Vec<Source>,
+    /// The first of them, which are looked up.
+    tables: usize,
     blocks: Vec<BlockWiring>,
     dropout: f64,
 }
@@ -69,6 +71,7 @@ impl Wiring {
         });
         Wiring {
             embed: sources(&config.embed_parameters(), &plan.units[EMBED]),
+            tables: 1 + usize::from(config.embed_layout().positions.is_some()),
             blocks: blocks.collect(),
             dropout: lora.dropout,
         }
@@ -76,7 +79,7 @@ impl Wiring {
 
     /// Whether anything is trained that the embeddings' own backward pass reaches.
     pub fn trains_embeddings(&self) -> bool {
-        self.embed.iter().take(2).any(|source| matches!(source, Source::Trained(_)))
+        self.embed.iter().take(self.tables).any(|source| matches!(source, Source::Trained(_)))
     }
 
     /// Dropout on the inputs of pairs.

@@ -56,7 +56,7 @@ fn sequence(index: u64) -> (Vec<i64>, Vec<i64>) {
     (tokens, targets)
 }
 
-fn rows(range: Range<u64>) -> (Batch, f64) {
+pub fn rows(range: Range<u64>) -> (Batch, f64) {
     let (mut tokens, mut targets) = (Vec::new(), Vec::new());
     for index in range {
         let (more_tokens, more_targets) = sequence(index);

@@ -21,6 +21,7 @@ mod schedules;
 mod fsdp2;
 mod parity;
 mod qlora;
+mod families;
 mod adapter_parity;
 mod serve;
 mod serve_parity;

@@ -37,12 +37,17 @@ pub fn cases() -> Vec<Case> {
     let Some(dir) = fixtures_of("make_qlora_fixtures.py", "qlora") else { return Vec::new() };
     let index: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(dir.join("index.json")).unwrap()).unwrap();
+    cases_of(&dir, &index["models"], &index)
+}
+
+/// The variants of `index` of each of these models in `dir`.
+pub fn cases_of(dir: &Path, models: &serde_json::Value, index: &serde_json::Value) -> Vec<Case> {
     let mut cases = Vec::new();
-    for model in index["models"].as_array().unwrap() {
+    for model in models.as_array().unwrap() {
         let model = dir.join(model["directory"].as_str().unwrap());
         for variant in index["variants"].as_array().unwrap() {
             let adapter = model.join(variant["directory"].as_str().unwrap());
-            let name = adapter.strip_prefix(&dir).unwrap().display().to_string();
+            let name = adapter.strip_prefix(dir).unwrap().display().to_string();
             let quantization = quantization(variant["base"].as_str().unwrap());
             cases.push(Case { model: model.clone(), adapter, quantization, name });
         }
@@ -109,54 +114,60 @@ fn walk_of(case: &Case, precision: Precision, options: WalkOptions) -> Walk<'sta
 
 #[test]
 fn fp32_loss_logits_and_every_adapter_gradient_equal_peft_and_bitsandbytes() {
-    for case in cases() {
-        let fixture = tensors(&case.adapter.join("fixture.safetensors"));
-        let batch = batch(&fixture);
-        for options in [RECOMPUTE, KEEP] {
-            let mut walk = walk_of(&case, Precision::Fp32, options);
-            let logits = walk.logits(&batch.tokens_bt).unwrap();
-            let difference = largest_difference(&logits, &fixture["logits"]);
-            assert!(difference <= 1e-5, "{}: logits differ by {difference}", case.name);
+    cases().iter().for_each(assert_equal_in_fp32);
+}
 
-            let (loss, grads) = loss_and_grads(&mut walk, &batch);
-            let peer = fixture["loss"].double_value(&[0]);
-            assert!((loss - peer).abs() <= 1e-6 * peer, "{}: loss {loss}, peer {peer}", case.name);
-            let theirs = fixture.keys().filter(|name| name.starts_with("grad.")).count();
-            assert_eq!(grads.len(), theirs, "{}: trained tensors", case.name);
-            let all = grads.values().map(|g| norm(g).powi(2)).sum::<f64>().sqrt();
-            for (name, ours) in &grads {
-                let peer = &fixture[&format!("grad.{name}")];
-                let (error, limit) = (distance(ours, peer), 1e-5 * norm(peer) + 1e-8 * all);
-                assert!(error <= limit, "{}: {name}: {error:.2e} > {limit:.2e}", case.name);
-            }
+/// Loss, logits and every gradient of an adapter against its fixture.
+pub fn assert_equal_in_fp32(case: &Case) {
+    let fixture = tensors(&case.adapter.join("fixture.safetensors"));
+    let batch = batch(&fixture);
+    for options in [RECOMPUTE, KEEP] {
+        let mut walk = walk_of(case, Precision::Fp32, options);
+        let logits = walk.logits(&batch.tokens_bt).unwrap();
+        let difference = largest_difference(&logits, &fixture["logits"]);
+        assert!(difference <= 1e-5, "{}: logits differ by {difference}", case.name);
+
+        let (loss, grads) = loss_and_grads(&mut walk, &batch);
+        let peer = fixture["loss"].double_value(&[0]);
+        assert!((loss - peer).abs() <= 1e-6 * peer, "{}: loss {loss}, peer {peer}", case.name);
+        let theirs = fixture.keys().filter(|name| name.starts_with("grad.")).count();
+        assert_eq!(grads.len(), theirs, "{}: trained tensors", case.name);
+        let all = grads.values().map(|g| norm(g).powi(2)).sum::<f64>().sqrt();
+        for (name, ours) in &grads {
+            let peer = &fixture[&format!("grad.{name}")];
+            let (error, limit) = (distance(ours, peer), 1e-5 * norm(peer) + 1e-8 * all);
+            assert!(error <= limit, "{}: {name}: {error:.2e} > {limit:.2e}", case.name);
         }
     }
 }
 
 #[test]
 fn bf16_adapter_gradients_are_at_most_half_again_as_far_from_fp64_as_the_peers() {
-    for case in cases() {
-        let fixture = tensors(&case.adapter.join("bf16.safetensors"));
-        let batches = fixture["ids"].size()[0];
-        for options in [RECOMPUTE, KEEP] {
-            let mut walk = walk_of(&case, Precision::Bf16, options);
-            let mut squares = HashMap::<String, f64>::new();
-            for k in 0..batches {
-                let of_batch = |name: &str| fixture[name].get(k);
-                let batch = Batch::new(of_batch("ids"), of_batch("targets"));
-                for (name, ours) in loss_and_grads(&mut walk, &batch).1 {
-                    let error = distance(&ours, &of_batch(&format!("fp64.grad.{name}")));
-                    *squares.entry(name).or_default() += error.powi(2);
-                }
+    cases().iter().for_each(assert_close_in_bf16);
+}
+
+/// Every gradient of an adapter in bf16, beside the peer's.
+pub fn assert_close_in_bf16(case: &Case) {
+    let fixture = tensors(&case.adapter.join("bf16.safetensors"));
+    let batches = fixture["ids"].size()[0];
+    for options in [RECOMPUTE, KEEP] {
+        let mut walk = walk_of(case, Precision::Bf16, options);
+        let mut squares = HashMap::<String, f64>::new();
+        for k in 0..batches {
+            let of_batch = |name: &str| fixture[name].get(k);
+            let batch = Batch::new(of_batch("ids"), of_batch("targets"));
+            for (name, ours) in loss_and_grads(&mut walk, &batch).1 {
+                let error = distance(&ours, &of_batch(&format!("fp64.grad.{name}")));
+                *squares.entry(name).or_default() += error.powi(2);
             }
-            for (name, square) in squares {
-                let ours = square.sqrt();
-                let reference = &fixture[&format!("fp64.grad.{name}")];
-                // What a Trainer with bf16 does, and so what the original did.
-                let peers = distance(&fixture[&format!("autocast.grad.{name}")], reference);
-                println!("{}: {name}: {:.2} of the peer's error", case.name, ours / peers);
-                assert!(ours <= 1.5 * peers, "{}: {name}: {ours:.2e} against {peers:.2e}", case.name);
-            }
+        }
+        for (name, square) in squares {
+            let ours = square.sqrt();
+            let reference = &fixture[&format!("fp64.grad.{name}")];
+            // What a Trainer with bf16 does, and so what the original did.
+            let peers = distance(&fixture[&format!("autocast.grad.{name}")], reference);
+            println!("{}: {name}: {:.2} of the peer's error", case.name, ours / peers);
+            assert!(ours <= 1.5 * peers, "{}: {name}: {ours:.2e} against {peers:.2e}", case.name);
         }
     }
 }
@@ -229,6 +240,14 @@ pub struct Trained<'a> {
 
 impl Trained<'_> {
     pub fn run(&self) -> (Vec<f64>, Vec<Tensor>) {
+        self.run_over(engine::rows)
+    }
+
+    /// On other sequences.
+    pub fn run_over(
+        &self,
+        rows: impl Fn(std::ops::Range<u64>) -> (Batch, f64) + Sync,
+    ) -> (Vec<f64>, Vec<Tensor>) {
         let lora = LoraConfig::from_peft_json(&self.lora).unwrap();
         let config = hugging_face::read_config(self.model).unwrap();
         let adapter_plan = lora.plan(&config).unwrap();
@@ -255,7 +274,7 @@ impl Trained<'_> {
             let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
             let walk = Walk::new(config.clone(), plan, shards, numerics, mesh, Seeds::new(3), self.options);
             let mut walk = walk.over(Frozen { base, wiring });
-            let losses = engine::train(&mut walk, &self.spec);
+            let losses = engine::train_over(&mut walk, &self.spec, 1..=self.spec.steps, &rows);
             (losses, walk.shards().iter().map(|s| s.master.to_device(Device::Cpu)).collect::<Vec<_>>())
         });
         let losses = results[0].0.clone();
@@ -334,37 +353,41 @@ fn a_model_merged_into_the_dequantised_base_has_the_loss_of_training() {
 
 #[test]
 fn an_adapter_beside_a_base_that_is_served_quantised_completes_as_merged_into_what_it_was_trained_on() {
-    let mut served = 0;
-    for case in cases().iter().filter(|case| case.quantization.kind != QuantKind::None) {
-        let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
-        let base = Decoder::load_quantized(&case.model, case.quantization, numerics).unwrap();
-        // Some train more than pairs, and are refused.
-        let Ok(adapter) = Adapter::load(&case.adapter, 1.0, base.config(), numerics) else { continue };
-        let dequantized = |weight: &Tensor| {
-            let out = encode::round_trip(weight, case.quantization, Kind::Float);
-            Ok(out.map_err(tunefleet_worker::checkpoint::Error::from)?)
-        };
-        let merged =
-            Decoder::load_merged(&case.model, &case.adapter, false, Some(&dequantized), numerics).unwrap();
-        // One token at a time, all at once, and so many that the linears are dequantised for them.
-        let tokens: Vec<u32> = (0..40).map(|n| n * 7 % 50).collect();
-        for pieces in [vec![1; 40], vec![20, 20], vec![40]] {
-            let (mut beside, mut whole) = (base.context(40), merged.context(40));
-            let mut first = 0;
-            for count in pieces {
-                let shown = &tokens[first..first + count];
-                first += count;
-                let of = |decoder: &Decoder, context, adapter| {
-                    decoder.step(&mut [Piece { context, tokens: shown, logits: 1, adapter }])
-                };
-                let ours = of(&base, &mut beside, Some(&adapter));
-                let apart = largest_difference(&ours, &of(&merged, &mut whole, None));
-                assert!(apart <= 1e-4, "{}: after {first} tokens {apart:.1e} apart", case.name);
-            }
+    let cases = cases();
+    let served =
+        cases.iter().filter(|case| case.quantization.kind != QuantKind::None && is_served_as_merged(case));
+    assert!(served.count() >= 3 || cases.is_empty());
+}
+
+/// Completes beside a quantised base as merged into what that is dequantised to; false where it trains more than pairs,
+/// which is refused.
+pub fn is_served_as_merged(case: &Case) -> bool {
+    let numerics = Numerics::new(Device::Cpu, Precision::Fp32);
+    let base = Decoder::load_quantized(&case.model, case.quantization, numerics).unwrap();
+    let Ok(adapter) = Adapter::load(&case.adapter, 1.0, base.config(), numerics) else { return false };
+    let dequantized = |weight: &Tensor| {
+        let out = encode::round_trip(weight, case.quantization, Kind::Float);
+        Ok(out.map_err(tunefleet_worker::checkpoint::Error::from)?)
+    };
+    let merged =
+        Decoder::load_merged(&case.model, &case.adapter, false, Some(&dequantized), numerics).unwrap();
+    // One token at a time, all at once, and so many that the linears are dequantised for them.
+    let tokens: Vec<u32> = (0..40).map(|n| n * 7 % 50).collect();
+    for pieces in [vec![1; 40], vec![20, 20], vec![40]] {
+        let (mut beside, mut whole) = (base.context(40), merged.context(40));
+        let mut first = 0;
+        for count in pieces {
+            let shown = &tokens[first..first + count];
+            first += count;
+            let of = |decoder: &Decoder, context, adapter| {
+                decoder.step(&mut [Piece { context, tokens: shown, logits: 1, adapter }])
+            };
+            let ours = of(&base, &mut beside, Some(&adapter));
+            let apart = largest_difference(&ours, &of(&merged, &mut whole, None));
+            assert!(apart <= 1e-4, "{}: after {first} tokens {apart:.1e} apart", case.name);
         }
-        served += 1;
     }
-    assert!(served >= 3 || cases().is_empty(), "{served} cases");
+    true
 }
 
 #[test]

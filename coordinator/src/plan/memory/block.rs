@@ -1,7 +1,7 @@
 //! What one block's forward and backward pass take: `worker/src/model/block.rs` tensor by tensor.
 
 use tunefleet_proto::adapter::AdapterPlan;
-use tunefleet_proto::model::ModelConfig;
+use tunefleet_proto::model::{LinearRole, LinearShape, ModelConfig, Positions, Qkv};
 
 use super::shape::Shape;
 
@@ -24,9 +24,10 @@ pub struct BlockPass {
     pub backward: f64,
 }
 
-/// What stands at one of a block's four linears.
+/// What stands at one of a block's linears.
 #[derive(Debug, Clone, Copy)]
 struct Linear {
+    role: LinearRole,
     inputs: f64,
     outputs: f64,
     /// Its weight is trained.
@@ -38,13 +39,8 @@ struct Linear {
     drops: bool,
 }
 
-/// The four linears of a block.
-struct Linears {
-    c_attn: Linear,
-    c_proj: Linear,
-    c_fc: Linear,
-    mlp_proj: Linear,
-}
+/// The linears of a block that read the same input.
+struct Linears(Vec<Linear>);
 
 /// The pass of block `block`.
 pub fn pass(
@@ -53,60 +49,76 @@ pub fn pass(
     block: u64,
     adapter: Option<(&AdapterPlan, f64)>,
 ) -> BlockPass {
-    let linears = Linears::new(config, block, adapter);
-    let nd = shape.rows(shape.width);
-    let ni = shape.rows(shape.inner);
-    let nq = shape.rows(shape.qkv_width);
-    let kv = 2.0 * shape.rows(shape.kv_width);
+    use LinearRole::{AttentionOut, Gate, Key, MlpIn, MlpOut, Query, Value};
+    let all = Linears::new(config, block, adapter);
+    let qkv = all.of(&[LinearRole::Qkv, Query, Key, Value]);
+    let out = all.of(&[AttentionOut]);
+    let into = all.of(&[Gate, MlpIn]);
+    let mlp_out = all.of(&[MlpOut]);
+    let (nd, na, ni) = (shape.rows(shape.width), shape.rows(shape.attention_width), shape.rows(shape.inner));
+    let nk = shape.rows(shape.kv_width);
+    let nq = na + 2.0 * nk;
+    let is_fused = config.qkv != Qkv::Split;
+    // Queries and keys before they are turned, or each head's three before they are put in order.
+    let unturned = match (config.positions, config.qkv) {
+        (Positions::Rotary(_), _) => na + nk,
+        (_, Qkv::FusedByHead) => nq,
+        _ => 0.0,
+    };
+    let fused = if is_fused { nq } else { 0.0 };
+    // What the activation reads.
+    let inner = ni * into.0.len() as f64;
     let attention = Attention::new(shape);
-    let Linears { c_attn, c_proj, c_fc, mlp_proj } = &linears;
     let parameters = trained_parameters(config, adapter, block);
     let cast = cast(shape, adapter.is_some(), parameters);
 
     // Kept: normed input, attention's own, sum, normed sum, the MLP before and after its activation.
-    let kept_at = |linear: &Linear, input: f64| linear.keeps_input(shape, input) + linear.keeps_more(shape);
-    let normed_1 = kept_at(c_attn, nd);
+    let normed_1 = qkv.kept(shape, nd);
     // Attention keeps its own output, which is what the projection would keep.
-    let projected = if c_proj.drops { c_proj.keeps_input(shape, nd) } else { 0.0 };
-    let attended = attention.graph + projected + c_proj.keeps_more(shape);
-    let normed_2 = kept_at(c_fc, nd);
-    let activated = kept_at(mlp_proj, ni);
+    let projected = if out.drops() { out.keeps_input(shape, na) } else { 0.0 };
+    let attended = attention.graph + projected + out.keeps_more(shape);
+    let normed_2 = into.kept(shape, nd);
+    let activated = mlp_out.kept(shape, ni);
     // Means and deviations of both norms, fp32. Masks of residual dropout are computed again.
     let stats = 16.0 * shape.tokens;
-    let graph = normed_1 + attended + nd + normed_2 + ni + activated + stats + cast;
+    let graph = normed_1 + attended + nd + normed_2 + inner + activated + stats + cast;
 
-    // Without a graph, names live to the end of the function: both norms, projection, attention, sum, the
-    // MLP before and after its activation; and then its output, and the block's.
-    let named = 4.0 * nd + nq + 2.0 * ni;
-    let forward = (nd + nq + attention.forward).max(named + 2.0 * nd)
+    // Without a graph, names live to the end of the function: both norms, what attention found, the sum, what the
+    // activation reads, unless it has two inputs, and makes; and then the MLP's output, and the block's.
+    let named_inner = if into.0.len() == 1 { inner + ni } else { ni };
+    let named = 3.0 * nd + na;
+    let projecting = nd + nq + unturned;
+    let attending = nd + fused + attention.forward;
+    let forward = projecting.max(attending).max(named + inner + ni).max(named + named_inner + 2.0 * nd)
         + cast
         + if shape.is_widened() { shape.rows(shape.width) + shape.stream() } else { 0.0 };
-    let unkept = |linear: &Linear, input: f64| (input - linear.keeps_input(shape, input)).max(0.0);
-    let forward_with_graph = graph
-        + nq
-        + unkept(c_attn, nd)
-        + unkept(c_fc, nd)
-        + unkept(mlp_proj, ni)
-        + linears.transient(shape)
-        + 2.0 * nd
-        + (attention.forward - attention.graph - nd - 2.0 * ni - 3.0 * nd).max(0.0);
+    let unkept = |linears: &Linears, input: f64| (input - linears.keeps_input(shape, input)).max(0.0);
+    let transient = all.transient(shape);
+    let early = cast + stats + normed_1 + unkept(&qkv, nd) + transient;
+    let forward_with_graph =
+        (graph + unkept(&qkv, nd) + unkept(&into, nd) + unkept(&mlp_out, ni) + transient + 2.0 * nd)
+            .max(early + attending - nd)
+            .max(early + projecting - nd);
 
     // Backward, moment by moment; what has been used is gone.
-    let weight = |linear: &Linear| linear.gradient(shape);
     let residual = if shape.dropout.residual > 0.0 { nd } else { 0.0 };
-    let dx = |linear: &Linear, input: f64| if linear.rank.is_some() { 2.0 * input } else { input };
-    let (w_2, w_fc, w_proj) = (weight(mlp_proj), weight(c_fc), weight(c_proj));
+    let (w_2, w_in, w_out) = (mlp_out.gradients(shape), into.gradients(shape), out.gradients(shape));
     let gradients = parameters * shape.product_bytes;
+    let behind_mlp = w_2 + w_in - activated - inner - normed_2;
     let moments = [
-        residual + dx(mlp_proj, ni) + w_2,
-        2.0 * ni + w_2 - activated,
-        ni + dx(c_fc, nd) + w_2 + w_fc - activated,
-        3.0 * nd + w_2 + w_fc - activated - ni - normed_2,
-        nd + residual + dx(c_proj, nd) + w_2 + w_fc + w_proj - activated - ni - normed_2 - nd,
-        2.0 * nd + attention.backward + w_2 + w_fc + w_proj - activated - ni - normed_2 - nd,
-        // Gradients of the three parts of the projection, each as wide as the whole.
-        2.0 * nd + kv + 2.0 * nq + w_2 + w_fc + w_proj - activated - ni - normed_2 - nd - attended,
-        3.0 * nd + gradients - (graph - normed_1 - cast),
+        residual + mlp_out.dx(ni) + w_2,
+        ni + inner + w_2 - activated,
+        inner + into.dx(nd) + w_2 + w_in - activated,
+        3.0 * nd + behind_mlp,
+        nd + residual + out.dx(na) + w_out + behind_mlp - nd,
+        nd + na + attention.backward + w_out + behind_mlp - nd,
+        if is_fused {
+            // Gradients of the three parts of the projection, each as wide as the whole.
+            2.0 * nd + 2.0 * nk + 2.0 * nq + w_out + behind_mlp - nd - attended
+        } else {
+            2.0 * nd + nq + unturned + w_out + behind_mlp - nd - attended
+        },
+        3.0 * nd + gradients + if is_fused { 0.0 } else { nd } - (graph - normed_1 - cast),
         2.0 * nd + gradients - (graph - cast),
     ];
     let backward = moments.into_iter().fold(0.0, f64::max);
@@ -125,7 +137,7 @@ struct Attention {
 
 impl Attention {
     fn new(shape: &Shape) -> Self {
-        let nd = shape.rows(shape.width);
+        let nd = shape.rows(shape.attention_width);
         let kv = 2.0 * shape.rows(shape.kv_width);
         // fp32 logarithms of the sums.
         let lse = 4.0 * shape.tokens * shape.heads;
@@ -133,7 +145,7 @@ impl Attention {
             // libtorch's plain path, in fp32: softmax, noise and their product, [B, H, T, T] each, q, k and v
             // of all heads, and the output in rows.
             let matrix = 4.0 * shape.sequences * shape.heads * shape.sequence_tokens.powi(2);
-            let wide = 4.0 * shape.tokens * shape.width;
+            let wide = 4.0 * shape.tokens * shape.attention_width;
             let graph = 3.0 * matrix + 3.0 * wide + nd;
             return Attention { forward: graph + nd + kv + wide, graph, backward: matrix + 3.0 * wide };
         }
@@ -157,46 +169,69 @@ fn own_backward(shape: &Shape) -> f64 {
 
 impl Linears {
     fn new(config: &ModelConfig, block: u64, adapter: Option<(&AdapterPlan, f64)>) -> Self {
-        let d = config.hidden_size as f64;
-        let q = d + 2.0 * (config.kv_heads * config.head_dim()) as f64;
-        let i = config.intermediate_size as f64;
-        let linear = |name: &str, outputs: f64, inputs: f64| {
-            let plain = Linear { inputs, outputs, trained: true, rank: None, dora: false, drops: false };
+        let linear = |of: LinearShape| {
+            let (outputs, inputs) = (of.out_features as f64, of.in_features as f64);
+            let role = of.role;
+            let plain =
+                Linear { role, inputs, outputs, trained: true, rank: None, dora: false, drops: false };
             let Some((plan, dropout)) = adapter else { return plain };
             let saved = plan.saved_blocks.get(block as usize);
-            let weight = format!("{name}.weight");
+            let weight = format!("{}.weight", of.name);
             if saved.is_some_and(|saved| saved.iter().any(|parameter| parameter.name == weight)) {
                 return plain;
             }
-            let pair = plan.linears.iter().find(|linear| linear.block == block && linear.name == name);
+            let pair = plan.linears.iter().find(|linear| linear.block == block && linear.name == of.name);
             let rank = pair.map(|pair| pair.rank as f64);
             let (dora, drops) = (plan.dora && rank.is_some(), dropout > 0.0 && rank.is_some());
             Linear { trained: false, rank, dora, drops, ..plain }
         };
-        Linears {
-            c_attn: linear("attn.c_attn", q, d),
-            c_proj: linear("attn.c_proj", d, d),
-            c_fc: linear("mlp.c_fc", i, d),
-            mlp_proj: linear("mlp.c_proj", d, i),
-        }
+        Linears(config.linears().into_iter().map(linear).collect())
+    }
+
+    fn of(&self, roles: &[LinearRole]) -> Self {
+        Linears(self.0.iter().filter(|linear| roles.contains(&linear.role)).copied().collect())
+    }
+
+    fn drops(&self) -> bool {
+        self.0.iter().any(|linear| linear.drops)
+    }
+
+    /// Of their one `input`, which all that need it share; what dropout leaves each has for itself.
+    fn keeps_input(&self, shape: &Shape, input: f64) -> f64 {
+        let dropped = self.0.iter().filter(|linear| linear.drops);
+        let shared = self.0.iter().any(|linear| !linear.drops && linear.needs_input());
+        let own: f64 = dropped.map(|linear| input + shape.noise(linear.inputs)).sum();
+        own + if shared { input } else { 0.0 }
+    }
+
+    fn keeps_more(&self, shape: &Shape) -> f64 {
+        self.0.iter().map(|linear| linear.keeps_more(shape)).sum()
+    }
+
+    fn kept(&self, shape: &Shape, input: f64) -> f64 {
+        self.keeps_input(shape, input) + self.keeps_more(shape)
+    }
+
+    /// While gradients of their `input` are made: one after the other is added to the sum.
+    fn dx(&self, input: f64) -> f64 {
+        let pairs = self.0.iter().any(|linear| linear.rank.is_some());
+        input * if pairs || self.0.len() > 1 { 2.0 } else { 1.0 }
+    }
+
+    fn gradients(&self, shape: &Shape) -> f64 {
+        self.0.iter().map(|linear| linear.gradient(shape)).sum()
     }
 
     /// The most that one of them has besides input, output and graph.
     fn transient(&self, shape: &Shape) -> f64 {
-        let all = [&self.c_attn, &self.c_proj, &self.c_fc, &self.mlp_proj];
-        all.into_iter().map(|linear| linear.transient(shape)).fold(0.0, f64::max)
+        self.0.iter().map(|linear| linear.transient(shape)).fold(0.0, f64::max)
     }
 }
 
 impl Linear {
-    /// Of its `input`: a frozen weight needs none of it for its gradients.
-    fn keeps_input(&self, shape: &Shape, input: f64) -> f64 {
-        match (self.trained, self.rank, self.drops) {
-            (true, ..) | (_, Some(_), false) => input,
-            // The noise, and what it leaves.
-            (_, Some(_), true) => input + shape.noise(self.inputs),
-            (false, None, _) => 0.0,
-        }
+    /// A frozen weight alone needs none of it for its gradients.
+    fn needs_input(&self) -> bool {
+        self.trained || self.rank.is_some()
     }
 
     /// Besides: the pair's inner values, and what a magnitude scales.

@@ -74,12 +74,14 @@ pub fn of_rank(
 
     let held = held::held(spec, &shape, plan, base.as_ref(), &residency);
     let passes = passes(&shape, config, adapter);
-    let trains = |name: &str| adapter.is_none_or(|(plan, _)| plan.saved_embed.iter().any(|p| p.name == name));
-    let trains_embeddings = trains("wte.weight") || trains("wpe.weight");
-    let head = if config.tied_head { "wte.weight" } else { "lm_head.weight" };
+    let (embed, layout) = (config.embed_parameters(), config.embed_layout());
+    let trains = |at: usize| {
+        adapter.is_none_or(|(plan, _)| embed.get(at).is_some_and(|own| plan.saved_embed.contains(own)))
+    };
+    let trains_embeddings = trains(layout.tokens) || layout.positions.is_some_and(trains);
     let has_elements = plan.units.iter().skip(1).position(|unit| unit.elements > 0);
     let around = Surroundings {
-        loss: head::loss(&shape, trains(head)),
+        loss: head::loss(&shape, trains(layout.head)),
         lowest: if trains_embeddings { 0 } else { has_elements.unwrap_or(passes.len()) },
         trains_embeddings,
         sum_of_block: held::sums_of_blocks(spec, plan, machine.on_gpu),
@@ -88,7 +90,7 @@ pub fn of_rank(
 
     let scratch = head::scratch(&shape);
     // Tokens and targets, int64, of all micro-batches of a step.
-    let batches = 16.0 * shape.tokens * f64::from(train.accumulate_micro_batches);
+    let batches = 16.0 * shape.tokens * f64::from(train.accumulate_micro_batches) + shape.turns(config);
     let mut step = Moment { when: peak.when, live: peak.live, batches, staged: 0.0 };
     let mut moments = Vec::new();
     let shard = plan.shard_elements() as f64;

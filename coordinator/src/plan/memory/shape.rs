@@ -1,12 +1,11 @@
 //! The sizes that memory is counted in.
 //!
-//! Letters: n tokens of a micro-batch, D width of the model, Q of the fused projection, I of the MLP's inner
-//! layer, V of the vocabulary, C of a head, T tokens of a sequence; c bytes of an element between blocks,
+//! Letters: n tokens of a micro-batch, D width of the model, A of all query heads, I of the MLP's inner layer, V of the vocabulary, C of a head, T tokens of a sequence; c bytes of an element between blocks,
 //! p of one in products. Sizes are bytes, and whole numbers below 2^53, which f64 holds exactly: no shape
 //! that a config may state makes it overflow.
 
 use tunefleet_proto::job::{JobSpec, Precision};
-use tunefleet_proto::model::{Dropout, ModelConfig};
+use tunefleet_proto::model::{Dropout, ModelConfig, Positions};
 
 /// Where a rank computes, as far as memory depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,10 +27,10 @@ pub struct Shape {
     pub sequence_tokens: f64,
     /// D.
     pub width: f64,
+    /// A.
+    pub attention_width: f64,
     /// Width of keys, and of values.
     pub kv_width: f64,
-    /// Q.
-    pub qkv_width: f64,
     /// I.
     pub inner: f64,
     /// Query heads.
@@ -57,7 +56,6 @@ impl Shape {
     pub fn new(spec: &JobSpec, config: &ModelConfig, machine: Machine) -> Self {
         let sequences = f64::from(spec.train.micro_batch_sequences);
         let sequence_tokens = f64::from(spec.data.sequence_tokens);
-        let kv_width = (config.kv_heads * config.head_dim()) as f64;
         let kind_bytes = bytes_of(spec.train.precision) as f64;
         let native = machine.on_gpu || machine.bf16_products;
         let overridden = |p| Dropout { attention: p, embedding: p, residual: p };
@@ -66,8 +64,8 @@ impl Shape {
             sequences,
             sequence_tokens,
             width: config.hidden_size as f64,
-            kv_width,
-            qkv_width: config.hidden_size as f64 + 2.0 * kv_width,
+            attention_width: config.attention_width() as f64,
+            kv_width: config.kv_width() as f64,
             inner: config.intermediate_size as f64,
             heads: config.heads as f64,
             kv_heads: config.kv_heads as f64,
@@ -83,6 +81,14 @@ impl Shape {
     /// `width` values for each token, in the dtype of products.
     pub fn rows(&self, width: f64) -> f64 {
         self.tokens * width * self.product_bytes
+    }
+
+    /// Cosines and sines of a micro-batch, fp32, of a model whose positions are rotary.
+    pub fn turns(&self, config: &ModelConfig) -> f64 {
+        match config.positions {
+            Positions::Rotary(_) => 4.0 * self.sequence_tokens * self.head_width,
+            Positions::Learned => 0.0,
+        }
     }
 
     /// The residual stream between two blocks, n x D.

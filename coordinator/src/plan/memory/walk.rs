@@ -119,8 +119,8 @@ mod tests {
             sequences: 1.0,
             sequence_tokens: 10.0,
             width: 10.0,
+            attention_width: 10.0,
             kv_width: 10.0,
-            qkv_width: 30.0,
             inner: 40.0,
             heads: 1.0,
             kv_heads: 1.0,
@@ -128,7 +128,7 @@ mod tests {
             vocabulary: 100.0,
             product_bytes: 4.0,
             kind_bytes: 4.0,
-            dropout: Dropout { attention: 0.0, embedding: 0.0, residual: 0.0 },
+            dropout: Dropout::NONE,
             machine: Machine { on_gpu: false, bf16_products: false },
         }
     }

@@ -4,7 +4,9 @@ use tch::Tensor;
 use tunefleet_proto::shard_plan::Slot;
 
 use super::{MicroPosition, Walk};
-use crate::model::block::{self, BlockParams, BlockShape, Sight};
+use crate::model::attention::Sight;
+use crate::model::block::{self, BlockParams, BlockShape};
+use crate::model::rotary::Turns;
 use crate::train::Error;
 use crate::train::adapter::Frozen;
 use crate::train::units;
@@ -83,12 +85,12 @@ impl Walk<'_> {
         i: usize,
         weights: &BlockWeights,
         x: &Tensor,
-        sight: Sight<'_>,
+        (turns, sight): (Option<&Turns>, Sight<'_>),
     ) -> Kept {
         let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
         let x = leaf(&x.to_kind(self.numerics.product_kind));
         let trained: Vec<Tensor> = weights.trained.iter().map(leaf).collect();
-        let y = block::forward(shape, &self.block_params(i, &weights.base, &trained, true), &x, sight);
+        let y = block::forward(shape, &self.block_params(i, &weights.base, &trained, true), &x, turns, sight);
         Kept { x, trained, y }
     }
 
@@ -99,12 +101,12 @@ impl Walk<'_> {
         i: usize,
         weights: &BlockWeights,
         x: &Tensor,
-        sight: Sight<'_>,
+        (turns, sight): (Option<&Turns>, Sight<'_>),
         training: bool,
     ) -> Tensor {
         let x = x.to_kind(self.numerics.product_kind);
         let params = self.block_params(i, &weights.base, &weights.trained, training);
-        block::forward(shape, &params, &x, sight).to_kind(self.numerics.kind)
+        block::forward(shape, &params, &x, turns, sight).to_kind(self.numerics.kind)
     }
 
     fn block_params<'t>(
@@ -115,10 +117,11 @@ impl Walk<'_> {
         training: bool,
     ) -> BlockParams<'t> {
         match &self.frozen {
-            None => BlockParams::plain(trained),
-            Some(Frozen { wiring, .. }) => BlockParams::new(&wiring.block(i, base, trained), |weight| {
-                wiring.adapted(i, weight, trained, training)
-            }),
+            None => self.layout.plain(trained),
+            Some(Frozen { wiring, .. }) => {
+                let adapted = |weight| wiring.adapted(i, weight, trained, training);
+                self.layout.trained(&wiring.block(i, base, trained), adapted)
+            }
         }
     }
 

@@ -3,17 +3,12 @@
 use tch::Tensor;
 
 use super::{Batch, MicroPosition, Walk};
+use crate::model::block::Norm;
 use crate::model::embed;
 use crate::model::head::{self, HeadParams};
+use crate::model::numerics;
 use crate::train::Error;
 use crate::train::units::{self, EMBED};
-
-/// The head's gradients, of what is trained.
-struct HeadGrads<'t> {
-    norm_weight: Option<&'t Tensor>,
-    norm_bias: Option<&'t Tensor>,
-    weight_vd: Option<&'t Tensor>,
-}
 
 impl Walk<'_> {
     /// The embeddings' parameters, of whatever origin.
@@ -28,6 +23,13 @@ impl Walk<'_> {
         })
     }
 
+    /// Embeddings without dropout.
+    pub(super) fn embedded(&self, params: &[Tensor], batch: &Batch) -> Tensor {
+        let layout = self.config.embed_layout();
+        let positions = layout.positions.map(|at| &params[at]);
+        embed::forward(&params[layout.tokens], positions, &batch.tokens_bt, batch.positions())
+    }
+
     /// Embeddings and their dropout mask.
     pub(super) fn embed(
         &self,
@@ -35,7 +37,7 @@ impl Walk<'_> {
         batch: &Batch,
         position: MicroPosition,
     ) -> (Tensor, Option<Tensor>) {
-        let x = embed::forward(&params[0], &params[1], &batch.tokens_bt, batch.positions());
+        let x = self.embedded(params, batch);
         let dropout = self.config.dropout.embedding;
         if dropout == 0.0 {
             return (x, None);
@@ -53,8 +55,9 @@ impl Walk<'_> {
             }
             None => dx,
         };
-        let grads = self.embed_grads();
-        embed::backward(&dx, &batch.tokens_bt, batch.positions(), grads[0].as_ref(), grads[1].as_ref());
+        let (grads, layout) = (self.embed_grads(), self.config.embed_layout());
+        let positions = layout.positions.and_then(|at| grads[at].as_ref());
+        embed::backward(&dx, &batch.tokens_bt, batch.positions(), grads[layout.tokens].as_ref(), positions);
     }
 
     pub(super) fn loss_and_dx(
@@ -65,14 +68,13 @@ impl Walk<'_> {
         scale: &Tensor,
     ) -> Result<(Tensor, Tensor), Error> {
         let leaf = |t: &Tensor| t.detach().set_requires_grad(true);
-        let head = self.head(embed_params);
         let wide = |t: &Tensor| leaf(&t.to_kind(self.numerics.product_kind));
-        let (x, norm_weight, norm_bias) = (wide(x), wide(head.norm_weight), wide(head.norm_bias));
-        let with_leaves =
-            HeadParams { norm_weight: &norm_weight, norm_bias: &norm_bias, weight_vd: head.weight_vd };
-        let h_btd = head::norm(&with_leaves, &x, self.config.norm_epsilon);
+        let (head, layout) = (self.head(embed_params), self.config.embed_layout());
+        let leaves: Vec<Tensor> =
+            [Some(x), Some(head.norm.weight), head.norm.bias].into_iter().flatten().map(wide).collect();
+        let final_norm = Norm { weight: &leaves[1], bias: leaves.get(2) };
+        let h_btd = numerics::norm(&final_norm, &leaves[0], self.config.norm_epsilon);
         let grads = self.embed_grads();
-        let dhead = self.head_grads(&grads);
         let mut scratch = std::mem::take(&mut self.head_scratch);
         let (loss, dh_nd) = tch::no_grad(|| {
             head::loss_sum_and_grads(
@@ -81,16 +83,17 @@ impl Walk<'_> {
                 &h_btd.detach().reshape([-1, self.config.hidden_size as i64]),
                 &batch.targets_bt.reshape([-1]),
                 scale,
-                dhead.weight_vd,
+                grads[layout.head].as_ref(),
                 &mut scratch,
             )
         })?;
         let dh_btd = dh_nd.view_as(&h_btd);
-        let mut dnorm = tunefleet_kernels::autograd::grad(&h_btd, &dh_btd, &[x, norm_weight, norm_bias])?;
+        let mut dnorm = tunefleet_kernels::autograd::grad(&h_btd, &dh_btd, &leaves)?;
         let dx = dnorm.remove(0);
         tch::no_grad(|| {
-            for (into, grad) in [dhead.norm_weight, dhead.norm_bias].into_iter().zip(&dnorm) {
-                if let Some(into) = into {
+            let into = [Some(layout.norm_weight), layout.norm_bias].into_iter().flatten();
+            for (at, grad) in into.zip(&dnorm) {
+                if let Some(into) = &grads[at] {
                     let _ = into.shallow_clone().g_add_(grad);
                 }
             }
@@ -108,19 +111,8 @@ impl Walk<'_> {
         }
     }
 
-    /// The head among the embeddings' tensors, see `ModelConfig::embed_parameters`.
+    /// The head among the embeddings' tensors.
     pub(super) fn head<'t>(&self, embed: &'t [Tensor]) -> HeadParams<'t> {
-        let [weight_vd, norm_weight, norm_bias] = self.head_indices(embed.len()).map(|i| &embed[i]);
-        HeadParams { norm_weight, norm_bias, weight_vd }
-    }
-
-    fn head_grads<'t>(&self, embed: &'t [Option<Tensor>]) -> HeadGrads<'t> {
-        let [weight_vd, norm_weight, norm_bias] = self.head_indices(embed.len()).map(|i| embed[i].as_ref());
-        HeadGrads { norm_weight, norm_bias, weight_vd }
-    }
-
-    /// Where the output embedding and the final norm stand.
-    fn head_indices(&self, parameters: usize) -> [usize; 3] {
-        [if self.config.tied_head { 0 } else { 2 }, parameters - 2, parameters - 1]
+        HeadParams::of(&self.config.embed_layout(), embed)
     }
 }

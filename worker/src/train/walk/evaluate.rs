@@ -5,7 +5,7 @@ use tch::Tensor;
 use super::blocks::Direction;
 use super::{Batch, Walk};
 use crate::model::block::BlockShape;
-use crate::model::{embed, head};
+use crate::model::{head, numerics};
 use crate::train::Error;
 
 impl Walk<'_> {
@@ -35,15 +35,15 @@ impl Walk<'_> {
     fn forward(&mut self, batch: &Batch) -> Result<(Tensor, Vec<Tensor>), Error> {
         let shape = BlockShape::new(&self.config, false);
         let embed_params = self.gathered_embed()?;
-        let mut x = tch::no_grad(|| {
-            embed::forward(&embed_params[0], &embed_params[1], &batch.tokens_bt, batch.positions())
-        });
+        let (mut x, turns) =
+            tch::no_grad(|| (self.embedded(&embed_params, batch), batch.turns(&self.config)));
         for i in 0..self.plan.units.len() - 1 {
             let weights = self.gathered_block(i, Direction::Forward)?;
-            let sight = || batch.documents.as_ref().into();
+            let shape = shape.of_block(i);
+            let sight = || (turns.as_ref(), batch.documents.as_ref().into());
             x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, sight(), false));
         }
-        let h = tch::no_grad(|| head::norm(&self.head(&embed_params), &x, self.config.norm_epsilon));
+        let h = tch::no_grad(|| numerics::norm(&self.head(&embed_params).norm, &x, self.config.norm_epsilon));
         Ok((h, embed_params))
     }
 }

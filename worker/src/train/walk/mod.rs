@@ -34,11 +34,12 @@ use super::reduce::{Part, Reducer};
 use super::rng::Seeds;
 use super::units::{EMBED, Gathered, Shard};
 use crate::comm::Mesh;
-use crate::model::block::BlockShape;
+use crate::model::block::{BlockLayout, BlockShape};
 use crate::model::documents::Documents;
 use crate::model::embed::Positions;
 use crate::model::head;
 use crate::model::numerics::Numerics;
+use crate::model::rotary::Turns;
 use blocks::{Direction, Kept};
 
 /// Tokens and shifted targets of one forward pass, on the device.
@@ -59,6 +60,10 @@ impl Batch {
 
     fn positions(&self) -> Positions<'_> {
         self.documents.as_ref().map_or(Positions::From(0), |d| Positions::Each(d.positions_bt()))
+    }
+
+    fn turns(&self, config: &ModelConfig) -> Option<Turns> {
+        Turns::of(config, &self.tokens_bt, self.positions())
     }
 }
 
@@ -120,6 +125,7 @@ impl MicroPosition {
 /// A model's shards on one rank, and the way through its blocks.
 pub struct Walk<'a> {
     config: ModelConfig,
+    layout: BlockLayout,
     plan: ShardPlan,
     numerics: Numerics,
     mesh: Mesh<'a>,
@@ -158,6 +164,7 @@ impl<'a> Walk<'a> {
         };
         let head_scratch = head::Scratch::default();
         Walk {
+            layout: BlockLayout::new(&config),
             config,
             plan,
             numerics,
@@ -233,6 +240,8 @@ impl<'a> Walk<'a> {
         // Below it nothing is trained: no gradient goes there.
         let lowest = self.lowest_trained_block();
         let documents = batch.documents.as_ref();
+        let turns = tch::no_grad(|| batch.turns(&self.config));
+        let turns = turns.as_ref();
         let embed_params = self.gathered_embed()?;
         let (mut x, embed_mask) = tch::no_grad(|| self.embed(&embed_params, batch, position));
 
@@ -240,13 +249,15 @@ impl<'a> Walk<'a> {
         let mut kept: Vec<Option<Kept>> = Vec::with_capacity(blocks);
         for i in 0..blocks {
             let weights = self.gathered_block(i, Direction::Forward)?;
-            let shape = shape.seeded(self.seed(position, i + 1));
+            let shape = shape.of_block(i).seeded(self.seed(position, i + 1));
             if i < lowest || self.residency.recomputed[i] {
                 inputs.push(x.shallow_clone());
                 kept.push(None);
-                x = tch::no_grad(|| self.forward_block(&shape, i, &weights, &x, documents.into(), true));
+                x = tch::no_grad(|| {
+                    self.forward_block(&shape, i, &weights, &x, (turns, documents.into()), true)
+                });
             } else {
-                let run = self.forward_with_grad(&shape, i, &weights, &x, documents.into());
+                let run = self.forward_with_grad(&shape, i, &weights, &x, (turns, documents.into()));
                 x = run.y.detach().to_kind(self.numerics.kind);
                 inputs.push(run.x.shallow_clone());
                 kept.push(Some(run));
@@ -267,8 +278,8 @@ impl<'a> Walk<'a> {
                 }
                 None => {
                     let weights = self.gathered_block(i, Direction::Backward)?;
-                    let shape = shape.seeded(self.seed(position, i + 1));
-                    self.forward_with_grad(&shape, i, &weights, &inputs[i], documents.into())
+                    let shape = shape.of_block(i).seeded(self.seed(position, i + 1));
+                    self.forward_with_grad(&shape, i, &weights, &inputs[i], (turns, documents.into()))
                 }
             };
             let mut leaves = vec![run.x.shallow_clone()];

@@ -1,0 +1,152 @@
+use super::*;
+
+fn count(name: &str) -> u64 {
+    ModelConfig::preset(name).unwrap().parameter_count()
+}
+
+/// StarCoder's and DeciCoder's were published; the others are what transformers counts of the published shapes.
+#[test]
+fn published_shapes_have_their_parameter_counts() {
+    for (name, parameters) in
+        [("starcoder", 15_517_456_384), ("starcoderbase-1b", 1_137_207_296), ("decicoder-1b", 1_113_671_680)]
+    {
+        assert_eq!(count(name), parameters, "{name}");
+    }
+}
+
+#[test]
+fn every_preset_survives_its_own_json() {
+    for name in PRESETS {
+        let config = ModelConfig::preset(name).unwrap();
+        let text = config.to_json("bfloat16").to_string();
+        assert_eq!(ModelConfig::from_json(&text).unwrap(), config, "{name}");
+    }
+}
+
+#[test]
+fn parameters_stand_where_the_layout_says() {
+    for name in PRESETS {
+        let config = ModelConfig::preset(name).unwrap();
+        let (layout, parameters) = (config.embed_layout(), config.embed_parameters());
+        let name_at = |index: usize| parameters[index].hf_name.as_str();
+        assert!(name_at(layout.tokens).contains("wte") || name_at(layout.tokens).contains("embed_tokens"));
+        assert_eq!(layout.head == layout.tokens, config.tied_head, "{name}");
+        assert!(config.tied_head || name_at(layout.head) == "lm_head.weight", "{name}");
+        assert_eq!(layout.norm_bias.unwrap_or(layout.norm_weight) + 1, parameters.len(), "{name}");
+        let block = config.block_parameters(1);
+        for (linear, parameter) in config.linears().iter().zip(&block) {
+            assert_eq!(parameter.shape, [linear.out_features, linear.in_features], "{name}");
+            assert!(parameter.name.starts_with(linear.name) && parameter.decays, "{name}");
+        }
+        assert!(block[config.linears().len()..].iter().all(|parameter| !parameter.decays), "{name}");
+    }
+}
+
+const LLAMA: &str = r#""model_type":"llama","vocab_size":9,"hidden_size":32,"num_attention_heads":4,
+    "num_hidden_layers":2,"intermediate_size":8"#;
+
+#[test]
+fn bad_configs_are_refused_by_key_and_rule() {
+    let starcoder = r#""model_type":"gpt_bigcode","n_head":4"#;
+    let cases = [
+        ("[]".to_owned(), "not a JSON object"),
+        ("{}".to_owned(), "lacks model_type"),
+        (
+            r#"{"model_type":"mamba"}"#.to_owned(),
+            "model_type \"mamba\" is not supported; supported: gpt_bigcode, starcoder2, qwen2, llama, decicoder",
+        ),
+        (format!("{{{starcoder}}}"), "lacks n_embd"),
+        (format!(r#"{{{starcoder},"n_embd":-3}}"#), "n_embd = -3"),
+        (
+            format!(r#"{{{starcoder},"n_embd":30,"n_layer":1,"vocab_size":9}}"#),
+            "must be a multiple of n_head (4)",
+        ),
+        (
+            format!(r#"{{{starcoder},"n_embd":32,"activation_function":"relu"}}"#),
+            "activation_function = relu: must be gelu or gelu_pytorch_tanh",
+        ),
+        (format!(r#"{{{starcoder},"n_embd":32,"multi_query":1}}"#), "multi_query = 1: must be true or false"),
+        (format!(r#"{{{starcoder},"n_embd":32,"add_cross_attention":true}}"#), "without cross attention"),
+        (format!(r#"{{{LLAMA},"hidden_act":"relu"}}"#), "hidden_act = relu: must be silu"),
+        (format!(r#"{{{LLAMA},"num_key_value_heads":3}}"#), "num_key_value_heads = 3: must divide"),
+        (format!(r#"{{{LLAMA},"head_dim":7}}"#), "head_dim = 7: must be even"),
+        (format!(r#"{{{LLAMA},"num_key_value_heads":0}}"#), "must be a whole number from 1"),
+        (format!(r#"{{{LLAMA},"quantization_config":{{}}}}"#), "weights must not be quantised"),
+        (
+            format!(r#"{{{LLAMA},"rope_scaling":{{"type":"longrope"}}}}"#),
+            "rope_type = longrope: is not supported",
+        ),
+        (format!(r#"{{{LLAMA},"rope_scaling":{{"type":"linear"}}}}"#), "lacks factor"),
+        (
+            format!(r#"{{{LLAMA},"rope_scaling":{{"type":"linear","factor":0.5}}}}"#),
+            "factor = 0.5: must be at least 1",
+        ),
+        (format!(r#"{{{LLAMA},"rope_scaling":4}}"#), "rope_scaling = 4: must be an object"),
+        (
+            format!(
+                r#"{{{LLAMA},"rope_theta":1e4,"rope_parameters":{{"rope_type":"default","rope_theta":1e6}}}}"#
+            ),
+            "contradicts rope_theta = 1000000",
+        ),
+        (
+            format!(
+                r#"{{{LLAMA},"rope_scaling":{{"rope_type":"llama3","factor":8,"low_freq_factor":4,"high_freq_factor":4}}}}"#
+            ),
+            "high_freq_factor = 4.0: must be greater than low_freq_factor (4)",
+        ),
+        (
+            format!(
+                r#"{{{LLAMA},"rope_scaling":{{"type":"linear","factor":2,"partial_rotary_factor":0.5}}}}"#
+            ),
+            "only whole heads are rotated",
+        ),
+        (
+            format!(r#"{{{},"layer_types":["full_attention"]}}"#, LLAMA.replace("llama", "qwen2")),
+            "must name a type for each of 2 layers",
+        ),
+        (
+            format!(
+                r#"{{{},"layer_types":["sliding_attention","full_attention"]}}"#,
+                LLAMA.replace("llama", "qwen2")
+            ),
+            "full_attention behind sliding_attention",
+        ),
+        (
+            format!(r#"{{{},"norm_type":"rms_norm"}}"#, LLAMA.replace("llama", "starcoder2")),
+            "norm_type = rms_norm: must be layer_norm",
+        ),
+    ];
+    for (text, expected) in cases {
+        let message = ModelConfig::from_json(&text).unwrap_err().to_string();
+        assert!(message.contains(expected), "{text}: {message}");
+    }
+}
+
+#[test]
+fn a_decicoder_is_a_llama_under_another_name() {
+    let text = format!(r#"{{{},"naive_attention_prefill":false}}"#, LLAMA.replace("llama", "decicoder"));
+    let config = ModelConfig::from_json(&text).unwrap();
+    assert_eq!(config, ModelConfig::from_json(&format!("{{{LLAMA}}}")).unwrap());
+    assert_eq!(config.to_json("float32")["model_type"], "llama");
+}
+
+#[test]
+fn the_first_of_several_ends_of_text_counts() {
+    let config = ModelConfig::from_json(&format!(r#"{{{LLAMA},"eos_token_id":[7,8]}}"#)).unwrap();
+    assert_eq!(config.eos_token_id, Some(7));
+}
+
+#[test]
+fn windows_begin_where_the_config_says() {
+    let qwen = LLAMA.replace("llama", "qwen2");
+    let window = |more: &str| {
+        let config = ModelConfig::from_json(&format!("{{{qwen}{more}}}")).unwrap();
+        [config.window_of(0), config.window_of(1)]
+    };
+    assert_eq!(window(""), [None, None]);
+    assert_eq!(window(r#","sliding_window":5,"max_window_layers":1"#), [None, None]);
+    let used = r#","use_sliding_window":true,"sliding_window":5,"max_window_layers":1"#;
+    assert_eq!(window(used), [None, Some(5)]);
+    let named = r#","use_sliding_window":true,"sliding_window":5,"layer_types":["sliding_attention","sliding_attention"]"#;
+    assert_eq!(window(named), [Some(5), Some(5)]);
+}
