@@ -159,10 +159,10 @@ fn documents_that_share_a_row_are_trained_as_if_each_were_alone() {
     }
 }
 
-/// Four sequences of 24 tokens of the model's own vocabulary, again and again.
+/// Sixteen sequences of 24 tokens of the model's own vocabulary, again and again.
 fn rows(vocabulary: i64) -> impl Fn(Range<u64>) -> (Batch, f64) + Sync {
     move |range| {
-        let token = |row: u64, at: i64| ((row % 4) as i64 * 7919 + at * at * 31 + at * 17) % vocabulary;
+        let token = |row: u64, at: i64| ((row % 16) as i64 * 7919 + at * at * 31 + at * 17) % vocabulary;
         let tokens: Vec<i64> = range.clone().flat_map(|row| (0..24).map(move |at| token(row, at))).collect();
         let targets: Vec<i64> = range
             .flat_map(|row| (0..24).map(move |at| if at < 20 { token(row, at + 1) } else { -100 }))
@@ -181,12 +181,14 @@ fn one_two_and_four_ranks_train_the_same_model_of_every_family() {
             let spec = spec(ranks, micro_batch, 1);
             let (losses, weights) =
                 run_over(&dir, &spec, RECOMPUTE, Precision::Fp32, rows(config.vocab_size as i64));
-            // A key's bias that is not turned has a gradient of exactly 0, and AdamW makes steps of what rounding leaves.
-            let told = names.clone().zip(weights).filter(|(name, _)| *name != "attn.c_attn.bias");
+            // A key's bias that is turned slowly or not at all has a gradient of nearly 0, and AdamW makes whole steps of
+            // what rounding leaves.
+            let is_keys = |name: &str| name.ends_with("c_attn.bias") || name.ends_with("k_proj.bias");
+            let told = names.clone().zip(weights).filter(|(name, _)| !is_keys(name));
             (losses, told.map(|(_, weight)| weight).collect::<Vec<_>>())
         };
         let one = trained(1, 4);
-        assert!(one.0[19] < one.0[0], "{}: the loss does not fall: {:?}", dir.display(), one.0);
+        assert!(one.0[16] < one.0[0], "{}: the loss does not fall: {:?}", dir.display(), one.0);
         for (ranks, micro_batch) in [(2, 2), (4, 1)] {
             assert_close(&one, &trained(ranks, micro_batch));
         }
