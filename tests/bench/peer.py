@@ -19,6 +19,8 @@ PRESETS = {
     "qlora": dict(layers=8, width=1024, heads=16, inner=4096, vocab=8192, positions=2048),
     "starcoderbase-1b": dict(layers=24, width=2048, heads=16, inner=8192, vocab=49152, positions=8192),
     "starcoderbase-3b": dict(layers=36, width=2816, heads=22, inner=11264, vocab=49152, positions=8192),
+    "bench-llama": dict(layers=6, width=384, heads=6, kv_heads=2, inner=1024, vocab=49152, positions=512),
+    "decicoder-1b": dict(layers=20, width=2048, heads=32, kv_heads=4, inner=5888, vocab=49152, positions=2048),
     "starcoder": dict(layers=40, width=6144, heads=48, inner=24576, vocab=49152, positions=8192),
 }
 
@@ -29,7 +31,7 @@ def flags(description, preset="bench", add=None):
     if add:
         add(parser)
     parser.add_argument("--preset", choices=sorted(PRESETS), default=preset)
-    for name in ("layers", "width", "heads", "inner", "vocab", "positions"):
+    for name in ("layers", "width", "heads", "kv_heads", "inner", "vocab", "positions"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--sequence", type=int, default=512, help="tokens of one sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences of one rank's step")
@@ -47,21 +49,40 @@ def flags(description, preset="bench", add=None):
     return args
 
 
-def build_model(args):
-    """A random GPTBigCode with fp32 weights, dropout 0 and transformers' sdpa attention, in train mode."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import torch
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+def starcoder(args):
+    from transformers import GPTBigCodeConfig
 
-    torch.manual_seed(0)
-    config = GPTBigCodeConfig(
+    return GPTBigCodeConfig(
         vocab_size=args.vocab, n_positions=args.positions, n_embd=args.width, n_layer=args.layers,
         n_head=args.heads, n_inner=args.inner, activation_function="gelu_pytorch_tanh", multi_query=True,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
         use_cache=False, attn_implementation="sdpa",
     )
+
+
+def llama(args):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=args.vocab, max_position_embeddings=args.positions, hidden_size=args.width,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads, num_key_value_heads=args.kv_heads,
+        intermediate_size=args.inner, bos_token_id=0, eos_token_id=0, use_cache=False, attn_implementation="sdpa",
+    )
+
+
+def build_model(args):
+    """A random model with fp32 weights, dropout 0 and transformers' sdpa attention, in train mode.
+
+    A Llama where the shape says how many key-value heads there are, else a GPTBigCode with one.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = llama(args) if args.kv_heads else starcoder(args)
     with torch.device(args.device):
-        model = GPTBigCodeForCausalLM(config).train()
+        model = AutoModelForCausalLM.from_config(config).train()
     if args.recompute:
         # Its new name is not in every release that this runs with.
         warnings.simplefilter("ignore", FutureWarning)

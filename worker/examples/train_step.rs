@@ -220,8 +220,14 @@ fn utilisation(
     let product = 2.0 * (tokens * width) as f64 * config.intermediate_size as f64;
     let rate = product / median(&mut rates);
 
-    let linears = config.parameter_count() as f64 - (config.max_positions * config.hidden_size) as f64;
-    let attention = 12.0 * (config.layers * config.hidden_size) as f64 * args.sequence as f64;
+    // Looked up, not multiplied: positions, and the token embedding where the head is another.
+    let layout = config.embed_layout();
+    let mut lookups = if layout.positions.is_some() { config.max_positions * config.hidden_size } else { 0 };
+    if !config.tied_head {
+        lookups += config.vocab_size * config.hidden_size;
+    }
+    let linears = (config.parameter_count() - lookups) as f64;
+    let attention = 12.0 * (config.layers * config.attention_width()) as f64 * args.sequence as f64;
     let flops = (6.0 * linears + attention) * tokens as f64;
     let peak = match device {
         Device::Cpu => memory("VmHWM").unwrap_or_default(),
@@ -445,6 +451,15 @@ fn shape(args: &Args) -> Outcome<ModelConfig> {
             intermediate_size: 4096,
             max_positions: 2048,
             ..ModelConfig::preset("starcoderbase-1b")?
+        },
+        "bench-llama" => ModelConfig {
+            layers: 6,
+            hidden_size: 384,
+            heads: 6,
+            kv_heads: 2,
+            intermediate_size: 1024,
+            max_positions: 512,
+            ..ModelConfig::preset("decicoder-1b")?
         },
         name => ModelConfig::preset(name)?,
     };

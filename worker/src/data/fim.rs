@@ -7,10 +7,7 @@
 use std::ops::Range;
 
 use super::counter::Draws;
-use super::tokenizer::FimTokens;
-
-/// Marker tokens that a rearrangement adds.
-pub const MARKERS: u64 = 3;
+use super::infill::FimTokens;
 
 /// How a run of tokens is rearranged: the middle is `start..end` of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,13 +61,17 @@ impl Piece {
 }
 
 /// The tokens `span` of a document under `cut`, whose bounds count from the start of the span.
-pub fn pieces(cut: Cut, span: Range<u64>, markers: &FimTokens) -> [Piece; 6] {
+pub fn pieces(cut: Cut, span: Range<u64>, markers: &FimTokens) -> Vec<Piece> {
     let (start, end) = (span.start + cut.start, span.start + cut.end);
     let prefix = Piece::Tokens(span.start..start);
     let middle = Piece::Tokens(start..end);
     let suffix = Piece::Tokens(end..span.end);
     let [pre, suf, mid] = [markers.prefix, markers.suffix, markers.middle].map(Piece::Marker);
-    if cut.spm { [pre, suf, suffix, mid, prefix, middle] } else { [pre, prefix, suf, suffix, mid, middle] }
+    let row = match cut.spm {
+        true => [pre, suf, suffix, mid, prefix, middle],
+        false => [pre, prefix, suf, suffix, mid, middle],
+    };
+    row.into_iter().chain(markers.end.map(Piece::Marker)).collect()
 }
 
 /// What the pieces of `row`, laid end to end, hold at positions `range`.
@@ -96,7 +97,7 @@ mod tests {
     use super::super::counter::Purpose;
     use super::*;
 
-    const MARKER_TOKENS: FimTokens = FimTokens { prefix: 1, middle: 2, suffix: 3, pad: 4 };
+    const MARKER_TOKENS: FimTokens = FimTokens { prefix: 1, middle: 2, suffix: 3, pad: Some(4), end: None };
 
     fn lay_out(tokens: &[u32], pieces: impl IntoIterator<Item = Piece>) -> Vec<u32> {
         let mut out = Vec::new();
@@ -128,6 +129,14 @@ mod tests {
         assert_eq!(lay_out(&tokens, pieces(spm, 0..5, &MARKER_TOKENS)), [1, 3, 13, 14, 2, 10, 11, 12]);
     }
 
+    #[test]
+    fn a_middle_ends_with_its_mark_where_the_family_has_one() {
+        let markers = FimTokens { end: Some(5), ..MARKER_TOKENS };
+        let psm = Cut { start: 1, end: 2, spm: false };
+        assert_eq!(lay_out(&[10, 11, 12], pieces(psm, 0..3, &markers)), [1, 10, 3, 12, 2, 11, 5]);
+        assert_eq!(markers.count(), 4);
+    }
+
     proptest! {
         #[test]
         fn a_rearrangement_can_be_undone(tokens in prop::collection::vec(10u32..1000, 0..60), key: u64) {
@@ -137,7 +146,7 @@ mod tests {
             prop_assert!(rates.chosen(&mut draws));
             let cut = rates.cut(&mut draws, len);
             let rearranged = lay_out(&tokens, pieces(cut, 0..len, &MARKER_TOKENS));
-            prop_assert_eq!(rearranged.len() as u64, len + MARKERS);
+            prop_assert_eq!(rearranged.len() as u64, len + MARKER_TOKENS.count());
             prop_assert_eq!(restore(&rearranged), tokens);
         }
 

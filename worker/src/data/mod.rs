@@ -19,6 +19,8 @@ pub mod token_cache;
 pub mod counter;
 /// Rearrangement for infilling.
 pub mod fim;
+/// How families mark the three spans.
+pub mod infill;
 /// The default packing: one endless stream.
 mod packing;
 /// The generators of NumPy and Python.
@@ -35,9 +37,10 @@ use tunefleet_proto::job::{DataSpec, FimLevel, Packing};
 
 use documents::Dataset;
 use fim::Rates;
+use infill::FimTokens;
 use render::{Layout, Markup};
 use token_cache::TokenFile;
-use tokenizer::{FimTokens, Tokenizer};
+use tokenizer::Tokenizer;
 
 /// Target that takes no part in the loss.
 pub const IGNORED: i64 = -100;
@@ -140,6 +143,8 @@ struct Settings {
     seed: u64,
     split: Split,
     eos: u32,
+    /// Between two documents.
+    border: Vec<u32>,
     /// Meaningless markers when `rates.fim` is 0.
     markers: FimTokens,
 }
@@ -197,7 +202,7 @@ impl Sequences {
         let markers = if spec.fim_rate > 0.0 {
             tokenizer.fim()?
         } else {
-            FimTokens { prefix: eos, middle: eos, suffix: eos, pad: eos }
+            FimTokens { prefix: eos, middle: eos, suffix: eos, pad: None, end: None }
         };
         if split == Split::Train && dataset.len(split) == 0 {
             return Err(Error::NoDocuments(dataset.dir().display().to_string()));
@@ -209,6 +214,7 @@ impl Sequences {
             seed: spec.seed,
             split,
             eos,
+            border: tokenizer.border(),
             markers,
         };
         let tokens = |split, markup| {
@@ -237,7 +243,7 @@ impl Sequences {
         Ok(Sequences {
             packed,
             sequence_tokens: u64::from(spec.sequence_tokens),
-            pad: tokenizer.fim().map_or(eos, |markers| markers.pad),
+            pad: tokenizer.fim().ok().and_then(|markers| markers.pad).unwrap_or(eos),
             document_end: spec.document_mask.then_some(eos),
             len_per_epoch,
             dataset_digest: dataset.digest(),

@@ -13,9 +13,9 @@
 //! Two levels of fill-in-the-middle:
 //! - document: a document is rearranged whole and then cut as it comes.
 //! - window: what a window takes of a document is a part, and a part is rearranged for itself.
-//!   Its three markers count against the window, so the part takes three tokens less of the
-//!   document; parts with fewer than [`MIN_INFILL`] tokens stay as they are. The end-of-text
-//!   token closes the document's last part where it fits, else it opens the next window.
+//!   Its markers count against the window, so the part takes as many tokens less of the
+//!   document; parts with fewer than [`MIN_INFILL`] tokens stay as they are. What stands between
+//!   two documents closes the last part where it fits, else it opens the next window.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tunefleet_proto::job::FimLevel;
 
 use super::counter::{Draws, Purpose};
-use super::fim::{MARKERS, Piece, pieces, slice};
+use super::fim::{Piece, pieces, slice};
 use super::token_cache::TokenFile;
 use super::{Error, Settings, Split};
 
@@ -215,45 +215,46 @@ impl Continuous {
 
     /// What a window with `free` tokens takes of a document from `offset` on.
     fn part(&self, epoch: u64, document: u64, offset: u64, free: u64) -> Part {
-        let rates = &self.settings.rates;
-        let len = self.tokens.len(document);
-        match self.settings.level {
+        let Settings { rates, markers, border, level, .. } = &self.settings;
+        let (len, border, markers) = (self.tokens.len(document), border.len() as u64, markers.count());
+        match level {
             FimLevel::Document => {
                 let mut draws = self.draws(Purpose::Fim, &[epoch, document]);
                 let infill = rates.chosen(&mut draws).then_some((0..len, draws));
-                let total = len + 1 + if infill.is_some() { MARKERS } else { 0 };
+                let total = len + border + if infill.is_some() { markers } else { 0 };
                 let used = (total - offset).min(free);
                 Part { advance: used, used, ends: offset + used == total, infill }
             }
             FimLevel::Window => {
                 let left = len - offset.min(len);
                 let mut draws = self.draws(Purpose::Fim, &[epoch, document, offset]);
-                let content = left.min(free.saturating_sub(MARKERS));
+                let content = left.min(free.saturating_sub(markers));
                 if content >= MIN_INFILL && rates.chosen(&mut draws) {
-                    let ends = content == left && content + MARKERS < free;
-                    let advance = content + u64::from(ends);
+                    let ends = content == left && content + markers + border <= free;
+                    let advance = content + if ends { border } else { 0 };
                     let infill = Some((offset..offset + content, draws));
-                    return Part { advance, used: advance + MARKERS, ends, infill };
+                    return Part { advance, used: advance + markers, ends, infill };
                 }
-                let used = (len + 1 - offset).min(free);
-                Part { advance: used, used, ends: offset + used == len + 1, infill: None }
+                let used = (len + border - offset).min(free);
+                Part { advance: used, used, ends: offset + used == len + border, infill: None }
             }
         }
     }
 
     /// Appends the tokens of a part.
     fn emit(&self, document: u64, offset: u64, part: &Part, out: &mut Vec<u32>) -> Result<(), Error> {
-        let Settings { rates, markers, eos, level, .. } = &self.settings;
-        let eos = Piece::Marker(*eos);
+        let Settings { rates, markers, border, level, .. } = &self.settings;
+        let border = border.iter().copied().map(Piece::Marker);
         let (row, range) = match &part.infill {
             None => {
-                let whole = vec![Piece::Tokens(0..self.tokens.len(document)), eos];
+                let whole =
+                    std::iter::once(Piece::Tokens(0..self.tokens.len(document))).chain(border).collect();
                 (whole, offset..offset + part.used)
             }
             Some((span, draws)) => {
                 let cut = rates.cut(&mut draws.clone(), span.end - span.start);
-                let mut row = pieces(cut, span.clone(), markers).to_vec();
-                row.push(eos);
+                let mut row = pieces(cut, span.clone(), markers);
+                row.extend(border);
                 let from = if *level == FimLevel::Document { offset } else { 0 };
                 (row, from..from + part.used)
             }

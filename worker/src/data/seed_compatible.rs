@@ -7,7 +7,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::fim::{Cut, MARKERS, Piece, pieces};
+use super::fim::{Cut, Piece, pieces};
 use super::mersenne::{PythonRandom, RandomState};
 use super::token_cache::TokenFile;
 use super::{Error, Settings, Split};
@@ -138,7 +138,8 @@ impl SeedCompatible {
             }
             let document = mark.first_document % documents.max(1);
             characters += self.tokens.characters(document);
-            let markers = if self.cut(document, &mut random)?.is_some() { MARKERS } else { 0 };
+            let count = self.settings.markers.count();
+            let markers = if self.cut(document, &mut random)?.is_some() { count } else { 0 };
             tokens += self.tokens.len(document) + markers + 1;
             mark.first_document += 1;
         }

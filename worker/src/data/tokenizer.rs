@@ -12,6 +12,7 @@ use tunefleet_proto::digest_hex;
 
 use super::byte_level::{Added, ByteLevel};
 use super::guarded;
+use super::infill::{BORDERS, FimTokens, TEMPLATES};
 
 /// File name of a tokenizer inside a directory.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -22,12 +23,8 @@ pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 const MAX_FILE_BYTES: u64 = 256 << 20;
 /// End of text where `tokenizer_config.json` does not name it.
 const DEFAULT_EOS: &str = "<|endoftext|>";
-/// Prefix, middle, suffix and pad markers as model families spell them; StarCoder's first.
-const MARKER_FAMILIES: [[&str; 4]; 3] = [
-    ["<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"],
-    ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"],
-    ["<fim-prefix>", "<fim-middle>", "<fim-suffix>", "<fim-pad>"],
-];
+/// A character that no vocabulary has with text around it as one token.
+const ANCHOR: &str = "\u{263a}";
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -108,19 +105,6 @@ pub enum Error {
     Dataset(#[from] super::documents::Error),
 }
 
-/// Ids of the control tokens of infilling.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FimTokens {
-    /// Before the prefix.
-    pub prefix: u32,
-    /// Before the middle.
-    pub middle: u32,
-    /// Before the suffix.
-    pub suffix: u32,
-    /// Fills a short sequence.
-    pub pad: u32,
-}
-
 /// A loaded `tokenizer.json`.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
@@ -133,6 +117,10 @@ pub struct Tokenizer {
     byte_level: Option<Arc<ByteLevel>>,
     fim: Result<FimTokens, String>,
     eos: u32,
+    /// What a text begins with, where the vocabulary has such a token.
+    bos: Option<u32>,
+    /// Tokens of [`ANCHOR`], where a text that begins gets a space of its own: it must not get one in the middle.
+    anchor: Option<Vec<u32>>,
     vocab_size: u64,
     digest: String,
 }
@@ -155,8 +143,11 @@ impl Tokenizer {
         plain.set_encode_special_tokens(true);
         let vocab_size = control.get_vocab(true).into_values().max().map_or(0, |id| u64::from(id) + 1);
         let fim = find_markers(&control);
+        let framed = guarded(|| control.encode_fast("", true)).map(|encoding| encoding.get_ids().to_vec());
+        let bos = framed.ok().and_then(|ids| ids.first().copied()).filter(|first| *first != eos);
+        let anchor = anchor(&plain);
         let digest = digest_hex(&bytes);
-        Ok(Tokenizer { path, control, plain, byte_level, fim, eos, vocab_size, digest })
+        Ok(Tokenizer { path, control, plain, byte_level, fim, eos, bos, anchor, vocab_size, digest })
     }
 
     /// The markers of infilling.
@@ -188,6 +179,31 @@ impl Tokenizer {
         self.eos
     }
 
+    /// Begins a text, in vocabularies that have such a token.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// What stands between two documents: the end of one, and the beginning of the next.
+    pub fn border(&self) -> Vec<u32> {
+        std::iter::once(self.eos).chain(self.bos).collect()
+    }
+
+    /// `tokens` as the beginning of a text, unless they begin one already.
+    pub fn begun(&self, mut tokens: Vec<u32>) -> Vec<u32> {
+        if let Some(bos) = self.bos.filter(|bos| tokens.first() != Some(bos)) {
+            tokens.insert(0, bos);
+        }
+        tokens
+    }
+
+    /// Tokens before which a completion ends: ends of text, marks of infilling and borders of files.
+    pub fn ends_of_completions(&self) -> Vec<u32> {
+        let borders = BORDERS.iter().filter_map(|mark| self.marks([mark], "").ok()).flatten();
+        let marks = self.fim.iter().flat_map(FimTokens::all);
+        std::iter::once(self.eos).chain(self.bos).chain(marks).chain(borders).collect()
+    }
+
     /// Highest id plus one: the rows that an embedding needs.
     pub fn vocab_size(&self) -> u64 {
         self.vocab_size
@@ -212,6 +228,19 @@ impl Tokenizer {
     /// When the vocabulary cannot express the text.
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, Error> {
         self.encode(text, Added::SpecialIsText, false)
+    }
+
+    /// Tokens of a text that stands in the middle of another; special tokens spelt out in it are text.
+    ///
+    /// # Errors
+    /// When the vocabulary cannot express the text.
+    pub fn encode_middle(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let Some(anchor) = &self.anchor else { return self.encode_document(text) };
+        let mut tokens = self.encode_document(&format!("{ANCHOR}{text}"))?;
+        match tokens.starts_with(anchor) {
+            true => Ok(tokens.split_off(anchor.len())),
+            false => self.encode_document(text),
+        }
     }
 
     /// Tokens of a file as the original made them: special tokens spelt out in it become control tokens.
@@ -245,6 +274,19 @@ impl Tokenizer {
     /// When the decoder refuses the tokens.
     pub fn decode(&self, tokens: &[u32], skip_special: bool) -> Result<String, Error> {
         guarded(|| self.control.decode(tokens, skip_special)).map_err(|problem| self.text_error(problem))
+    }
+
+    /// Text of `tokens` that stand in the middle of others, in which a space at the beginning is one.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_middle(&self, tokens: &[u32], skip_special: bool) -> Result<String, Error> {
+        let Some(anchor) = &self.anchor else { return self.decode(tokens, skip_special) };
+        let text = self.decode(&[anchor.as_slice(), tokens].concat(), skip_special)?;
+        match text.strip_prefix(ANCHOR) {
+            Some(rest) => Ok(rest.to_owned()),
+            None => self.decode(tokens, skip_special),
+        }
     }
 
     fn text_error(&self, problem: String) -> Error {
@@ -281,7 +323,7 @@ fn parse(bytes: &[u8], eos: &str) -> Result<(tokenizers::Tokenizer, Option<Arc<B
     let mut json: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     for token in json.get_mut("added_tokens").and_then(Value::as_array_mut).into_iter().flatten() {
         let is_control = token.get("content").and_then(Value::as_str).is_some_and(|content| {
-            content == eos || MARKER_FAMILIES.iter().any(|family| family.contains(&content))
+            content == eos || TEMPLATES.iter().any(|family| family.marks().any(|mark| mark == content))
         });
         if let (true, Some(special)) = (is_control, token.get_mut("special")) {
             *special = Value::Bool(true);
@@ -295,19 +337,31 @@ fn parse(bytes: &[u8], eos: &str) -> Result<(tokenizers::Tokenizer, Option<Arc<B
     Ok((tokenizer, byte_level))
 }
 
-/// The first family that is whole, else the markers of the first family that are missing.
+/// Tokens of [`ANCHOR`] at the beginning of a text, where what follows it is not as at the beginning.
+fn anchor(plain: &tokenizers::Tokenizer) -> Option<Vec<u32>> {
+    let ids =
+        |text: &str| guarded(|| plain.encode_fast(text, false)).map(|encoding| encoding.get_ids().to_vec());
+    let anchor = ids(ANCHOR).ok()?;
+    let behind = ids(&format!("{ANCHOR}a")).ok()?;
+    let alone = ids("a").ok()?;
+    let rest = behind.strip_prefix(anchor.as_slice())?;
+    (rest != alone.as_slice()).then_some(anchor)
+}
+
+/// The marks of the first family that is whole, else what the family that comes nearest lacks.
 fn find_markers(tokenizer: &tokenizers::Tokenizer) -> Result<FimTokens, String> {
-    let single = |marker: &str| {
-        let id = tokenizer.token_to_id(marker)?;
-        let encoding = guarded(|| tokenizer.encode_fast(marker, false)).ok()?;
+    let single = |mark: &str| {
+        let id = tokenizer.token_to_id(mark)?;
+        let encoding = guarded(|| tokenizer.encode_fast(mark, false)).ok()?;
         (encoding.get_ids() == [id]).then_some(id)
     };
-    for family in MARKER_FAMILIES {
-        if let [Some(prefix), Some(middle), Some(suffix), Some(pad)] = family.map(single) {
-            return Ok(FimTokens { prefix, middle, suffix, pad });
+    let mut least: Vec<&str> = Vec::new();
+    for family in TEMPLATES {
+        match family.find(single) {
+            Ok(tokens) => return Ok(tokens),
+            Err(missing) if least.is_empty() || missing.len() < least.len() => least = missing,
+            Err(_) => {}
         }
     }
-    let [starcoder, ..] = MARKER_FAMILIES;
-    let missing: Vec<&str> = starcoder.into_iter().filter(|marker| single(marker).is_none()).collect();
-    Err(missing.join(", "))
+    Err(least.join(", "))
 }

@@ -205,18 +205,13 @@ impl Subject {
 
     fn submit(&self, ask: Ask) -> Result<UnboundedReceiver<Event>, Refused> {
         let (sender, events) = unbounded_channel();
-        let mut end_tokens = vec![self.tokenizer.eos()];
-        if let Ok(fim) = self.tokenizer.fim() {
-            end_tokens.extend([fim.prefix, fim.middle, fim.suffix, fim.pad]);
-        }
-        end_tokens.extend(self.tokenizer.marks(["<file_sep>"], "").into_iter().flatten());
         self.engine.submit(Request {
             prompt: ask.prompt,
             max_new_tokens: ask.max_new_tokens,
             sampling: ask.sampling,
             rules: ask.rules,
             keeps_stop: false,
-            end_tokens,
+            end_tokens: self.tokenizer.ends_of_completions(),
             adapter: self.adapter,
             top: None,
             asked: Instant::now(),

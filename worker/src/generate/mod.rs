@@ -112,20 +112,21 @@ pub fn run(args: Args) -> Result<(), Error> {
     prompt.check_room(args.max_new_tokens, decoder.config().max_positions)?;
     let sampling =
         Sampling { temperature: args.temperature, top_p: args.top_p, seed: args.seed, ..Sampling::default() };
-    let tokens = complete(&decoder, &prompt.tokens, args.max_new_tokens, tokenizer.eos(), sampling);
-    let completion = tokenizer.decode(&tokens, true)?;
+    let ends = tokenizer.ends_of_completions();
+    let tokens = complete(&decoder, &prompt.tokens, args.max_new_tokens, &ends, sampling);
+    let completion = tokenizer.decode_middle(&tokens, true)?;
     let (before, after) = if args.completion_only { ("", "") } else { (&*prompt.before, &*prompt.after) };
     // A reader that has gone away wants no more.
     let _ = writeln!(std::io::stdout(), "{before}{completion}{after}");
     Ok(())
 }
 
-/// Up to `max_new_tokens` after `prompt`; ends before `eos`.
+/// Up to `max_new_tokens` after `prompt`; ends before any of `ends`.
 pub fn complete(
     decoder: &Decoder,
     prompt: &[u32],
     max_new_tokens: usize,
-    eos: u32,
+    ends: &[u32],
     sampling: Sampling,
 ) -> Vec<u32> {
     let mut sampler = Sampler::new(sampling);
@@ -134,7 +135,7 @@ pub fn complete(
     while tokens.len() - prompt.len() < max_new_tokens {
         let shown = tokens.get(context.tokens()..).unwrap_or_default();
         let next = sampler.next(&decoder.next_logits(&mut context, shown), &tokens);
-        if next == eos {
+        if ends.contains(&next) {
             break;
         }
         tokens.push(next);

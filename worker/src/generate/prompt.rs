@@ -1,6 +1,7 @@
 //! From what a person types to tokens: plain text is continued, `<FILL_ME>` is filled in.
 
-use crate::data::tokenizer::{self, FimTokens, Tokenizer};
+use crate::data::infill::FimTokens;
+use crate::data::tokenizer::{self, Tokenizer};
 
 /// A window's beginning moves by so many tokens at once: what is typed meanwhile finds the rest where it was.
 const ANCHOR_TOKENS: usize = 256;
@@ -77,19 +78,14 @@ impl Prompt {
         let (tokens, before, after) = match parts.as_slice() {
             [only] => (tokenizer.encode_prompt(only)?, *only, ""),
             [before, after] => {
-                let fim = tokenizer.fim()?;
-                let mut tokens = vec![fim.prefix];
-                tokens.extend(tokenizer.encode_document(before)?);
-                tokens.push(fim.suffix);
-                tokens.extend(tokenizer.encode_document(after)?);
-                tokens.push(fim.middle);
-                (tokens, *before, *after)
+                (infill(tokenizer, before, after, InfillOrder::Psm, usize::MAX)?, *before, *after)
             }
             more => return Err(Error::Holes(more.len() - 1)),
         };
-        if tokens.is_empty() {
+        if text.is_empty() {
             return Err(Error::Empty);
         }
+        let tokens = tokenizer.begun(tokens);
         Ok(Prompt { tokens, before: before.to_owned(), after: after.to_owned() })
     }
 
@@ -118,14 +114,15 @@ pub fn infill(
     most: usize,
 ) -> Result<Vec<u32>, tokenizer::Error> {
     let FimTokens { prefix: pre, middle: mid, suffix: suf, .. } = tokenizer.fim()?;
-    let (before, mut after) = (tokenizer.encode_document(prefix)?, tokenizer.encode_document(suffix)?);
-    let most = most.saturating_sub(3);
+    // In either order the prefix begins a text, as Code Llama has it; the suffix never does.
+    let (before, mut after) = (tokenizer.encode_document(prefix)?, tokenizer.encode_middle(suffix)?);
+    let most = most.saturating_sub(3 + usize::from(tokenizer.bos().is_some()));
     after.truncate((most / SUFFIX_SHARE).max(most.saturating_sub(before.len())));
     let before = before.split_at(anchored(before.len(), most.saturating_sub(after.len()))).1;
-    Ok(match order {
+    Ok(tokenizer.begun(match order {
         InfillOrder::Psm => [&[pre][..], before, &[suf], &after, &[mid]].concat(),
         InfillOrder::Spm => [&[pre, suf][..], &after, &[mid], before].concat(),
-    })
+    }))
 }
 
 /// How many of `tokens` are left out at the beginning so that at most `most` stay: a multiple of [`ANCHOR_TOKENS`].

@@ -11,7 +11,8 @@ use tunefleet_proto::model::ModelConfig;
 use super::engine::request::{End, Event, Failure, Request, Token};
 use super::engine::{AdapterId, Handle, Refused};
 use super::stop::{Rules, Shape};
-use crate::data::tokenizer::{self, FimTokens, Tokenizer};
+use crate::data::infill::FimTokens;
+use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::adapters::Adapter;
 use crate::generate::prompt::{self, InfillOrder, anchored};
 use crate::generate::sampling::Sampling;
@@ -165,18 +166,13 @@ impl Server {
             return Err(Error::Invalid("the prompt is empty: give some text to continue".to_owned()));
         }
         let (sender, events) = unbounded_channel();
-        let mut end_tokens = vec![self.tokenizer.eos()];
-        if let Ok(fim) = self.tokenizer.fim() {
-            end_tokens.extend([fim.prefix, fim.middle, fim.suffix, fim.pad]);
-        }
-        end_tokens.extend(self.tokenizer.marks(["<file_sep>"], "").into_iter().flatten());
         self.engine.submit(Request {
             prompt: prompt.clone(),
             max_new_tokens: wanted,
             sampling: ask.sampling,
             rules,
             keeps_stop: ask.keeps_stop,
-            end_tokens,
+            end_tokens: self.tokenizer.ends_of_completions(),
             adapter,
             top: ask.top,
             asked: Instant::now(),
@@ -318,6 +314,7 @@ impl Server {
             }
             Prompt::Text(text) => {
                 let tokens = self.tokenizer.encode_prompt(text).map_err(|error| Error::text(&error))?;
+                let tokens = if text.is_empty() { tokens } else { self.tokenizer.begun(tokens) };
                 let hole = self.hole(&tokens).map_err(|error| Error::text(&error))?;
                 let rules = match (&hole, ask.shape) {
                     (Some((prefix, suffix)), shape) => {
@@ -352,7 +349,7 @@ impl Server {
         let at = |marker| tokens.iter().position(|token| *token == marker);
         let (Some(pre), Some(suf), Some(mid)) = (at(pre), at(suf), at(mid)) else { return Ok(None) };
         let text = |begin: usize, end: usize| {
-            self.tokenizer.decode(tokens.get(begin..end.max(begin)).unwrap_or_default(), false)
+            self.tokenizer.decode_middle(tokens.get(begin..end.max(begin)).unwrap_or_default(), false)
         };
         Ok(match () {
             () if pre < suf && suf < mid && mid > suf + 1 && suf == pre + 1 && mid + 1 < tokens.len() => {

@@ -5,6 +5,8 @@ use std::process::Command;
 use crate::data_support::{Workshop, documents, python, shared_data};
 use tunefleet_worker::data::tokenizer::Tokenizer;
 use tunefleet_worker::data::train_tokenizer::{SPECIAL_TOKENS, train};
+use tunefleet_worker::generate::prompt::{FILL_ME, InfillOrder, Prompt, infill};
+use tunefleet_worker::serve::engine::text::Text;
 
 /// Texts with what plain byte pairs, digits, spaces and control tokens need.
 const TEXTS: [&str; 6] = [
@@ -40,7 +42,7 @@ fn the_published_vectors_of_starcoder_are_reproduced() {
     let prompt = tokenizer.encode_prompt("<fim_prefix>a<fim_suffix>b<fim_middle>").unwrap();
     assert_eq!([prompt[0], prompt[2], prompt[4]], [1, 3, 2]);
     let fim = tokenizer.fim().unwrap();
-    assert_eq!([tokenizer.eos(), fim.prefix, fim.middle, fim.suffix, fim.pad], [0, 1, 2, 3, 4]);
+    assert_eq!([tokenizer.eos(), fim.prefix, fim.middle, fim.suffix, fim.pad.unwrap()], [0, 1, 2, 3, 4]);
 }
 
 #[test]
@@ -146,4 +148,50 @@ fn the_command_trains_on_a_dataset() {
     let path = out.join("tokenizer.json");
     assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{}\n", path.display()));
     assert_eq!(Tokenizer::load(&out).unwrap().vocab_size(), 300);
+}
+
+/// Qwen's, DeepSeek's and Code Llama's ways: other marks, a beginning of text, a space that a text begins with.
+#[test]
+fn prompts_are_laid_out_as_each_family_has_them() {
+    let Some(dir) = crate::common::fixtures_of("make_tokenizers.py", "tokenizers") else { return };
+    for family in ["qwen", "deepseek", "codellama"] {
+        let tokenizer = Tokenizer::load(&dir.join(family)).unwrap();
+        let cases = std::fs::read_to_string(dir.join(family).join("cases.json")).unwrap();
+        let cases: serde_json::Value = serde_json::from_str(&cases).unwrap();
+        for case in cases.as_array().unwrap() {
+            let text = |key: &str| case[key].as_str().unwrap();
+            let ids = |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
+            let (before, after) = (text("before"), text("after"));
+            let laid_out = |order| infill(&tokenizer, before, after, order, 1000).unwrap();
+            assert_eq!(laid_out(InfillOrder::Psm), ids("psm"), "{family}: {case}");
+            assert_eq!(laid_out(InfillOrder::Spm), ids("spm"), "{family}: {case}");
+            let holed = Prompt::new(&format!("{before}{FILL_ME}{after}"), &tokenizer).unwrap();
+            assert_eq!(holed.tokens, ids("psm"), "{family}: {case}");
+            if !before.is_empty() {
+                assert_eq!(Prompt::new(before, &tokenizer).unwrap().tokens, ids("plain"), "{family}: {case}");
+            }
+            // What a model writes in the middle comes back to the space.
+            for text in [before, after, "  return x", " ", "x"] {
+                let tokens = tokenizer.encode_middle(text).unwrap();
+                assert_eq!(tokenizer.decode_middle(&tokens, true).unwrap(), text, "{family}");
+                let mut told = Text::default();
+                tokens.iter().for_each(|token| told.push(*token, &tokenizer).unwrap());
+                told.finish(&tokenizer).unwrap();
+                assert_eq!(told.as_str(), text, "{family}");
+                let whole = tokenizer.encode_document(text).unwrap();
+                assert_eq!(tokenizer.decode(&whole, false).unwrap(), text, "{family}");
+            }
+        }
+        // Marks in a file are text, and a completion ends before them.
+        let fim = tokenizer.fim().unwrap();
+        let ends = tokenizer.ends_of_completions();
+        assert!(fim.all().chain([tokenizer.eos()]).all(|token| ends.contains(&token)), "{family}");
+        assert_eq!(fim.end.is_some(), family == "codellama");
+        assert_eq!(tokenizer.bos().is_some(), family != "qwen");
+        for token in fim.all() {
+            let mark = tokenizer.decode(&[token], false).unwrap();
+            let document = tokenizer.encode_document(&format!("x {mark} y")).unwrap();
+            assert!(!document.iter().any(|id| ends.contains(id)), "{family}: {mark}");
+        }
+    }
 }

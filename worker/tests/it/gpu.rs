@@ -10,10 +10,12 @@ use tch::{Device, Kind, Tensor};
 use tunefleet_kernels::nccl::Store;
 use tunefleet_proto::ids::Rank;
 use tunefleet_proto::job::Precision;
+use tunefleet_proto::model::{Dropout, ModelConfig, Qkv, Window};
 use tunefleet_proto::shard_plan::ShardPlan;
-use tunefleet_worker::checkpoint::hugging_face;
+use tunefleet_worker::checkpoint::{hugging_face, model_dir};
 use tunefleet_worker::comm::nccl::NcclCommunicator;
 use tunefleet_worker::comm::{Communicator, Error, Mesh, Solo, Tag};
+use tunefleet_worker::generate::decoder::Decoder;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::rng::Seeds;
 use tunefleet_worker::train::walk::{Batch, MicroPosition, Walk};
@@ -113,27 +115,95 @@ fn step(
     (loss.double_value(&[]) / 512.0, grads)
 }
 
+/// A small model of each family, biases and norms random too.
+fn small_models(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let small = |preset: &str| ModelConfig {
+        layers: 2,
+        hidden_size: 128,
+        heads: 4,
+        kv_heads: 2,
+        intermediate_size: 352,
+        vocab_size: 1024,
+        max_positions: 256,
+        dropout: Dropout::NONE,
+        ..ModelConfig::preset(preset).unwrap()
+    };
+    let window = |tokens| Some(Window { tokens, first_block: 1 });
+    let of_heads = ModelConfig { kv_heads: 4, qkv: Qkv::FusedByHead, ..small("starcoderbase-1b") };
+    let shapes = [
+        ("tiny", ModelConfig::preset("tiny").unwrap()),
+        ("heads", of_heads),
+        ("llama", small("deepseek-coder-1.3b")),
+        ("qwen2", ModelConfig { window: window(48), ..small("qwen2.5-coder-0.5b") }),
+        (
+            "starcoder2",
+            ModelConfig { window: Some(Window { tokens: 40, first_block: 0 }), ..small("starcoder2-3b") },
+        ),
+    ];
+    tch::manual_seed(7);
+    let write = |(name, config): (&str, ModelConfig)| {
+        let path = dir.join(name);
+        model_dir::write(&path, &config, Precision::Fp32, None, |parameter, sink| {
+            let values = Tensor::randn([parameter.elements() as i64], (Kind::Float, Device::Cpu)) * 0.05;
+            let is_norm = !parameter.decays && parameter.name.ends_with(".weight");
+            sink(&Vec::<f32>::try_from(if is_norm { values + 1.0 } else { values }).unwrap())
+        })
+        .unwrap();
+        path
+    };
+    shapes.map(write).to_vec()
+}
+
 #[test]
 fn the_gpu_computes_what_the_cpu_computes() {
     if !gpu() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let model = dir.path().join("model");
-    tunefleet_worker::init_model::init("tiny", None, 5, Precision::Fp32, &model).unwrap();
-    let (cpu_loss, cpu) = step(&model, Device::Cpu, Precision::Fp32, &Solo);
     let nccl = alone();
-    for (precision, tolerance) in [(Precision::Fp32, 1e-4), (Precision::Bf16, 3e-2)] {
-        for comm in [&Solo as &dyn Communicator, &nccl] {
-            let (loss, grads) = step(&model, Device::Cuda(0), precision, comm);
-            assert!((loss - cpu_loss).abs() <= tolerance * cpu_loss, "{precision:?}: {loss} and {cpu_loss}");
-            for (gpu, cpu) in grads.iter().zip(&cpu) {
-                let ratio = distance(gpu, cpu) / norm(cpu);
-                assert!(ratio <= tolerance, "{precision:?}: gradients differ by {ratio}");
+    for model in small_models(dir.path()) {
+        let name = model.file_name().unwrap().to_str().unwrap();
+        let (cpu_loss, cpu) = step(&model, Device::Cpu, Precision::Fp32, &Solo);
+        for (precision, tolerance) in [(Precision::Fp32, 1e-4), (Precision::Bf16, 3e-2)] {
+            for comm in [&Solo as &dyn Communicator, &nccl] {
+                let (loss, grads) = step(&model, Device::Cuda(0), precision, comm);
+                assert!(
+                    (loss - cpu_loss).abs() <= tolerance * cpu_loss,
+                    "{name} {precision:?}: {loss} and {cpu_loss}"
+                );
+                for (gpu, cpu) in grads.iter().zip(&cpu) {
+                    let ratio = distance(gpu, cpu) / norm(cpu);
+                    assert!(ratio <= tolerance, "{name} {precision:?}: gradients differ by {ratio}");
+                }
+                let (again, grads_again) = step(&model, Device::Cuda(0), precision, comm);
+                assert_eq!(loss, again, "{name}: two runs differ");
+                assert!(grads.iter().zip(&grads_again).all(|(a, b)| a.equal(b)), "{name}: two runs differ");
             }
-            let (again, grads_again) = step(&model, Device::Cuda(0), precision, comm);
-            assert_eq!(loss, again, "two runs differ");
-            assert!(grads.iter().zip(&grads_again).all(|(a, b)| a.equal(b)), "two runs differ");
+        }
+    }
+}
+
+#[test]
+fn completions_on_the_gpu_have_the_logits_of_the_cpu_whatever_the_family() {
+    if !gpu() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tokens: Vec<u32> = (0..120).map(|n| n * n * 7 % 1000).collect();
+    for model in small_models(dir.path()) {
+        let [cpu, gpu] = [Device::Cpu, Device::Cuda(0)]
+            .map(|device| Decoder::load(&model, Numerics::new(device, Precision::Fp32)).unwrap());
+        // Alone, a few, many: each has a way of its own.
+        for pieces in [vec![120], vec![60, 1, 1, 1, 7, 50]] {
+            let (mut on_cpu, mut on_gpu) = (cpu.context(8), gpu.context(8));
+            let mut first = 0;
+            for count in pieces {
+                let shown = &tokens[first..first + count];
+                first += count;
+                let ours = gpu.next_logits(&mut on_gpu, shown);
+                let apart = largest_difference(&ours, &cpu.next_logits(&mut on_cpu, shown));
+                assert!(apart <= 1e-3, "{}: after {first} tokens {apart:.1e} apart", model.display());
+            }
         }
     }
 }

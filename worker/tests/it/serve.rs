@@ -145,7 +145,7 @@ fn a_completion_of_the_engine_is_that_of_generate() {
     let decoder = decoder(&model);
     let engine = start(&model, SHARED);
     for prompt in prompts(&model, 10) {
-        let expected = tunefleet_worker::generate::complete(&decoder, &prompt, 24, 0, Sampling::default());
+        let expected = tunefleet_worker::generate::complete(&decoder, &prompt, 24, &[0], Sampling::default());
         let tokens =
             expected.iter().map(|id| Token { id: *id, text: String::new(), logprob: 0.0, top: vec![] });
         let (found, _) = made(ask(&engine, &prompt, Sampling::default()));

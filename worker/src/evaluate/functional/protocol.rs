@@ -104,7 +104,7 @@ impl Protocol {
     pub fn ask(&self, subject: &Subject, task: &Task) -> Result<Asked, tokenizer::Error> {
         match self {
             Protocol::Humaneval { max_tokens, .. } => {
-                let prompt = subject.tokenizer.encode_document(self.shown(task))?;
+                let prompt = subject.tokenizer.begun(subject.tokenizer.encode_document(self.shown(task))?);
                 let room = subject.max_tokens().min(*max_tokens).saturating_sub(prompt.len());
                 Ok((prompt, room, Rules::strings(STOPS.map(str::to_owned).to_vec())))
             }

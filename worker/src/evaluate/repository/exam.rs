@@ -244,7 +244,7 @@ impl Exam {
         let progress = Progress::new("files", files.len(), known.len());
         for file in files.into_iter().filter(|file| !known.contains(&file.id())) {
             let eos = subject.tokenizer.eos();
-            let mut tokens = vec![eos];
+            let mut tokens = vec![subject.tokenizer.bos().unwrap_or(eos)];
             tokens.extend(subject.tokenizer.encode_document(&file.content)?);
             tokens.push(eos);
             let mut loss_sum = 0.0;

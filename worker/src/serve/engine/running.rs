@@ -251,7 +251,9 @@ impl Running {
         token.top = ids
             .into_iter()
             .zip(values)
-            .map(|(id, value)| (id as u32, tokenizer.decode(&[id as u32], false).unwrap_or_default(), value))
+            .map(|(id, value)| {
+                (id as u32, tokenizer.decode_middle(&[id as u32], false).unwrap_or_default(), value)
+            })
             .collect();
         token
     }

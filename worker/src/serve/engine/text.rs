@@ -28,11 +28,12 @@ impl Text {
     /// When the tokenizer refuses it.
     pub fn push(&mut self, token: u32, tokenizer: &Tokenizer) -> Result<(), Error> {
         self.tokens.push(token);
-        let all = tokenizer.decode(self.tokens.get(self.begin..).unwrap_or_default(), false)?;
+        let all = tokenizer.decode_middle(self.tokens.get(self.begin..).unwrap_or_default(), false)?;
         if all.ends_with(char::REPLACEMENT_CHARACTER) {
             return Ok(());
         }
-        let known = tokenizer.decode(self.tokens.get(self.begin..self.done).unwrap_or_default(), false)?;
+        let known =
+            tokenizer.decode_middle(self.tokens.get(self.begin..self.done).unwrap_or_default(), false)?;
         self.text.push_str(all.strip_prefix(known.as_str()).unwrap_or_default());
         self.done = self.tokens.len();
         self.begin = self.begin.max(self.done.saturating_sub(CONTEXT_TOKENS));
@@ -44,8 +45,9 @@ impl Text {
     /// # Errors
     /// As [`push`](Self::push).
     pub fn finish(&mut self, tokenizer: &Tokenizer) -> Result<(), Error> {
-        let all = tokenizer.decode(self.tokens.get(self.begin..).unwrap_or_default(), false)?;
-        let known = tokenizer.decode(self.tokens.get(self.begin..self.done).unwrap_or_default(), false)?;
+        let all = tokenizer.decode_middle(self.tokens.get(self.begin..).unwrap_or_default(), false)?;
+        let known =
+            tokenizer.decode_middle(self.tokens.get(self.begin..self.done).unwrap_or_default(), false)?;
         self.text.push_str(all.strip_prefix(known.as_str()).unwrap_or_default());
         self.done = self.tokens.len();
         Ok(())
