@@ -57,6 +57,9 @@ pub enum Error {
         /// Which rule it breaks.
         cause: tunefleet_proto::model::Error,
     },
+    /// The hub does not give the model's shape.
+    #[error("model.hub: {0}")]
+    Hub(#[from] tunefleet_hub::Error),
     /// The job contradicts the model that it starts from.
     #[error("{0}")]
     Misfit(String),
@@ -78,6 +81,22 @@ impl JobArgs {
     }
 }
 
+/// The shape of a model of the hub: of the one that the job has fetched, else of the one that is there now.
+fn hub_config(spec: &JobSpec, repo: &str, revision: Option<&str>) -> Result<ModelConfig, Error> {
+    let fetched = spec.model_dir().join("config.json");
+    let (path, text) = match std::fs::read_to_string(&fetched) {
+        Ok(text) => (fetched, text),
+        Err(_) => {
+            let model = tunefleet_hub::model::Model { repo, revision };
+            // On a thread of its own: its requests wait, which a thread of the runtime may not.
+            let asked = std::thread::scope(|scope| scope.spawn(|| model.config()).join());
+            let lost = |_| tunefleet_hub::Error::Setting(format!("{repo}: asking for its shape failed"));
+            (PathBuf::from(format!("{repo}/config.json")), asked.map_err(lost)??)
+        }
+    };
+    ModelConfig::from_json(&text).map_err(|cause| Error::Model { path, cause })
+}
+
 /// The shape of the job's model: its preset's, or what the model's `config.json` says.
 ///
 /// # Errors
@@ -86,6 +105,7 @@ pub fn model_config(spec: &JobSpec) -> Result<ModelConfig, Error> {
     let config = match &spec.model {
         job::ModelSpec::Init { preset, .. } => ModelConfig::preset(preset)
             .map_err(|cause| Error::Model { path: PathBuf::from(preset), cause })?,
+        job::ModelSpec::Hub { repo, revision } => hub_config(spec, repo, revision.as_deref())?,
         job::ModelSpec::Existing(dir) => {
             let path = dir.join("config.json");
             let text = match std::fs::read_to_string(&path) {

@@ -18,7 +18,7 @@ use sha2::{Digest as _, Sha256};
 use super::Error;
 use super::client::{Answer, Client, Repeat, TRIES, back_off, causes, is_passing, timeout};
 use super::progress::Progress;
-use super::target::{RepoKind, Token};
+use super::target::{self, RepoKind, Token};
 
 /// Written at a time.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -75,6 +75,27 @@ struct Found {
 }
 
 impl Remote {
+    /// A repository as the environment says: `HF_ENDPOINT`, `HF_TOKEN` or the token that is kept, `HF_HOME` or
+    /// `HF_HUB_CACHE`, `HF_HUB_OFFLINE`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for what cannot be used.
+    pub fn from_environment(kind: RepoKind, repo: &str, revision: Option<&str>) -> Result<Self, Error> {
+        let variable = |name: &str| std::env::var(name).ok();
+        let offline = variable("HF_HUB_OFFLINE").is_some_and(|on| !matches!(on.as_str(), "" | "0" | "false"));
+        let cache = target::cache(variable)
+            .ok_or_else(|| Error::Setting("there is no place for the hub's cache: set HF_HOME".to_owned()))?;
+        Ok(Remote {
+            kind,
+            repo: repo.to_owned(),
+            revision: target::revision(revision.unwrap_or("main"))?,
+            endpoint: target::endpoint(None, variable)?,
+            token: target::token_if_any(variable)?,
+            cache,
+            offline,
+        })
+    }
+
     /// The commit that the revision stands at now.
     ///
     /// # Errors
@@ -89,11 +110,19 @@ impl Remote {
     /// Brings the files that are `wanted`, by their paths, to this machine.
     ///
     /// # Errors
+    /// As [`snapshot_of`](Self::snapshot_of).
+    pub fn snapshot(&self, wanted: impl Fn(&str) -> bool) -> Result<Snapshot, Error> {
+        self.snapshot_of(|files| files.retain(|file| wanted(file)))
+    }
+
+    /// Brings the files that `choose` leaves of all paths to this machine.
+    ///
+    /// # Errors
     /// Whatever the hub refuses, after several tries where trying again can help; names that lead out of the
     /// directory; contents that are not what the hub says they are.
-    pub fn snapshot(&self, wanted: impl Fn(&str) -> bool) -> Result<Snapshot, Error> {
+    pub fn snapshot_of(&self, choose: impl FnOnce(&mut Vec<String>)) -> Result<Snapshot, Error> {
         if self.offline {
-            return self.kept(&wanted);
+            return self.kept(choose);
         }
         let Listing { sha: commit, siblings } = self.listing()?;
         let what = self.say("listing");
@@ -102,7 +131,7 @@ impl Remote {
             return Err(broken(format!("{commit:?} is no commit")));
         }
         let mut files: Vec<String> = siblings.into_iter().map(|sibling| sibling.rfilename).collect();
-        files.retain(|file| wanted(file));
+        choose(&mut files);
         files.sort();
         if let Some(file) = files.iter().find(|file| !is_inside(file)) {
             return Err(broken(format!("{file:?} is no path in a repository")));
@@ -157,12 +186,12 @@ impl Remote {
         }
     }
 
-    fn kept(&self, wanted: &impl Fn(&str) -> bool) -> Result<Snapshot, Error> {
+    fn kept(&self, choose: impl FnOnce(&mut Vec<String>)) -> Result<Snapshot, Error> {
         let commit = self.kept_commit()?;
         let dir = self.dir().join("snapshots").join(&commit);
         let mut files = Vec::new();
         list(&dir, "", &mut files)?;
-        files.retain(|file| wanted(file));
+        choose(&mut files);
         files.sort();
         Ok(Snapshot { dir, commit, files })
     }

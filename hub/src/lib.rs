@@ -14,6 +14,8 @@ pub mod cli;
 pub mod target;
 /// Files of a repository, into the cache.
 pub mod download;
+/// Which of them are a model.
+pub mod model;
 /// Requests that are tried again.
 mod client;
 /// The hub's requests and answers.

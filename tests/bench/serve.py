@@ -9,6 +9,7 @@ Markdown goes to stdout, progress to stderr.
 import argparse
 import http.client
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -66,7 +67,7 @@ class Ours:
         command = [WORKER, "serve", "--model", directory, "--name", "bench", "--listen", "127.0.0.1:0", "--no-speculation"]
         self.process = subprocess.Popen(
             [*command, *flags],
-            stderr=subprocess.PIPE, text=True, env={"NO_COLOR": "1", "PATH": "/usr/bin:/bin"},
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"},
         )
         for line in self.process.stderr:
             if "address=" in line:

@@ -21,6 +21,8 @@ pub mod programs;
 pub mod raw;
 /// A small Hugging Face hub.
 pub mod hub_server;
+/// Small models of any family.
+pub mod model_files;
 /// Small git repositories.
 pub mod repository;
 

@@ -130,7 +130,11 @@ pub fn prepare(spec: &JobSpec, continuation: Continuation, stage: Stage) -> Resu
         }
     }
     let digest = digest(spec, stage)?;
-    let same = found.as_ref().is_some_and(|found| found.digest == digest);
+    // What was fetched stays what it was, until it is asked to be looked for anew.
+    let looks_again = stage == Stage::InitModel
+        && continuation == Continuation::Fresh
+        && matches!(spec.model, ModelSpec::Hub { .. });
+    let same = !looks_again && found.as_ref().is_some_and(|found| found.digest == digest);
     let complete = found.as_ref().is_some_and(|found| found.complete);
     if same && complete && missing_output(spec, stage).is_none() {
         return Ok(Verdict::Cached);
@@ -222,7 +226,7 @@ fn is_asked_for(spec: &JobSpec, stage: Stage) -> bool {
     match stage {
         Stage::Collect => matches!(spec.dataset, DatasetSpec::Collect(_)),
         Stage::Tokenizer => matches!(spec.tokenizer, TokenizerSpec::Train { .. }),
-        Stage::InitModel => matches!(spec.model, ModelSpec::Init { .. }),
+        Stage::InitModel => matches!(spec.model, ModelSpec::Hub { .. } | ModelSpec::Init { .. }),
         Stage::Train => spec.train.steps > 0,
         Stage::Export => spec.export.enabled,
         Stage::Evaluate => spec.evaluate.is_some(),
@@ -295,7 +299,7 @@ fn missing_output(spec: &JobSpec, stage: Stage) -> Option<PathBuf> {
     if !file.is_file() {
         return Some(file);
     }
-    let is_weights = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors");
+    let is_weights = |path: &PathBuf| path.extension().is_some_and(|e| e == "safetensors" || e == "bin");
     let weights_missing = matches!(stage, Stage::InitModel | Stage::Export)
         && !entries(&dir).is_ok_and(|files| files.iter().any(is_weights));
     let segments_missing = || {
@@ -336,6 +340,7 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
                 };
                 Ok(chain(stage, &(ModelConfig::preset(preset)?.to_json(""), seed, tokenizer)))
             }
+            ModelSpec::Hub { repo, revision } => Ok(chain(stage, &(repo, revision))),
             ModelSpec::Existing(dir) => model_digest(dir),
         },
         Stage::Train => {

@@ -33,7 +33,8 @@ impl Disk {
         let checkpoints = u64::from(train.keep_checkpoints) + u64::from(train.keep_best) + 1;
         let model = match &spec.model {
             ModelSpec::Init { .. } => 4 * config.parameter_count(),
-            ModelSpec::Existing(_) => 0,
+            // The hub's cache may lie on another disk, and may hold the model already.
+            ModelSpec::Existing(_) | ModelSpec::Hub { .. } => 0,
         };
         let base = spec.base_plan(config).map_or(0, |base| base.units.iter().map(|unit| unit.bytes).sum());
         let token = if config.vocab_size <= NARROW_VOCABULARY { 2 } else { 4 };

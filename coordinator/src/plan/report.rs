@@ -247,8 +247,8 @@ impl Report {
             job: spec.name.clone(),
             output: spec.output.clone(),
             model: match &spec.model {
-                ModelSpec::Existing(dir) => dir.display().to_string(),
                 ModelSpec::Init { preset, .. } => format!("{preset} (random weights)"),
+                given => given.name(),
             },
             parameters,
             tokens: Tokens {

@@ -5,8 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
+use tunefleet_hub::RepoKind;
 use tunefleet_hub::download::Remote;
-use tunefleet_hub::{RepoKind, target};
 use tunefleet_proto::job::TableSpec;
 
 use super::Error;
@@ -101,20 +101,7 @@ impl Table {
 
     fn remote(&self) -> Result<Option<Remote>, Error> {
         let Some(repo) = self.spec.from.strip_prefix(HUB) else { return Ok(None) };
-        let variable = |name: &str| std::env::var(name).ok();
-        let offline = variable("HF_HUB_OFFLINE").is_some_and(|on| !matches!(on.as_str(), "" | "0" | "false"));
-        let cache = target::cache(variable).ok_or_else(|| {
-            tunefleet_hub::Error::Setting("there is no place for the hub's cache: set HF_HOME".to_owned())
-        })?;
-        Ok(Some(Remote {
-            kind: RepoKind::Dataset,
-            repo: repo.to_owned(),
-            revision: target::revision(self.spec.revision.as_deref().unwrap_or("main"))?,
-            endpoint: target::endpoint(None, variable)?,
-            token: target::token_if_any(variable)?,
-            cache,
-            offline,
-        }))
+        Ok(Some(Remote::from_environment(RepoKind::Dataset, repo, self.spec.revision.as_deref())?))
     }
 
     /// The wanted files of a path, in order.

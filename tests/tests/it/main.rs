@@ -14,6 +14,7 @@ mod collect_sources;
 mod dataset;
 mod whole_job;
 mod adapter_job;
+mod families;
 mod early_stopping;
 mod attached;
 mod faults;

@@ -102,6 +102,25 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig, Error> {
     ModelConfig::from_json(&text).map_err(|e| Error::format(&path, e.to_string()))
 }
 
+/// Makes `place` a link to the model directory `dir`; a link that is there is replaced.
+///
+/// # Errors
+/// Something else in that place.
+pub fn link(dir: &Path, place: &Path) -> Result<(), Error> {
+    if let Some(parent) = place.parent() {
+        std::fs::create_dir_all(parent).map_err(Error::io(parent))?;
+    }
+    match std::fs::symlink_metadata(place) {
+        Ok(found) if found.is_symlink() => std::fs::remove_file(place).map_err(Error::io(place))?,
+        Ok(_) => {
+            let rule = "is no link to a model of the hub: move it away, or set another `output`";
+            return Err(Error::format(place, rule));
+        }
+        Err(_) => {}
+    }
+    std::os::unix::fs::symlink(dir, place).map_err(Error::io(place))
+}
+
 impl ModelFiles {
     /// Opens the file, or all files that the index names; safetensors where both formats are there.
     ///

@@ -67,6 +67,12 @@ pub enum Error {
     /// No model was made.
     #[error(transparent)]
     InitModel(#[from] crate::init_model::InitError),
+    /// The model could not be fetched.
+    #[error("fetching the model: {0}")]
+    Hub(#[from] tunefleet_hub::Error),
+    /// What was fetched has no place.
+    #[error(transparent)]
+    Files(#[from] checkpoint::Error),
     /// What was trained could not leave.
     #[error(transparent)]
     Export(#[from] crate::export::ExportError),
@@ -116,6 +122,8 @@ impl Error {
             Error::Assignment(_)
                 | Error::Tokenizer(_)
                 | Error::InitModel(_)
+                | Error::Hub(tunefleet_hub::Error::Setting(_) | tunefleet_hub::Error::Refused { .. })
+                | Error::Files(_)
                 | Error::Serve(Failure::Setting(_) | Failure::Adapter(_) | Failure::Tokens { .. })
                 | Error::Evaluate(
                     Asking::Setting(_) | Asking::Tasks(_) | Asking::Python(_) | Asking::Adapter(_)

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tch::Device;
+use tunefleet_hub::model::Model;
 use tunefleet_proto::ids::{Attempt, Rank};
 use tunefleet_proto::job::{JobSpec, ModelSpec, Precision, TokenizerSpec};
 use tunefleet_proto::rpc::Stage;
@@ -12,6 +13,7 @@ use tunefleet_proto::shard_plan::ShardPlan;
 use super::Error;
 use super::group::Listener;
 use super::session::Session;
+use crate::checkpoint::hugging_face;
 use crate::comm::dump::Reporter;
 use crate::comm::recorder::Record;
 use crate::data::documents::Dataset;
@@ -93,12 +95,20 @@ fn train_tokenizer_stage(spec: &JobSpec) -> Result<Outcome, Error> {
 }
 
 fn init_model_stage(spec: &JobSpec) -> Result<Outcome, Error> {
-    if let ModelSpec::Init { preset, seed } = &spec.model {
-        let tokenizer = match spec.tokenizer {
-            TokenizerSpec::FromModel => None,
-            _ => Some(spec.tokenizer_dir()),
-        };
-        init_model::init(preset, tokenizer.as_deref(), *seed, Precision::Fp32, &spec.model_dir())?;
+    match &spec.model {
+        ModelSpec::Init { preset, seed } => {
+            let tokenizer = match spec.tokenizer {
+                TokenizerSpec::FromModel => None,
+                _ => Some(spec.tokenizer_dir()),
+            };
+            init_model::init(preset, tokenizer.as_deref(), *seed, Precision::Fp32, &spec.model_dir())?;
+        }
+        ModelSpec::Hub { repo, revision } => {
+            let snapshot = Model { repo, revision: revision.as_deref() }.fetch()?;
+            tracing::info!("{repo} is at commit {}", snapshot.commit);
+            hugging_face::link(&snapshot.dir, &spec.model_dir())?;
+        }
+        ModelSpec::Existing(_) => {}
     }
     Ok(Outcome::Finished)
 }

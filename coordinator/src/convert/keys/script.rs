@@ -9,8 +9,8 @@ pub const SCRIPT: &[Key] = &[
     becomes(
         "--model_path",
         Text,
-        "model.path",
-        "default bigcode/starcoderplus; a name on the Hub becomes the directory of its last part: download it there",
+        "model.hub, model.path",
+        "default bigcode/starcoderplus; what is no OWNER/NAME of the hub becomes a path",
     ),
     becomes(
         "--dataset_name",

@@ -79,20 +79,16 @@ fn dataset(original: &mut Original, job: &mut Job) {
 
 fn model(original: &mut Original, job: &mut Job) {
     let model = original.script.take_or("--model_path", TRAIN_PY, "bigcode/starcoderplus".to_owned());
-    // A name on the Hub has an owner and no more parts; all else is taken for a path.
-    let on_hub = match model.value.split_once('/') {
-        Some((owner, name)) => {
-            !owner.is_empty() && !owner.starts_with('.') && !name.is_empty() && !name.contains('/')
+    // A name on the hub has an owner and no more parts, a few old ones none; all else is taken for a path.
+    let owner = model.value.split_once('/').filter(|(_, name)| !name.is_empty() && !name.contains('/'));
+    match owner.map(|(owner, _)| owner) {
+        Some(owner) if !owner.is_empty() && !owner.starts_with('.') => job.set_text("model.hub", &model),
+        None if !model.value.contains('/') => {
+            let name = brief_text(&model.value);
+            job.comment("model", &format!("Download {name} into this directory first."));
+            job.set_text("model.path", &model);
         }
-        None => true,
-    };
-    let name = brief_text(&model.value);
-    if on_hub {
-        let dir = model.value.rsplit('/').next().unwrap_or_default().to_owned();
-        job.comment("model", &format!("Download {name} into this directory first."));
-        job.set_text("model.path", &At { value: dir, ..model });
-    } else {
-        job.set_text("model.path", &model);
+        _ => job.set_text("model.path", &model),
     }
 }
 

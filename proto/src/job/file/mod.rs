@@ -14,7 +14,7 @@ use super::spec::{
     DuplicateMode, EncodingMode, FimLevel, MergeBase, NotebookMode, Packing, Precision, SecretMode,
     SegmentFormat,
 };
-use super::tree::Node;
+use super::tree::{Node, Value};
 use crate::adapter::Targets;
 use crate::base_plan::QuantKind;
 
@@ -197,11 +197,40 @@ section! {
     }
 }
 
+/// `model`: [`ModelKeys`], or the text of one of them.
+#[derive(Debug, Clone, Default)]
+pub struct ModelFile(pub ModelKeys);
+
+impl FromNode for ModelFile {
+    const KIND: &'static str =
+        "OWNER/NAME on the Hugging Face hub, a path that begins with / or ., or a section";
+
+    fn from_node(node: &Node, path: &str, sink: &mut Sink) -> Option<Self> {
+        let Value::Text(text) = &node.value else {
+            return ModelKeys::from_node(node, path, sink).map(ModelFile);
+        };
+        let given = Field::Given(At { value: text.clone(), place: node.place.clone() });
+        Some(ModelFile(match text.starts_with(['/', '.', '~']) {
+            true => ModelKeys { path: given, ..ModelKeys::default() },
+            false => ModelKeys { hub: given, ..ModelKeys::default() },
+        }))
+    }
+
+    fn describe(path: &str, manual: &mut Vec<ManualEntry>) {
+        ModelKeys::describe(path, manual);
+    }
+}
+
 section! {
     /// Where the weights come from: exactly one of these.
-    ModelFile {
+    ModelKeys {
         /// A Hugging Face model directory (`config.json`, and safetensors files or `pytorch_model*.bin`).
         path: String,
+        /// A model of the Hugging Face hub, `OWNER/NAME`: it is fetched into the cache that all the hub's tools share
+        /// (`HF_HOME`), with the token that they use, and stays at the commit where it was found. `--fresh` looks again.
+        hub: String,
+        /// Branch, tag or commit of the hub's repository. Default: `main`.
+        revision: String,
         /// Random weights.
         init: ModelInitFile,
     }
@@ -210,8 +239,9 @@ section! {
 section! {
     /// How random weights are made.
     ModelInitFile {
-        /// Shape: `tiny`, `demo`, `starcoderbase-1b`, `starcoderbase-3b`, `starcoderbase-7b` or
-        /// `starcoder`. Must be given.
+        /// Shape: `tiny`, `demo`, or that of a published model, such as `starcoderbase-1b`, `decicoder-1b`,
+        /// `starcoder2-3b`, `qwen2.5-coder-7b`, `codellama-7b` or `deepseek-coder-1.3b`; a name that is not known brings
+        /// the list. Must be given.
         preset: Preset,
         /// Seed of the weights. Default: 0.
         seed: u64,

@@ -38,10 +38,7 @@ impl Resolver<'_> {
             }
         }
         let names = adapter.modules_to_save.or(Vec::new()).into_iter().map(|at| at.value).collect();
-        let base_model = model.map(|model| match model {
-            ModelSpec::Existing(dir) => dir.display().to_string(),
-            ModelSpec::Init { preset, .. } => preset.clone(),
-        });
+        let base_model = model.map(ModelSpec::name);
         let lora = LoraConfig {
             rank,
             alpha,

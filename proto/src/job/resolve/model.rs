@@ -1,7 +1,7 @@
 //! `model` and `tokenizer`: where weights and vocabulary come from.
 
 use super::Resolver;
-use crate::job::diagnostic::Place;
+use crate::job::diagnostic::{Place, shown};
 use crate::job::file::{ModelFile, TokenizerFile};
 use crate::job::read::{At, Field};
 use crate::job::spec::{ModelSpec, TokenizerSpec, vocab_misfit};
@@ -14,29 +14,58 @@ const MAX_VOCAB_SIZE: u32 = 1_000_000;
 
 impl Resolver<'_> {
     pub(super) fn model(&mut self, field: &Field<ModelFile>) -> Option<ModelSpec> {
-        const NEEDED: &str =
-            "model.path (a Hugging Face model directory) or model.init.preset (random weights)";
-        let At { value: model, place } = match field {
+        const NEEDED: &str = "model.path (a Hugging Face model directory), model.hub (OWNER/NAME on the Hugging \
+                              Face hub) or model.init.preset (random weights)";
+        let At { value: ModelFile(model), place } = match field {
             Field::Given(model) => model,
             Field::Wrong => return None,
             Field::Absent => return self.report(&Place::START, format!("lacks the model: give {NEEDED}")),
         };
-        match (&model.path, &model.init) {
-            (Field::Given(path), Field::Given(init)) => self.report(
-                &init.place,
-                format!("model.init and model.path ({}) contradict each other: keep one", path.place),
-            ),
-            (Field::Given(path), _) => Some(ModelSpec::Existing(self.path(path))),
-            (_, Field::Given(At { value: init, place })) => match &init.preset {
+        let ways = [
+            model.path.given().map(|at| ("model.path", &at.place)),
+            model.hub.given().map(|at| ("model.hub", &at.place)),
+            model.init.given().map(|at| ("model.init", &at.place)),
+        ];
+        let mut given = ways.into_iter().flatten();
+        if let (Some((first, first_place)), Some((second, place))) = (given.next(), given.next()) {
+            return self.report(
+                place,
+                format!("{second} and {first} ({first_place}) contradict each other: keep one"),
+            );
+        }
+        if let (Some(at), None) = (model.revision.given(), model.hub.given()) {
+            return self.report(&at.place, "model.revision is for model.hub");
+        }
+        match (&model.path, &model.hub, &model.init) {
+            (Field::Given(path), ..) => Some(ModelSpec::Existing(self.path(path))),
+            (_, Field::Given(hub), _) => self.hub_model(hub, &model.revision),
+            (.., Field::Given(At { value: init, place })) => match &init.preset {
                 Field::Given(preset) => {
                     Some(ModelSpec::Init { preset: preset.value.0.to_owned(), seed: init.seed.or(0) })
                 }
                 Field::Absent => self.report(place, "model.init lacks preset"),
                 Field::Wrong => None,
             },
-            (Field::Absent, Field::Absent) => self.report(place, format!("lacks the model: give {NEEDED}")),
+            (Field::Absent, Field::Absent, Field::Absent) => {
+                self.report(place, format!("lacks the model: give {NEEDED}"))
+            }
             _ => None,
         }
+    }
+
+    fn hub_model(&mut self, hub: &At<String>, revision: &Field<String>) -> Option<ModelSpec> {
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let is_part = |part: &str| {
+            !part.is_empty() && part.len() <= 96 && !part.starts_with('.') && part.chars().all(is_plain)
+        };
+        if !hub.value.split_once('/').is_some_and(|(owner, name)| is_part(owner) && is_part(name)) {
+            let advice = "is no model of the hub: OWNER/NAME; a directory is given as model.path";
+            return self.report(&hub.place, format!("model.hub: {} {advice}", shown(&hub.value)));
+        }
+        Some(ModelSpec::Hub {
+            repo: hub.value.clone(),
+            revision: revision.given().map(|at| at.value.clone()),
+        })
     }
 
     pub(super) fn tokenizer(
@@ -71,7 +100,9 @@ impl Resolver<'_> {
             let rule = "contradicts model.init: random weights come with no tokenizer; give tokenizer.train";
             return self.report(&at.place, format!("tokenizer.from_model {rule}"));
         }
-        if let (None, Some(ModelSpec::Existing(_)) | None) = (file.train.given(), model) {
+        if let (None, Some(ModelSpec::Existing(_) | ModelSpec::Hub { .. }) | None) =
+            (file.train.given(), model)
+        {
             return Some(TokenizerSpec::FromModel);
         }
         let train = file.train.or(Default::default());

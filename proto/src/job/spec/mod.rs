@@ -132,6 +132,13 @@ pub enum TokenizerSpec {
 pub enum ModelSpec {
     /// A Hugging Face model directory.
     Existing(PathBuf),
+    /// A model of the Hugging Face hub, linked to as `<output>/model`.
+    Hub {
+        /// `OWNER/NAME`.
+        repo: String,
+        /// Branch, tag or commit; `main` where none is named.
+        revision: Option<String>,
+    },
     /// Random weights into `<output>/model`.
     Init {
         /// Name of a preset, see [`crate::model::PRESETS`].
@@ -139,6 +146,17 @@ pub enum ModelSpec {
         /// Seed of the weights.
         seed: u64,
     },
+}
+
+impl ModelSpec {
+    /// What people call it, and adapters their base.
+    pub fn name(&self) -> String {
+        match self {
+            ModelSpec::Existing(dir) => dir.display().to_string(),
+            ModelSpec::Hub { repo, .. } => repo.clone(),
+            ModelSpec::Init { preset, .. } => preset.clone(),
+        }
+    }
 }
 
 /// How files become batches.
@@ -273,7 +291,7 @@ impl JobSpec {
     pub fn model_dir(&self) -> PathBuf {
         match &self.model {
             ModelSpec::Existing(dir) => dir.clone(),
-            ModelSpec::Init { .. } => self.output.join("model"),
+            ModelSpec::Hub { .. } | ModelSpec::Init { .. } => self.output.join("model"),
         }
     }
 
