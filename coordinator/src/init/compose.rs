@@ -116,13 +116,16 @@ impl Choice {
         let fresh = PRESETS.iter().position(|preset| *preset == LARGEST_FRESH).unwrap_or_default();
         let preset =
             PRESETS[..=fresh].iter().rev().find(|preset| fitting.contains(preset)).copied().unwrap_or("demo");
-        let largest = match fitting.last() {
+        let parameters =
+            |preset: &&&str| ModelConfig::preset(preset).map_or(0, |config| config.parameter_count());
+        let largest = match fitting.iter().max_by_key(parameters) {
             Some(largest) => format!("Up to the size of {largest}, all weights can be trained here."),
             None => "Even small models are a tight fit here: see coordinator plan.".to_owned(),
         };
         let model = format!(
             "  # Random weights: they learn your code alone. For a model that was trained before, write\n  \
-             #   path: /path/to/model    # config.json and safetensors files\n  \
+             #   hub: bigcode/starcoderbase-1b    # or another model of the Hugging Face hub,\n  \
+             #   path: /path/to/model             # or config.json and safetensors files\n  \
              # in the place of init. {largest}\n  \
              init: {{preset: {preset}}}\n"
         );

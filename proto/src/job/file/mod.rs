@@ -34,7 +34,7 @@ section! {
         dataset: String,
         /// Repositories to collect a dataset from. This or `dataset` must be given.
         collect: CollectFile,
-        /// Where the tokenizer comes from. Default: `from_model` with `model.path`; with
+        /// Where the tokenizer comes from. Default: `from_model` with `model.path` and `model.hub`; with
         /// `model.init` one is trained with as many entries as the preset has.
         tokenizer: TokenizerFile,
         /// Where the weights come from. Must be given.
