@@ -26,7 +26,7 @@ fn write_tasks(path: &Path) {
 }
 
 /// A repository whose files say different things.
-fn commit_varied(dir: &Path) {
+pub fn commit_varied(dir: &Path) {
     let file = |number: usize| {
         let line = |line: usize| {
             let word = |at: usize| (number * 7919 + line * 104_729 + at * 1_299_709) % 9973;
@@ -38,7 +38,7 @@ fn commit_varied(dir: &Path) {
     repository::commit(dir, &(0..24).map(file).collect::<Vec<_>>());
 }
 
-const VARIED: &str = "collect: { sources: [repos/varied], validation_fraction: 0.3 }";
+pub const VARIED: &str = "collect: { sources: [repos/varied], validation_fraction: 0.3 }";
 
 fn evaluation(dir: &Path) -> Value {
     let path = dir.join("evaluation.json");

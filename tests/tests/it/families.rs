@@ -3,11 +3,15 @@
 use std::path::Path;
 use std::process::Command;
 
+use nix::sys::signal::Signal;
 use tunefleet_tests::hub_server::{Fault, FaultKind, HubServer, TOKEN};
 use tunefleet_tests::job::{Builder, Job};
 use tunefleet_tests::model_files::{small, write};
 use tunefleet_tests::process::Running;
 use tunefleet_tests::programs;
+
+use crate::evaluating::{VARIED, commit_varied};
+use crate::serving::{completion, free_port};
 
 const MODEL: &str = "model: ./model";
 
@@ -25,16 +29,18 @@ fn generate(model: &Path, more: &[&str]) -> String {
 #[test]
 fn a_killed_rank_of_any_family_resumes_bit_for_bit_and_the_export_completes() {
     for preset in ["decicoder-1b", "starcoder2-3b"] {
-        let job = job(MODEL).restart("max_restarts: 1, backoff_seconds: 0.1").build();
+        let job = job(MODEL).dataset(VARIED).restart("max_restarts: 1, backoff_seconds: 0.1").build();
         let twin = job.twin();
         for dir in [job.dir(), twin.dir()] {
             write(&dir.join("model"), &small(preset));
+            commit_varied(&dir.join("repos/varied"));
         }
         programs::worker();
         let mut killed = job.command("launch", &[]);
         killed.env("TUNEFLEET_FAULT", "rank=1,step=4,phase=reduce,do=kill,attempt=1");
         Running::start(killed).wait().expect(0);
-        twin.run(&[]).expect(0);
+        // Both models are asked for what stands in held-out files.
+        twin.run(&["--set", "evaluate.holes=2"]).expect(0).says(&["evaluate: done"]);
         assert_eq!((job.metrics().attempts(), twin.metrics().attempts()), (2, 1));
         let losses = job.metrics().losses();
         assert!(
@@ -44,8 +50,15 @@ fn a_killed_rank_of_any_family_resumes_bit_for_bit_and_the_export_completes() {
         assert_eq!(losses, twin.metrics().losses(), "{preset}");
         let weights = |job: &Job| std::fs::read(job.output().join("export/model.safetensors")).unwrap();
         assert!(weights(&job) == weights(&twin), "{preset}: the exports differ");
-        let completion = generate(&job.output().join("export"), &["--completion-only"]);
-        assert!(!completion.is_empty());
+        let export = job.output().join("export");
+        assert!(!generate(&export, &["--completion-only"]).is_empty());
+        let port = free_port();
+        let mut server = Command::new(programs::worker());
+        server.arg("serve").arg("--model").arg(&export).args(["--listen", &format!("127.0.0.1:{port}")]);
+        let mut server = Running::start(server);
+        server.wait_until("an answer", || completion(port, "").is_some());
+        server.signal(Signal::SIGINT);
+        server.wait().expect(0);
     }
 }
 

@@ -97,7 +97,8 @@ mod tests {
     use super::super::counter::Purpose;
     use super::*;
 
-    const MARKER_TOKENS: FimTokens = FimTokens { prefix: 1, middle: 2, suffix: 3, pad: Some(4), end: None };
+    const MARKER_TOKENS: FimTokens =
+        FimTokens { prefix: 1, middle: 2, suffix: 3, pad: Some(4), end: None, spm: true };
 
     fn lay_out(tokens: &[u32], pieces: impl IntoIterator<Item = Piece>) -> Vec<u32> {
         let mut out = Vec::new();

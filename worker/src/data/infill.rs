@@ -18,6 +18,8 @@ pub struct Template {
     pub pad: Option<&'static str>,
     /// Behind the middle, before the end of text.
     pub end: Option<&'static str>,
+    /// Whether its models learnt the order suffix, prefix, middle as well.
+    pub spm: bool,
 }
 
 /// The families, each by the first that published it.
@@ -29,6 +31,7 @@ pub const TEMPLATES: [Template; 5] = [
         middle: "<fim_middle>",
         pad: Some("<fim_pad>"),
         end: None,
+        spm: true,
     },
     Template {
         family: "Qwen2.5-Coder",
@@ -37,6 +40,7 @@ pub const TEMPLATES: [Template; 5] = [
         middle: "<|fim_middle|>",
         pad: Some("<|fim_pad|>"),
         end: None,
+        spm: false,
     },
     Template {
         family: "DeepSeek-Coder",
@@ -45,6 +49,7 @@ pub const TEMPLATES: [Template; 5] = [
         middle: "<\u{ff5c}fim\u{2581}end\u{ff5c}>",
         pad: None,
         end: None,
+        spm: false,
     },
     Template {
         family: "Code Llama",
@@ -53,6 +58,7 @@ pub const TEMPLATES: [Template; 5] = [
         middle: "\u{2581}<MID>",
         pad: None,
         end: Some("\u{2581}<EOT>"),
+        spm: true,
     },
     Template {
         family: "SantaCoder",
@@ -61,6 +67,7 @@ pub const TEMPLATES: [Template; 5] = [
         middle: "<fim-middle>",
         pad: Some("<fim-pad>"),
         end: None,
+        spm: true,
     },
 ];
 
@@ -90,6 +97,8 @@ pub struct FimTokens {
     pub pad: Option<u32>,
     /// Behind the middle, where there is one.
     pub end: Option<u32>,
+    /// As [`Template::spm`].
+    pub spm: bool,
 }
 
 impl FimTokens {
@@ -127,6 +136,7 @@ impl Template {
                 suffix,
                 pad: self.pad.and_then(&single),
                 end: self.end.and_then(&single),
+                spm: self.spm,
             }),
             _ => Err(self.needed().into_iter().filter(|mark| single(mark).is_none()).collect()),
         }

@@ -202,7 +202,7 @@ impl Sequences {
         let markers = if spec.fim_rate > 0.0 {
             tokenizer.fim()?
         } else {
-            FimTokens { prefix: eos, middle: eos, suffix: eos, pad: None, end: None }
+            FimTokens { prefix: eos, middle: eos, suffix: eos, pad: None, end: None, spm: true }
         };
         if split == Split::Train && dataset.len(split) == 0 {
             return Err(Error::NoDocuments(dataset.dir().display().to_string()));

@@ -68,7 +68,8 @@ fn subjects(spec: &JobSpec, evaluate: &EvaluateSpec) -> Result<Vec<(&'static str
     let quantize = Some(evaluate.quantization).filter(|of| of.kind != QuantKind::None);
     let held = |model: &Path, adapter: Option<PathBuf>| {
         let plain: SubjectArgs = defaults(&[("--model", model)])?;
-        Ok::<_, Error>(SubjectArgs { adapter, quantize, ..plain })
+        // What is exported has the same one beside it.
+        Ok::<_, Error>(SubjectArgs { tokenizer: Some(spec.tokenizer_dir()), adapter, quantize, ..plain })
     };
     let model = spec.model_dir();
     let is_beside = spec.adapter.is_some() && spec.export.merge == MergeBase::None;

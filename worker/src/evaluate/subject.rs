@@ -36,9 +36,12 @@ const PATIENCE: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Which model is evaluated, and how it is held.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SubjectArgs {
-    /// A Hugging Face model directory with its tokenizer.
+    /// A Hugging Face model directory.
     #[arg(long)]
     pub model: PathBuf,
+    /// A `tokenizer.json`, or a directory that holds one; the model's own when absent.
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
     /// An adapter beside it.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
@@ -122,7 +125,7 @@ impl Subject {
     /// Whatever their files break.
     pub fn load(args: &SubjectArgs) -> Result<Self, Error> {
         keep_freed_memory();
-        let tokenizer = Arc::new(Tokenizer::load(&args.model)?);
+        let tokenizer = Arc::new(Tokenizer::load(args.tokenizer.as_ref().unwrap_or(&args.model))?);
         let device = args.device.unwrap_or_else(Device::cuda_if_available);
         let precision = args.dtype.unwrap_or_else(|| Numerics::fast_precision(device));
         let numerics = Numerics::new(device, precision);

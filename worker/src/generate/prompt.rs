@@ -18,6 +18,12 @@ pub enum InfillOrder {
 }
 
 impl InfillOrder {
+    /// What completions of `tokenizer`'s models are laid out as: what is typed is best added at the end, where the
+    /// family has learnt that.
+    pub fn of(tokenizer: &Tokenizer) -> Self {
+        if tokenizer.fim().is_ok_and(|fim| fim.spm) { InfillOrder::Spm } else { InfillOrder::Psm }
+    }
+
     /// As it is written in results.
     pub fn name(self) -> &'static str {
         match self {

@@ -49,9 +49,12 @@ pub struct Args {
     /// YAML file with these flags, e.g. `max_batch: 32`; the command line wins over it.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// A Hugging Face model directory with its tokenizer.
+    /// A Hugging Face model directory.
     #[arg(long)]
     model: PathBuf,
+    /// A `tokenizer.json`, or a directory that holds one; the model's own when absent.
+    #[arg(long)]
+    tokenizer: Option<PathBuf>,
     /// An adapter beside the model, `NAME=DIR` or `NAME=DIR@WEIGHT`; requests choose it by NAME.
     #[arg(long = "adapter", value_name = "NAME=DIR[@WEIGHT]", value_parser = parse_adapter)]
     adapters: Vec<(String, PathBuf, f64)>,
@@ -82,9 +85,9 @@ pub struct Args {
     /// Longest time for a completion, waiting included.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
     timeout_seconds: u32,
-    /// How a prompt with a hole is laid out.
-    #[arg(long, value_enum, default_value = "spm")]
-    infill_order: InfillOrder,
+    /// How a prompt with a hole is laid out; when absent spm where the model's family has learnt it, else psm.
+    #[arg(long, value_enum)]
+    infill_order: Option<InfillOrder>,
     /// Dtype of weights and activations; bf16 when absent, but fp32 on a CPU that does not multiply bf16.
     #[arg(long, value_parser = crate::export::parse_dtype)]
     dtype: Option<Precision>,
@@ -127,6 +130,8 @@ impl Args {
         let adapters = beside.then(|| (spec.name.clone(), spec.adapter_dir(), 1.0));
         Ok(Args {
             config: None,
+            // What is exported has its own beside it.
+            tokenizer: beside.then(|| spec.tokenizer_dir()),
             adapters: adapters.into_iter().collect(),
             default_adapter: beside.then(|| spec.name.clone()),
             listen: serve.listen,
@@ -255,7 +260,7 @@ fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Resul
 
 /// Reads model, tokenizer and adapters, and starts the engine.
 fn load(args: &Args) -> Result<Server, Error> {
-    let tokenizer = Arc::new(Tokenizer::load(&args.model)?);
+    let tokenizer = Arc::new(Tokenizer::load(args.tokenizer.as_ref().unwrap_or(&args.model))?);
     let device = args.device.unwrap_or_else(Device::cuda_if_available);
     let numerics = Numerics::new(device, args.dtype.unwrap_or_else(|| Numerics::fast_precision(device)));
     let (dir, quantization) = (args.model.clone(), args.quantize);
@@ -277,6 +282,7 @@ fn load(args: &Args) -> Result<Server, Error> {
         return Err(Error::Setting(misfit));
     }
     let mut names = args.names.iter().cloned();
+    let infill_order = args.infill_order.unwrap_or_else(|| InfillOrder::of(&tokenizer));
     let server = Server {
         engine,
         tokenizer,
@@ -284,7 +290,7 @@ fn load(args: &Args) -> Result<Server, Error> {
         numerics,
         model_name: names.next().unwrap_or_else(|| name_of(&args.model)),
         other_names: names.collect(),
-        infill_order: args.infill_order,
+        infill_order,
         timeout: Duration::from_secs(args.timeout_seconds.into()),
         default_new_tokens: args.default_new_tokens as usize,
         adapters: RwLock::new(BTreeMap::new()),
