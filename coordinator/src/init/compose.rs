@@ -292,9 +292,13 @@ mod tests {
             assert!(cpu.contains(line), "{line}: {cpu}");
         }
         let gpus = job_file(&sources, &machine(96, Some(512), &[Some(80); 8]));
-        for line in
-            ["device: cuda", "ranks: 8", "precision: bf16", "preset: starcoderbase-1b", "size of starcoder,"]
-        {
+        for line in [
+            "device: cuda",
+            "ranks: 8",
+            "precision: bf16",
+            "preset: starcoderbase-1b",
+            "size of codellama-34b,",
+        ] {
             assert!(gpus.contains(line), "{line}: {gpus}");
         }
         let one = job_file(&sources, &machine(16, Some(64), &[Some(8)]));

@@ -27,10 +27,11 @@ impl Flops {
         let sequence_tokens = f64::from(spec.data.sequence_tokens);
         let tokens = f64::from(spec.train.micro_batch_sequences) * sequence_tokens;
         let d = config.hidden_size as f64;
-        let q = d + 2.0 * (config.kv_heads * config.head_dim()) as f64;
-        let weights = q * d + d * d + 2.0 * d * config.intermediate_size as f64;
+        let weights: u64 =
+            config.linears().iter().map(|linear| linear.out_features * linear.in_features).sum();
+        let weights = weights as f64;
         // Scores and their product with the values.
-        let attention = 2.0 * tokens * sequence_tokens * d;
+        let attention = 4.0 * tokens * seen(config, sequence_tokens) * config.attention_width() as f64;
         let products = 2.0 * tokens * weights;
         let frozen = spec.adapter.is_some();
         let backward = if frozen { 1.0 } else { 2.0 };
@@ -55,6 +56,15 @@ impl Flops {
     }
 }
 
+/// Tokens that a token of a sequence sees in the mean, over all tokens and blocks.
+fn seen(config: &ModelConfig, sequence_tokens: f64) -> f64 {
+    let of_block = |block| match config.window_of(block).map(|window| window as f64) {
+        Some(window) if window < sequence_tokens => window - window * window / (2.0 * sequence_tokens),
+        _ => sequence_tokens / 2.0,
+    };
+    (0..config.layers).map(of_block).sum::<f64>() / config.layers as f64
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -64,9 +74,28 @@ mod tests {
     use super::*;
 
     fn flops(more: &str) -> Flops {
-        let text = format!("dataset: d\nmodel: {{init: {{preset: starcoder}}}}\n{more}");
+        of("starcoder", more)
+    }
+
+    fn of(preset: &str, more: &str) -> Flops {
+        let text = format!("dataset: d\nmodel: {{init: {{preset: {preset}}}}}\n{more}");
         let spec = job::load(Path::new("/j.yaml"), &text, &[], Path::new("/")).unwrap();
-        Flops::new(&spec, &ModelConfig::preset("starcoder").unwrap())
+        Flops::new(&spec, &ModelConfig::preset(preset).unwrap())
+    }
+
+    #[test]
+    fn other_families_take_six_operations_a_parameter_and_a_window_saves_attention() {
+        // Of DeciCoder all but the table of its tokens is multiplied with.
+        let multiplied = 1_113_671_680.0 - 49_152.0 * 2048.0;
+        let sixes = of("decicoder-1b", "").of_model() / 2048.0 / (6.0 * multiplied);
+        assert!((1.03..1.10).contains(&sixes), "{sixes}");
+        let long = |preset| of(preset, "data: {sequence_tokens: 16384}\n").of_model();
+        let windowed = long("starcoder2-3b");
+        let config = ModelConfig { window: None, ..ModelConfig::preset("starcoder2-3b").unwrap() };
+        let text = "dataset: d\nmodel: {init: {preset: starcoder2-3b}}\ndata: {sequence_tokens: 16384}\n";
+        let spec = job::load(Path::new("/j.yaml"), text, &[], Path::new("/")).unwrap();
+        let saved = Flops::new(&spec, &config).of_model() / windowed;
+        assert!((1.15..1.35).contains(&saved), "{saved}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::Error;
 /// plans inside memory.
 const MAX_VOCABULARY: u64 = 1 << 24;
 /// Largest width, head count or number of positions.
-const MAX_DIMENSION: u64 = 1 << 20;
+pub const MAX_DIMENSION: u64 = 1 << 20;
 /// Most blocks.
 const MAX_LAYERS: u64 = 4096;
 

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 fn count(name: &str) -> u64 {
@@ -70,6 +72,10 @@ fn bad_configs_are_refused_by_key_and_rule() {
         (format!(r#"{{{LLAMA},"hidden_act":"relu"}}"#), "hidden_act = relu: must be silu"),
         (format!(r#"{{{LLAMA},"num_key_value_heads":3}}"#), "num_key_value_heads = 3: must divide"),
         (format!(r#"{{{LLAMA},"head_dim":7}}"#), "head_dim = 7: must be even"),
+        (
+            format!(r#"{{{LLAMA},"head_dim":1048576}}"#),
+            "head_dim = 1048576: times the number of query heads (4)",
+        ),
         (format!(r#"{{{LLAMA},"num_key_value_heads":0}}"#), "must be a whole number from 1"),
         (format!(r#"{{{LLAMA},"quantization_config":{{}}}}"#), "weights must not be quantised"),
         (
@@ -149,4 +155,77 @@ fn windows_begin_where_the_config_says() {
     assert_eq!(window(used), [None, Some(5)]);
     let named = r#","use_sliding_window":true,"sliding_window":5,"layer_types":["sliding_attention","sliding_attention"]"#;
     assert_eq!(window(named), [Some(5), Some(5)]);
+}
+
+const KINDS: [&str; 5] = ["linear", "yarn", "llama3", "dynamic", "longrope"];
+
+/// Keys of all families, and values that may stand there.
+fn any_config() -> impl Strategy<Value = String> {
+    let keys = [
+        "n_embd",
+        "n_head",
+        "n_layer",
+        "n_inner",
+        "n_positions",
+        "multi_query",
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "max_position_embeddings",
+        "head_dim",
+        "vocab_size",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "hidden_act",
+        "eos_token_id",
+    ];
+    let number = prop_oneof![0u64..9, Just(1 << 20), any::<u64>()];
+    let value = prop_oneof![
+        6 => number.clone().prop_map(|n| n.to_string()),
+        1 => any::<f64>().prop_map(|x| serde_json::json!(x).to_string()),
+        1 => Just("null".to_owned()),
+        1 => any::<bool>().prop_map(|b| b.to_string()),
+        1 => Just("[\"sliding_attention\"]".to_owned()),
+        2 => (number, any::<f64>()).prop_map(|(n, x)| serde_json::json!({
+            "type": KINDS[(n % 5) as usize], "factor": x,
+            "original_max_position_embeddings": n, "low_freq_factor": 1, "high_freq_factor": x, "rope_theta": x,
+        }).to_string()),
+    ];
+    let family = prop::sample::select(vec!["gpt_bigcode", "starcoder2", "qwen2", "llama", "decicoder"]);
+    let entries = prop::collection::vec((prop::sample::select(keys.to_vec()), value), 0..keys.len());
+    (family, entries).prop_map(|(family, entries)| {
+        let entries: Vec<String> = entries.iter().map(|(key, value)| format!("{key:?}:{value}")).collect();
+        // What all need, so that some are read; the last of two counts.
+        let needed = "\"n_embd\":8,\"n_head\":2,\"n_layer\":1,\"hidden_size\":8,\"num_attention_heads\":2,\
+                      \"num_hidden_layers\":1,\"intermediate_size\":8,\"vocab_size\":9";
+        format!(
+            "{{\"model_type\":{family:?},{needed}{}{}}}",
+            if entries.is_empty() { "" } else { "," },
+            entries.join(",")
+        )
+    })
+}
+
+proptest! {
+    #[test]
+    fn whatever_a_config_says_it_is_counted_or_refused(text in any_config()) {
+        if let Ok(config) = ModelConfig::from_json(&text) {
+            prop_assert!(config.parameter_count() > 0);
+            prop_assert!(config.block_parameters(0).len() > config.linears().len());
+            if let Positions::Rotary(rope) = &config.positions {
+                prop_assert_eq!(rope.inverse_frequencies(config.head_dim()).len() as u64, config.head_dim() / 2);
+            }
+            let again = ModelConfig::from_json(&config.to_json("float32").to_string()).unwrap();
+            prop_assert_eq!(again.block_parameters(0), config.block_parameters(0));
+        }
+    }
 }

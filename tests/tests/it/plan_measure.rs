@@ -165,12 +165,11 @@ fn models_of_other_families_need_what_was_planned() {
     };
     let keep = "ranks: 1, precision: bf16, recompute: none, micro_batch_sequences: 2";
     let again = "ranks: 1, precision: fp32, recompute: all, micro_batch_sequences: 2";
-    for preset in ["decicoder-1b", "starcoder2-3b"] {
-        assert_planned_as_counted(&format!("{preset}, kept"), &Case::new(of(preset), keep, ""));
-        assert_planned_as_counted(&format!("{preset}, again"), &Case::new(of(preset), again, ""));
-        let more = "adapter: {rank: 8, quantize: nf4}";
-        assert_planned_as_counted(&format!("adapter on {preset}"), &Case::new(of(preset), again, more));
-    }
+    let (llama, starcoder2) = (of("decicoder-1b"), of("starcoder2-3b"));
+    assert_planned_as_counted("a Llama, kept", &Case::new(llama.clone(), keep, ""));
+    let more = "adapter: {rank: 8, quantize: nf4}";
+    assert_planned_as_counted("adapter on a Llama", &Case::new(llama, again, more));
+    assert_planned_as_counted("StarCoder2, again", &Case::new(starcoder2, again, ""));
 }
 
 /// Eight of them would hold six gigabytes.

@@ -20,7 +20,7 @@ use crate::model::head::{self, HeadParams};
 use crate::model::linear::{Pair, Served};
 use crate::model::matrix::Matrix;
 use crate::model::numerics::{self, Numerics};
-use crate::model::rotary::Turns;
+use crate::model::rotary::{Rotary, Turns};
 use crate::train::units;
 
 /// Weights, shape and how to compute.
@@ -29,6 +29,7 @@ pub struct Decoder {
     numerics: Numerics,
     shape: BlockShape,
     layout: BlockLayout,
+    rotary: Option<Rotary>,
     embed: Vec<Tensor>,
     /// Output embedding in the dtype of products.
     head_vd: Tensor,
@@ -175,7 +176,8 @@ impl Decoder {
         // Widened once: a token's products are too small to pay for it each time.
         let head_vd = embed[config.embed_layout().head].to_kind(numerics.product_kind);
         let (shape, layout) = (BlockShape::new(&config, false), BlockLayout::new(&config));
-        Decoder { shape, layout, config, numerics, embed, head_vd, blocks }
+        let rotary = Rotary::new(&config, numerics.device);
+        Decoder { shape, layout, rotary, config, numerics, embed, head_vd, blocks }
     }
 
     /// The model's shape.
@@ -231,7 +233,8 @@ impl Decoder {
         let layout = self.config.embed_layout();
         let learned = layout.positions.map(|at| &self.embed[at]);
         let x = embed::forward(&self.embed[layout.tokens], learned, tokens_bt, positions);
-        (x.to_kind(self.numerics.product_kind), Turns::of(&self.config, tokens_bt, positions))
+        let turns = self.rotary.as_ref().map(|rotary| rotary.turns(tokens_bt, positions));
+        (x.to_kind(self.numerics.product_kind), turns)
     }
 
     /// Shows `tokens`; the next token's logits, fp32 `[V]` on the CPU.

@@ -1,39 +1,54 @@
-//! Turns of the tokens of a batch, made once for all blocks.
+//! Rotary positions: turns of the tokens of a batch, made once for all blocks.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use tunefleet_proto::model::{ModelConfig, Positions as ModelPositions};
 
 use super::embed::Positions;
 
-/// Turns of each position of a row, or of each token of a batch, for models with rotary positions.
+/// How a model's positions turn its heads.
+#[derive(Debug)]
+pub struct Rotary {
+    /// Of each pair from one position to the next, `[C / 2]`, fp32, on the device: nothing is brought there in a step.
+    inverse_frequencies: Tensor,
+    /// What sines and cosines are multiplied by.
+    factor: f64,
+}
+
+/// Turns of each position of a row, or of each token of a batch.
 #[derive(Debug)]
 pub struct Turns {
     /// `[R, 2, C / 2]`, fp32: cosines and sines.
     turns: Tensor,
 }
 
-impl Turns {
-    /// For tokens `[B, T]` at `positions`; `None` for a model that learns its positions.
-    pub fn of(config: &ModelConfig, tokens_bt: &Tensor, positions: Positions<'_>) -> Option<Self> {
+impl Rotary {
+    /// Of `config`'s positions; `None` where they are learned.
+    pub fn new(config: &ModelConfig, device: Device) -> Option<Self> {
         let ModelPositions::Rotary(rope) = &config.positions else { return None };
-        let device = tokens_bt.device();
+        let inverse_frequencies = Tensor::from_slice(&rope.inverse_frequencies(config.head_dim()));
+        let inverse_frequencies = inverse_frequencies.to_device(device);
+        Some(Rotary { inverse_frequencies, factor: rope.attention_factor() })
+    }
+
+    /// For tokens `[B, T]` at `positions`.
+    pub fn turns(&self, tokens_bt: &Tensor, positions: Positions<'_>) -> Turns {
         let positions_r = match positions {
             Positions::From(first) => {
                 let tokens = tokens_bt.size().last().copied().unwrap_or(0);
-                Tensor::arange_start(first, first + tokens, (Kind::Float, device))
+                Tensor::arange_start(first, first + tokens, (Kind::Float, tokens_bt.device()))
             }
             Positions::Each(positions_bt) => positions_bt.reshape([-1]).to_kind(Kind::Float),
         };
-        let turns_c = Tensor::from_slice(&rope.inverse_frequencies(config.head_dim())).to_device(device);
-        let angles_rc = positions_r.unsqueeze(1) * turns_c.unsqueeze(0);
+        let angles_rc = positions_r.unsqueeze(1) * self.inverse_frequencies.unsqueeze(0);
         let mut turns = Tensor::stack(&[angles_rc.cos(), angles_rc.sin()], 1);
-        let factor = rope.attention_factor();
-        if factor != 1.0 {
-            turns *= factor;
+        if self.factor != 1.0 {
+            turns *= self.factor;
         }
-        Some(Turns { turns })
+        Turns { turns }
     }
+}
 
+impl Turns {
     /// Heads side by side, `[B, T, F]`, turned; differentiable.
     ///
     /// # Panics

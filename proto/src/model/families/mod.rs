@@ -9,7 +9,7 @@ mod starcoder2;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::keys::{Keys, invalid};
+use super::keys::{Keys, MAX_DIMENSION, invalid};
 use super::{Error, ModelConfig, Positions};
 
 /// Architecture families.
@@ -98,7 +98,7 @@ pub fn read(keys: Keys<'_>) -> Result<ModelConfig, Error> {
     Ok(config)
 }
 
-/// Heads that divide what they must.
+/// Heads that divide what they must, and are together no wider than a model may be.
 fn check_heads(config: &ModelConfig) -> Result<(), Error> {
     let ModelConfig { heads, kv_heads, hidden_size, .. } = config;
     if !heads.is_multiple_of(*kv_heads) {
@@ -112,6 +112,10 @@ fn check_heads(config: &ModelConfig) -> Result<(), Error> {
         };
         let rule = format!("must be a multiple of {count} ({heads})");
         return Err(invalid(width, &json!(hidden_size), &rule));
+    }
+    if config.heads.checked_mul(config.head_dim()).is_none_or(|width| width > MAX_DIMENSION) {
+        let rule = format!("times the number of query heads ({heads}) must be at most {MAX_DIMENSION}");
+        return Err(invalid("head_dim", &json!(config.head_dim()), &rule));
     }
     if matches!(config.positions, Positions::Rotary(_)) && !config.head_dim().is_multiple_of(2) {
         let rule = "must be even: halves of a head are rotated against each other";

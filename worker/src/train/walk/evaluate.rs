@@ -36,7 +36,7 @@ impl Walk<'_> {
         let shape = BlockShape::new(&self.config, false);
         let embed_params = self.gathered_embed()?;
         let (mut x, turns) =
-            tch::no_grad(|| (self.embedded(&embed_params, batch), batch.turns(&self.config)));
+            tch::no_grad(|| (self.embedded(&embed_params, batch), batch.turns(self.rotary.as_ref())));
         for i in 0..self.plan.units.len() - 1 {
             let weights = self.gathered_block(i, Direction::Forward)?;
             let shape = shape.of_block(i);

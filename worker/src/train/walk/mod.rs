@@ -39,7 +39,7 @@ use crate::model::documents::Documents;
 use crate::model::embed::Positions;
 use crate::model::head;
 use crate::model::numerics::Numerics;
-use crate::model::rotary::Turns;
+use crate::model::rotary::{Rotary, Turns};
 use blocks::{Direction, Kept};
 
 /// Tokens and shifted targets of one forward pass, on the device.
@@ -62,8 +62,8 @@ impl Batch {
         self.documents.as_ref().map_or(Positions::From(0), |d| Positions::Each(d.positions_bt()))
     }
 
-    fn turns(&self, config: &ModelConfig) -> Option<Turns> {
-        Turns::of(config, &self.tokens_bt, self.positions())
+    fn turns(&self, rotary: Option<&Rotary>) -> Option<Turns> {
+        rotary.map(|rotary| rotary.turns(&self.tokens_bt, self.positions()))
     }
 }
 
@@ -126,6 +126,7 @@ impl MicroPosition {
 pub struct Walk<'a> {
     config: ModelConfig,
     layout: BlockLayout,
+    rotary: Option<Rotary>,
     plan: ShardPlan,
     numerics: Numerics,
     mesh: Mesh<'a>,
@@ -165,6 +166,7 @@ impl<'a> Walk<'a> {
         let head_scratch = head::Scratch::default();
         Walk {
             layout: BlockLayout::new(&config),
+            rotary: Rotary::new(&config, numerics.device),
             config,
             plan,
             numerics,
@@ -240,7 +242,7 @@ impl<'a> Walk<'a> {
         // Below it nothing is trained: no gradient goes there.
         let lowest = self.lowest_trained_block();
         let documents = batch.documents.as_ref();
-        let turns = tch::no_grad(|| batch.turns(&self.config));
+        let turns = tch::no_grad(|| batch.turns(self.rotary.as_ref()));
         let turns = turns.as_ref();
         let embed_params = self.gathered_embed()?;
         let (mut x, embed_mask) = tch::no_grad(|| self.embed(&embed_params, batch, position));
