@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::super::keys::{Keys, invalid};
+use super::super::keys::{Keys, MAX_DIMENSION, invalid};
 use super::super::{Activation, Biases, Dropout, Error, Mlp, ModelConfig, Norm, Positions, Qkv};
 use super::{Family, Names, object};
 
@@ -39,6 +39,11 @@ pub fn read(keys: Keys<'_>) -> Result<ModelConfig, Error> {
         Some(activation @ (Activation::Gelu | Activation::GeluPytorchTanh)) => activation,
         _ => return Err(invalid("activation_function", &json!(name), "must be gelu or gelu_pytorch_tanh")),
     };
+    let intermediate_size = keys.size("n_inner", Some(4 * hidden_size))?;
+    if intermediate_size > MAX_DIMENSION {
+        let rule = format!("four times it, which n_inner is by default, must be at most {MAX_DIMENSION}");
+        return Err(invalid("n_embd", &json!(hidden_size), &rule));
+    }
     Ok(ModelConfig {
         family: Family::GptBigCode,
         vocab_size: keys.vocabulary()?,
@@ -47,7 +52,7 @@ pub fn read(keys: Keys<'_>) -> Result<ModelConfig, Error> {
         heads,
         kv_heads: if multi_query { 1 } else { heads },
         own_head_dim: None,
-        intermediate_size: keys.size("n_inner", Some(4 * hidden_size))?,
+        intermediate_size,
         max_positions: keys.size("n_positions", Some(1024))?,
         positions: Positions::Learned,
         norm: Norm::LayerNorm,
