@@ -64,7 +64,10 @@ impl Model<'_> {
 
     fn lacks(&self, what: &str) -> Error {
         let revision = self.revision.unwrap_or("main");
-        Error::Setting(format!("{} at {revision} is no model: it lacks {what}", self.repo))
+        Error::Setting(format!(
+            "{} at {revision} is no model that transformers loads: it lacks {what}; name another repository or revision",
+            self.repo
+        ))
     }
 }
 

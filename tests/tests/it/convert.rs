@@ -108,7 +108,7 @@ fn the_example_job_is_what_the_original_becomes() {
     assert_common(&example);
     assert_eq!((example.name.as_str(), example.train.ranks), ("fsdp", 8));
     // The example takes a directory, so that it can be planned without a network.
-    assert_eq!(example.model.name(), "/work/starcoder");
+    assert!(example.model.name().ends_with("/starcoder"), "{}", example.model.name());
     let JobSpec { name, output, model, .. } = spec.clone();
     assert_eq!(JobSpec { name, output, model, ..example }, spec);
 }
