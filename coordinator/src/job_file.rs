@@ -83,7 +83,7 @@ impl JobArgs {
 
 /// The shape of a model of the hub: of the one that the job has fetched, else of the one that is there now.
 fn hub_config(spec: &JobSpec, repo: &str, revision: Option<&str>) -> Result<ModelConfig, Error> {
-    let fetched = spec.model_dir().join("config.json");
+    let fetched = spec.base_model_dir().join("config.json");
     let (path, text) = match std::fs::read_to_string(&fetched) {
         Ok(text) => (fetched, text),
         Err(_) => {

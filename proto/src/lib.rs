@@ -8,6 +8,8 @@
 pub mod checkpoint;
 /// The dataset directory: segments and their manifest.
 pub mod dataset;
+/// Conversations, of which a dataset may consist.
+pub mod chat;
 /// Identity and position: job, attempt, rank, step.
 pub mod ids;
 /// The job file: what the user wrote, and the [`job::JobSpec`] that follows from it.

@@ -47,6 +47,7 @@ VARIANTS = [
     dict(name="dora", base="plain", use_dora=True),
     dict(name="dora-nf4", base="nf4-64-double", use_dora=True),
     dict(name="norms", base="nf4-64-double", modules_to_save=["ln_f", "ln_1"]),
+    dict(name="tokens", base="nf4-64-double", trainable_token_indices=[0, 3, 50, 96]),
 ]
 
 

@@ -29,6 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         packing: Packing::Continuous,
         metadata_prefix: false,
         document_mask: false,
+        chat: None,
         seed: 0,
     };
     let cache = tempfile::tempdir()?;

@@ -22,6 +22,7 @@ use tunefleet_worker::base::{Base, encode};
 use tunefleet_worker::comm::simulated::Simulated;
 use tunefleet_worker::comm::tcp::TcpListener;
 use tunefleet_worker::comm::{Communicator, Mesh, Solo, Tag};
+use tunefleet_worker::model::embed::TableGrad;
 use tunefleet_worker::model::head;
 use tunefleet_worker::model::numerics::Numerics;
 use tunefleet_worker::train::adapter::{Frozen, Wiring};
@@ -285,7 +286,7 @@ fn profile(
         |size: [i64; 2]| Tensor::randn(size, (Kind::Float, device)).to_kind(numerics.product_kind) * 0.02;
     let (h_nd, weight_vd) = (random([args.batch * args.sequence, width]), random([vocab, width]));
     let targets_n = batch.targets_bt.reshape([-1]);
-    let dweight_vd = Tensor::zeros([vocab, width], (Kind::Float, device));
+    let dweight_vd = TableGrad::Whole(Tensor::zeros([vocab, width], (Kind::Float, device)));
     let scale = Tensor::full([], 1e-3, (Kind::Float, device));
     let mut scratch = head::Scratch::default();
     let evaluate = median(&mut || {
@@ -368,7 +369,7 @@ fn adapter(
     let recompute = if args.recompute { Recompute::All } else { Recompute::None };
     let residency = Residency::new(recompute, 0, 1, config.layers as usize);
     let base = Base::new(base_plan, shards, rank.world, numerics, &residency, false)?;
-    let wiring = Wiring::new(&lora, &adapter, config, &plan);
+    let wiring = Wiring::new(&lora, &adapter, config, &plan, numerics.device);
     Ok((plan, Frozen { base, wiring }))
 }
 

@@ -10,7 +10,7 @@ use tunefleet_proto::findings::Findings;
 use tunefleet_proto::flags_file;
 use tunefleet_worker::data::train_tokenizer;
 use tunefleet_worker::{
-    adapter, checkpoint, daemon, evaluate, export, generate, init_model, measure, rank, serve,
+    adapter, chat, checkpoint, daemon, evaluate, export, generate, init_model, measure, rank, serve,
 };
 
 /// Trains, evaluates and serves code-completion models.
@@ -54,7 +54,11 @@ enum Verb {
     Evaluate(evaluate::Args),
     /// Completes a prompt, or fills in its `<FILL_ME>`.
     Generate(generate::Args),
-    /// Serves completions to editors over HTTP.
+    /// Puts a chat template, and the control tokens that it needs, beside a model.
+    InitChat(chat::model::Args),
+    /// Talks in the terminal.
+    Chat(chat::verb::Args),
+    /// Serves completions to editors, and answers to chats, over HTTP.
     Serve(serve::Args),
     /// Measures steps and checkpoints of a job's rank on this machine; asked by `coordinator plan --measure`.
     Measure(measure::Args),
@@ -122,6 +126,8 @@ fn run(verb: Verb) -> Result<ExitCode, Failure> {
         Verb::Adapter(args) => Ok(adapter::cli::run(args)?),
         Verb::Evaluate(args) => Ok(evaluate::run(args)?),
         Verb::Generate(args) => Ok(generate::run(args)?),
+        Verb::InitChat(args) => Ok(chat::model::run(args)?),
+        Verb::Chat(args) => Ok(chat::verb::run(args)?),
         Verb::Serve(args) => Ok(serve::run(args)?),
         Verb::Measure(args) => Ok(measure::run(args)?),
         Verb::Completions { shell } => {

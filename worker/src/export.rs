@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tch::Tensor;
 use tunefleet_hub as hub;
+use tunefleet_proto::chat::TEMPLATE_FILE;
 use tunefleet_proto::checkpoint::{self, AdapterRecord, Manifest, RankFile};
 use tunefleet_proto::job::{JobSpec, MergeBase, Precision};
 use tunefleet_proto::shard_plan::ShardPlan;
@@ -156,9 +157,11 @@ pub fn export(
     };
     let shards = Shards::open(dir, &manifest)?;
     match &manifest.adapter {
-        Some(record) => write_adapter(&shards, record, out)?,
+        Some(record) => write_adapter(&shards, record, tokenizer, out)?,
         None => {
-            let config = hugging_face::read_config(model)?;
+            let mut config = hugging_face::read_config(model)?;
+            // Their rows are trained now.
+            config.added_tokens.clear();
             model_dir::write(out, &config, dtype, Some(tokenizer), |parameter, sink| {
                 shards.read(&parameter.hf_name, sink)
             })?;
@@ -167,7 +170,13 @@ pub fn export(
     Ok(manifest.step)
 }
 
-fn write_adapter(shards: &Shards<'_>, record: &AdapterRecord, out: &Path) -> Result<(), ExportError> {
+/// An adapter of conversations takes its template and its tokens with it.
+fn write_adapter(
+    shards: &Shards<'_>,
+    record: &AdapterRecord,
+    tokenizer: &Path,
+    out: &Path,
+) -> Result<(), ExportError> {
     let mut tensors = BTreeMap::new();
     for slot in shards.plan.units.iter().flat_map(|unit| &unit.parameters) {
         let mut values = Vec::with_capacity(slot.elements() as usize);
@@ -184,7 +193,8 @@ fn write_adapter(shards: &Shards<'_>, record: &AdapterRecord, out: &Path) -> Res
         (BASE_DTYPE_KEY.to_owned(), dtype_name(record.precision).to_owned()),
     ];
     let adapter = Adapter { config: record.lora.clone(), tensors, metadata: metadata.into() };
-    adapter.write(out, WriteDtype::F32)
+    let talks = tokenizer.join(TEMPLATE_FILE).exists();
+    adapter.write_with(out, WriteDtype::F32, talks.then_some(tokenizer))
 }
 
 /// All ranks' files of a checkpoint.

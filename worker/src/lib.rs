@@ -10,6 +10,8 @@ pub mod model;
 pub mod comm;
 /// Dataset segments -> documents -> tokens -> sequences.
 pub mod data;
+/// Conversations -> tokens, by a template.
+pub mod chat;
 /// The frozen, quantised base of an adapter.
 pub mod base;
 /// The training loop of one rank.

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 
 use tunefleet_proto::dataset::{Repository, Segment};
-use tunefleet_proto::job::CollectSpec;
+use tunefleet_proto::job::{CollectSpec, ContentKind};
 
 use super::Error;
 use super::inputs::Ready;
@@ -54,6 +54,11 @@ pub fn all(
             staging.clear()?;
             continue;
         }
+        if let Some(first) = &counts.first_invalid {
+            progress.note(&format!(
+                "note: conversations that break a rule are left out, of which the first is {first}"
+            ));
+        }
         let (dropped, found) = counts.into_manifest();
         let (train, validation) = (segments.train, segments.validation);
         return Ok(Written { repositories, train, validation, dropped, found });
@@ -90,13 +95,17 @@ fn once(
             for ((ready, (repo_id, commit)), repository) in ready.iter().zip(&pinned).zip(&mut repositories) {
                 let task = progress.task(repo_id);
                 sides.enter(ready)?;
-                repository.licenses = read(ready, filter, &mut duplicates, &mut counts, |window| {
+                let held_out = matches!(ready, Ready::Table(table) if table.held_out);
+                repository.licenses = read(spec, ready, filter, &mut duplicates, &mut counts, |window| {
                     repository.files += window.len() as u64;
                     repository.bytes += window.iter().map(|file| file.content.len() as u64).sum::<u64>();
                     task.position(repository.files);
-                    let files = window.into_iter().map(|file| (sides.key(repo_id, &file), file)).collect();
+                    let files = window.into_iter().map(|file| {
+                        let key = sides.key(repo_id, &file);
+                        (if held_out { Split::HELD_OUT } else { key }, file)
+                    });
                     // The writer hangs up when it fails; its error is taken below.
-                    sender.send(Batch { repo_id, commit, files }).is_ok()
+                    sender.send(Batch { repo_id, commit, files: files.collect() }).is_ok()
                 })?;
             }
             Ok::<_, Error>(())
@@ -121,13 +130,14 @@ pub fn read_all(
     let mut counts = Counts::default();
     for ready in ready {
         let repo_id = entry(ready).repo_id;
-        read(ready, filter, &mut duplicates, &mut counts, |window| take(&repo_id, &window))?;
+        read(spec, ready, filter, &mut duplicates, &mut counts, |window| take(&repo_id, &window))?;
     }
     Ok(())
 }
 
 /// Hands on the files of one source; the licences that it is under.
 fn read(
+    spec: &CollectSpec,
     ready: &Ready,
     filter: &FileFilter,
     duplicates: &mut Duplicates,
@@ -137,7 +147,13 @@ fn read(
     match ready {
         Ready::Repository(pinned) => Ok(files::read(pinned, filter, duplicates, counts, take)?),
         Ready::Table(table) => {
-            tables::read(table, filter, duplicates, counts, take)?;
+            match spec.kind {
+                ContentKind::Code => tables::read(table, filter, duplicates, counts, take)?,
+                ContentKind::Chat => {
+                    let invalid = spec.invalid_conversations;
+                    tables::read_conversations(table, filter, invalid, duplicates, counts, take)?;
+                }
+            }
             Ok(Vec::new())
         }
     }

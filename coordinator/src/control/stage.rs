@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tunefleet_proto::chat::TEMPLATE_FILE;
 use tunefleet_proto::evaluation::{self, EVALUATION_FILE};
 use tunefleet_proto::job::{
-    AdapterSpec, DatasetSpec, Exam, JobSpec, MergeBase, ModelSpec, Optimizer, Precision, Schedule,
-    TokenizerSpec,
+    AdapterSpec, ChatTemplate, DatasetSpec, Exam, JobSpec, MergeBase, ModelSpec, Optimizer, Precision,
+    Schedule, TokenizerSpec,
 };
 use tunefleet_proto::model::ModelConfig;
 use tunefleet_proto::rpc::{Continuation, Stage};
@@ -212,7 +213,7 @@ pub fn record(spec: &JobSpec, stage: Stage) -> Result<(), Error> {
 pub fn output_dir(spec: &JobSpec, stage: Stage) -> PathBuf {
     match stage {
         Stage::Collect => spec.dataset_dir(),
-        Stage::Tokenizer => spec.tokenizer_dir(),
+        Stage::Tokenizer => spec.base_tokenizer_dir(),
         Stage::InitModel => spec.model_dir(),
         Stage::Train => spec.checkpoints_dir(),
         Stage::Export if spec.adapter.is_some() => spec.adapter_dir(),
@@ -226,7 +227,9 @@ fn is_asked_for(spec: &JobSpec, stage: Stage) -> bool {
     match stage {
         Stage::Collect => matches!(spec.dataset, DatasetSpec::Collect(_)),
         Stage::Tokenizer => matches!(spec.tokenizer, TokenizerSpec::Train { .. }),
-        Stage::InitModel => matches!(spec.model, ModelSpec::Hub { .. } | ModelSpec::Init { .. }),
+        Stage::InitModel => {
+            spec.data.chat.is_some() || matches!(spec.model, ModelSpec::Hub { .. } | ModelSpec::Init { .. })
+        }
         Stage::Train => spec.train.steps > 0,
         Stage::Export => spec.export.enabled,
         Stage::Evaluate => spec.evaluate.is_some(),
@@ -332,24 +335,42 @@ fn digest(spec: &JobSpec, stage: Stage) -> Result<String, Error> {
         Stage::Tokenizer => {
             Ok(chain(stage, &(&spec.tokenizer, dataset_manifest(&spec.dataset_dir())?.digest())))
         }
-        Stage::InitModel => match &spec.model {
-            ModelSpec::Init { preset, seed } => {
-                let tokenizer = match spec.tokenizer {
-                    TokenizerSpec::FromModel => None,
-                    _ => Some(file_digest(&tokenizer_file(spec))?),
-                };
-                Ok(chain(stage, &(ModelConfig::preset(preset)?.to_json(""), seed, tokenizer)))
-            }
-            ModelSpec::Hub { repo, revision } => Ok(chain(stage, &(repo, revision))),
-            ModelSpec::Existing(dir) => model_digest(dir),
-        },
+        Stage::InitModel => {
+            let base = match &spec.model {
+                ModelSpec::Init { preset, seed } => {
+                    let tokenizer = match spec.tokenizer {
+                        TokenizerSpec::FromModel => None,
+                        _ => Some(file_digest(&base_tokenizer_file(spec))?),
+                    };
+                    chain(stage, &(ModelConfig::preset(preset)?.to_json(""), seed, tokenizer))
+                }
+                ModelSpec::Hub { repo, revision } => chain(stage, &(repo, revision)),
+                ModelSpec::Existing(dir) => model_digest(dir)?,
+            };
+            let Some(chat) = &spec.data.chat else { return Ok(base) };
+            let tokenizer = match spec.tokenizer {
+                // It comes with the model.
+                TokenizerSpec::FromModel => None,
+                _ => Some(file_digest(&base_tokenizer_file(spec))?),
+            };
+            let template = match &chat.template {
+                ChatTemplate::File(path) => Some(file_digest(path)?),
+                ChatTemplate::BuiltIn(_) | ChatTemplate::FromModel => None,
+            };
+            Ok(chain(stage, &(base, tokenizer, chat, template)))
+        }
         Stage::Train => {
             let inputs = (
                 dataset_manifest(&spec.dataset_dir())?.digest(),
                 file_digest(&tokenizer_file(spec))?,
                 model_digest(&spec.model_dir())?,
             );
-            Ok(chain(stage, &(inputs, &spec.data, TrainIdentity::of(spec))))
+            let template =
+                spec.data.chat.as_ref().map(|_| file_digest(&spec.model_dir().join(TEMPLATE_FILE)));
+            match template.transpose()? {
+                None => Ok(chain(stage, &(inputs, &spec.data, TrainIdentity::of(spec)))),
+                Some(template) => Ok(chain(stage, &(inputs, template, &spec.data, TrainIdentity::of(spec)))),
+            }
         }
         Stage::Export => {
             let last = checkpoint::dir_name(trained(spec).unwrap_or(spec.train.steps));
@@ -424,7 +445,14 @@ fn chain(stage: Stage, inputs: &impl Serialize) -> String {
 }
 
 fn tokenizer_file(spec: &JobSpec) -> PathBuf {
-    let path = spec.tokenizer_dir();
+    file_of_tokenizer(spec.tokenizer_dir())
+}
+
+fn base_tokenizer_file(spec: &JobSpec) -> PathBuf {
+    file_of_tokenizer(spec.base_tokenizer_dir())
+}
+
+fn file_of_tokenizer(path: PathBuf) -> PathBuf {
     if path.is_file() { path } else { path.join("tokenizer.json") }
 }
 

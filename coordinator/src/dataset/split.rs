@@ -11,6 +11,9 @@ pub struct Split {
 }
 
 impl Split {
+    /// Key of what is held out whatever the split.
+    pub const HELD_OUT: u64 = 0;
+
     /// Holds out about `fraction` of the files.
     pub fn new(fraction: f64, seed: u64) -> Self {
         // Saturates: below 0 (and NaN) nothing, from 1 on everything.
@@ -41,7 +44,7 @@ impl Split {
 
     /// Whether the file with this key is held out.
     pub fn holds_out(&self, key: u64) -> bool {
-        key < self.threshold
+        key < self.threshold || key == Self::HELD_OUT
     }
 
     /// The split that leaves neither part without a file, if this one did: `keys` are the smallest and the

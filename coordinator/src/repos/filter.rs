@@ -71,6 +71,8 @@ pub enum DropReason {
     Duplicate,
     /// A file that was kept says nearly the same.
     NearDuplicate,
+    /// A conversation that breaks a rule.
+    InvalidConversation,
 }
 
 impl DropReason {
@@ -103,6 +105,7 @@ impl DropReason {
             Self::Secret => "secret",
             Self::Duplicate => "duplicate",
             Self::NearDuplicate => "near_duplicate",
+            Self::InvalidConversation => "invalid_conversation",
         }
     }
 }
@@ -112,6 +115,8 @@ impl DropReason {
 pub struct Counts {
     dropped: BTreeMap<DropReason, u64>,
     found: Found,
+    /// The first conversation that broke a rule, in words.
+    pub first_invalid: Option<String>,
 }
 
 impl Counts {
@@ -279,6 +284,14 @@ impl FileFilter {
             return Err(DropReason::License);
         }
         self.text.judge(&text, marks.generated)?;
+        self.turn(text, found)
+    }
+
+    /// What is said in a turn of a conversation, as it is kept.
+    ///
+    /// # Errors
+    /// The first reason that drops it.
+    pub fn turn(&self, text: String, found: &mut Found) -> Result<String, DropReason> {
         if self.contamination.is_in(&text) {
             return Err(DropReason::Contaminated);
         }

@@ -11,6 +11,9 @@ use crate::repos::files::{File, Read, WINDOW_BYTES, WINDOW_FILES, first_ones};
 use crate::repos::filter::{Counts, DropReason, FileFilter, Kind, is_notebook};
 use crate::repos::secrets::Found;
 
+/// Column of the texts where none is named.
+const CONTENT: &str = "content";
+
 /// A row that passed by its name.
 struct Candidate {
     repo_id: String,
@@ -48,7 +51,7 @@ pub fn read(
     };
     for (name, place) in &table.files {
         let mut number = 0u64;
-        rows::read(place, &table.column, &mut |row| {
+        rows::read(place, rows::Wanted::Texts(table.column.as_deref().unwrap_or(CONTENT)), &mut |row| {
             number += 1;
             // Mirrors have put themselves before the path.
             let path = match row.path {

@@ -36,8 +36,10 @@ pub struct Located {
     pub location: String,
     /// The hub's commit, or the SHA-256 over names and contents.
     pub state: String,
-    /// Column of the texts.
-    pub column: String,
+    /// Column of the texts; of conversations, one of the usual ones where none is named.
+    pub column: Option<String>,
+    /// Whether all its rows are held out.
+    pub held_out: bool,
     /// Names within the dataset, and where the files are, in reading order.
     pub files: Vec<(String, PathBuf)>,
 }
@@ -95,6 +97,7 @@ impl Table {
             location: self.spec.from.clone(),
             state,
             column: self.spec.column.clone(),
+            held_out: self.spec.held_out,
             files,
         })
     }
@@ -190,7 +193,8 @@ mod tests {
             revision: None,
             subset: subset.map(str::to_owned),
             split: split.map(str::to_owned),
-            column: "content".to_owned(),
+            column: Some("content".to_owned()),
+            held_out: false,
         })
     }
 

@@ -6,11 +6,17 @@ pub mod locate;
 mod rows;
 /// Rows as files: filtered in parallel, and handed on in order.
 mod files;
+/// Rows as conversations.
+mod conversations;
+/// The shapes that conversations have in datasets.
+mod shapes;
 
 use std::path::PathBuf;
 
+pub use conversations::read as read_conversations;
 pub use files::read;
 pub use locate::{Located, Table};
+use tunefleet_proto::chat::Fault;
 
 /// A table that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -34,13 +40,15 @@ pub enum Error {
         /// Subset and split, where they were given.
         wanted: String,
     },
-    /// A table without a column of texts.
-    #[error("table {}: there is no column {column:?} of texts, but {found}; give the name in data_column", .path.display())]
+    /// A table without a column of what is wanted.
+    #[error("table {}: there is no column {column} of {what}, but {found}; give the name in data_column", .path.display())]
     Column {
         /// The file.
         path: PathBuf,
         /// What was looked for.
         column: String,
+        /// What it must hold.
+        what: &'static str,
         /// The columns that there are.
         found: String,
     },
@@ -53,6 +61,18 @@ pub enum Error {
         row: Option<u64>,
         /// What is wrong.
         detail: String,
+    },
+    /// A row that is no conversation.
+    #[error(
+        "table {}, row {row}: {fault}; repair it, leave it out, or write collect.invalid_conversations: drop", .path.display()
+    )]
+    Conversation {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        row: u64,
+        /// The rule that it breaks.
+        fault: Fault,
     },
     /// The hub refused, or cannot be reached.
     #[error(transparent)]

@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Seek};
 use std::path::Path;
 use std::rc::Rc;
 
-use arrow::array::{Array, AsArray, LargeStringArray, RecordBatch, RecordBatchReader};
+use arrow::array::{Array, ArrayRef, AsArray, LargeStringArray, RecordBatch, RecordBatchReader};
 use arrow::compute::cast;
 use arrow::datatypes::{DataType, Schema};
 use arrow::ipc::reader::{FileReader, StreamReader};
@@ -26,6 +26,39 @@ const BATCH_ROWS: usize = 256;
 const MAX_ROW_BYTES: u64 = 64 << 20;
 /// First bytes of an Arrow file; a stream has none.
 const ARROW_MAGIC: &[u8] = b"ARROW1";
+
+/// Names that datasets of conversations have for their column, those that say most first.
+const TURNS_COLUMNS: [&str; 5] = ["messages", "conversations", "conversation", "text", "content"];
+
+/// What is read of a row.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// The text in this column.
+    Texts(&'a str),
+    /// The turns in this column, or in one of [`TURNS_COLUMNS`]: a text, or a list, which is given as JSON.
+    Turns(Option<&'a str>),
+}
+
+impl<'a> Wanted<'a> {
+    /// Columns in which it may stand, the best first.
+    fn columns(self) -> Vec<&'a str> {
+        match self {
+            Wanted::Texts(column) | Wanted::Turns(Some(column)) => vec![column],
+            Wanted::Turns(None) => TURNS_COLUMNS.to_vec(),
+        }
+    }
+
+    fn takes_lists(self) -> bool {
+        matches!(self, Wanted::Turns(_))
+    }
+
+    /// That none of its columns is there.
+    fn absent(self, path: &Path, found: impl Iterator<Item = String>) -> Error {
+        let names: Vec<String> = self.columns().iter().map(|name| format!("{name:?}")).collect();
+        let what = if self.takes_lists() { "turns" } else { "texts" };
+        Error::Column { path: path.to_owned(), column: names.join(" or "), what, found: shown(found) }
+    }
+}
 
 /// How a file's rows are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,12 +107,12 @@ pub struct Row<'a> {
     pub repo_id: Option<&'a str>,
     /// Its path there, where a column says.
     pub path: Option<&'a str>,
-    /// Its text.
+    /// Its text; a list as JSON.
     pub content: &'a str,
 }
 
 /// Hands each row whose text is not null to `each`, until that says that it wants no more.
-pub fn read(path: &Path, column: &str, each: &mut dyn FnMut(Row<'_>) -> bool) -> Result<(), Error> {
+pub fn read(path: &Path, wanted: Wanted<'_>, each: &mut dyn FnMut(Row<'_>) -> bool) -> Result<(), Error> {
     let broken = |detail: String| Error::Broken { path: path.to_owned(), row: None, detail };
     let open = || File::open(path).map_err(|source| Error::Io { path: path.to_owned(), source });
     let unpacked = |gzip: bool| -> Result<Box<dyn Read>, Error> {
@@ -87,10 +120,10 @@ pub fn read(path: &Path, column: &str, each: &mut dyn FnMut(Row<'_>) -> bool) ->
     };
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     match Format::of(name) {
-        Some(Format::Parquet) => guarded(path, || parquet(path, open()?, column, each)),
-        Some(Format::Arrow) => guarded(path, || arrow(path, open()?, column, each)),
-        Some(Format::JsonLines { gzip }) => json_lines(path, unpacked(gzip)?, column, each),
-        Some(Format::Csv { gzip }) => csv(path, unpacked(gzip)?, column, each),
+        Some(Format::Parquet) => guarded(path, || parquet(path, open()?, wanted, each)),
+        Some(Format::Arrow) => guarded(path, || arrow(path, open()?, wanted, each)),
+        Some(Format::JsonLines { gzip }) => json_lines(path, unpacked(gzip)?, wanted, each),
+        Some(Format::Csv { gzip }) => csv(path, unpacked(gzip)?, wanted, each),
         None => Err(broken("its name says of no format that is known".to_owned())),
     }
 }
@@ -107,24 +140,24 @@ fn guarded(path: &Path, parse: impl FnOnce() -> Result<(), Error>) -> Result<(),
 fn parquet(
     path: &Path,
     file: File,
-    column: &str,
+    wanted: Wanted<'_>,
     each: &mut dyn FnMut(Row<'_>) -> bool,
 ) -> Result<(), Error> {
     let broken = |detail: String| Error::Broken { path: path.to_owned(), row: None, detail };
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| broken(e.to_string()))?;
-    let wanted = Columns::find(path, builder.schema(), column)?;
-    let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.all());
+    let places = Columns::find(path, builder.schema(), wanted)?;
+    let mask = ProjectionMask::roots(builder.parquet_schema(), places.all());
     let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build();
     let reader = reader.map_err(|e| broken(e.to_string()))?;
     // The projection leaves the others out.
-    let columns = Columns::find(path, &reader.schema(), column)?;
+    let columns = Columns::find(path, &reader.schema(), wanted)?;
     batches(path, reader, columns, each)
 }
 
 fn arrow(
     path: &Path,
     mut file: File,
-    column: &str,
+    wanted: Wanted<'_>,
     each: &mut dyn FnMut(Row<'_>) -> bool,
 ) -> Result<(), Error> {
     let broken = |detail: String| Error::Broken { path: path.to_owned(), row: None, detail };
@@ -135,11 +168,11 @@ fn arrow(
     check(&mut file).map_err(|e| broken(e.to_string()))?;
     if is_file {
         let reader = FileReader::try_new_buffered(file, None).map_err(|e| broken(e.to_string()))?;
-        let columns = Columns::find(path, &reader.schema(), column)?;
+        let columns = Columns::find(path, &reader.schema(), wanted)?;
         batches(path, reader, columns, each)
     } else {
         let reader = StreamReader::try_new_buffered(file, None).map_err(|e| broken(e.to_string()))?;
-        let columns = Columns::find(path, &reader.schema(), column)?;
+        let columns = Columns::find(path, &reader.schema(), wanted)?;
         batches(path, reader, columns, each)
     }
 }
@@ -153,7 +186,7 @@ struct Columns {
 }
 
 impl Columns {
-    fn find(path: &Path, schema: &Schema, column: &str) -> Result<Self, Error> {
+    fn find(path: &Path, schema: &Schema, wanted: Wanted<'_>) -> Result<Self, Error> {
         let is_text = |data_type: &DataType| match data_type {
             DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => true,
             DataType::Dictionary(_, values) => matches!(**values, DataType::Utf8 | DataType::LargeUtf8),
@@ -164,11 +197,15 @@ impl Columns {
             is_text(field.data_type()).then_some(at)
         };
         let fields = schema.fields().iter().map(|field| format!("{} ({})", field.name(), field.data_type()));
-        let content = place(column).ok_or_else(|| Error::Column {
-            path: path.to_owned(),
-            column: column.to_owned(),
-            found: shown(fields),
-        })?;
+        let list = |name: &str| {
+            let (at, field) = schema.column_with_name(name)?;
+            matches!(field.data_type(), DataType::List(_) | DataType::LargeList(_)).then_some(at)
+        };
+        let content = wanted
+            .columns()
+            .into_iter()
+            .find_map(|name| place(name).or_else(|| list(name).filter(|_| wanted.takes_lists())))
+            .ok_or_else(|| wanted.absent(path, fields))?;
         Ok(Columns {
             content,
             repository: REPOSITORY_COLUMNS.iter().find_map(|name| place(name)),
@@ -201,7 +238,10 @@ fn batches<E: ToString>(
             let column = cast(column, &DataType::LargeUtf8).map_err(|e| broken(e.to_string()))?;
             Ok(column.as_string::<i64>().clone())
         };
-        let content = texts(columns.content)?;
+        let content = match batch.columns().get(columns.content).map(|column| column.data_type()) {
+            Some(DataType::List(_) | DataType::LargeList(_)) => lists(&batch, columns.content),
+            _ => texts(columns.content)?,
+        };
         let repository = columns.repository.map(texts).transpose()?;
         let paths = columns.path.map(texts).transpose()?;
         let value =
@@ -221,10 +261,43 @@ fn batches<E: ToString>(
     Ok(())
 }
 
+/// The lists of a column, each as JSON.
+fn lists(batch: &RecordBatch, at: usize) -> LargeStringArray {
+    let text = |row| match batch.columns().get(at).map(|column| json_of(column, row)) {
+        None | Some(Value::Null) => None,
+        Some(value) => Some(value.to_string()),
+    };
+    (0..batch.num_rows()).map(text).collect()
+}
+
+/// A value of texts, lists and structs; others are null.
+fn json_of(array: &ArrayRef, row: usize) -> Value {
+    if array.is_null(row) {
+        return Value::Null;
+    }
+    let list = |values: ArrayRef| Value::Array((0..values.len()).map(|row| json_of(&values, row)).collect());
+    match array.data_type() {
+        DataType::Utf8 => array.as_string::<i32>().value(row).into(),
+        DataType::LargeUtf8 => array.as_string::<i64>().value(row).into(),
+        DataType::Utf8View => array.as_string_view().value(row).into(),
+        DataType::List(_) => list(array.as_list::<i32>().value(row)),
+        DataType::LargeList(_) => list(array.as_list::<i64>().value(row)),
+        DataType::Struct(fields) => {
+            let columns = array.as_struct().columns();
+            fields
+                .iter()
+                .zip(columns)
+                .map(|(field, column)| (field.name().clone(), json_of(column, row)))
+                .collect()
+        }
+        _ => Value::Null,
+    }
+}
+
 fn json_lines(
     path: &Path,
     bytes: Box<dyn Read>,
-    column: &str,
+    wanted: Wanted<'_>,
     each: &mut dyn FnMut(Row<'_>) -> bool,
 ) -> Result<(), Error> {
     let mut lines = BufReader::with_capacity(1 << 20, bytes);
@@ -248,16 +321,16 @@ fn json_lines(
             return Err(broken("it is no JSON object".to_owned()));
         };
         let text = |name: &str| fields.get(name).and_then(Value::as_str);
-        let content = match fields.get(column) {
+        let value = wanted.columns().into_iter().find_map(|name| fields.get(name));
+        let list;
+        let content = match value {
             Some(Value::String(content)) => content,
             Some(Value::Null) => continue,
-            _ => {
-                return Err(Error::Column {
-                    path: path.to_owned(),
-                    column: column.to_owned(),
-                    found: shown(fields.keys().cloned()),
-                });
+            Some(Value::Array(turns)) if wanted.takes_lists() => {
+                list = serde_json::to_string(turns).unwrap_or_default();
+                &list
             }
+            _ => return Err(wanted.absent(path, fields.keys().cloned())),
         };
         let repo_id = REPOSITORY_COLUMNS.iter().find_map(|name| text(name));
         let path = PATH_COLUMNS.iter().find_map(|name| text(name));
@@ -289,7 +362,7 @@ impl Read for Bounded {
 fn csv(
     path: &Path,
     bytes: Box<dyn Read>,
-    column: &str,
+    wanted: Wanted<'_>,
     each: &mut dyn FnMut(Row<'_>) -> bool,
 ) -> Result<(), Error> {
     let of_row = Rc::new(Cell::new(0));
@@ -298,11 +371,11 @@ fn csv(
     let broken = |row: u64, detail: String| Error::Broken { path: path.to_owned(), row: Some(row), detail };
     let header = reader.headers().map_err(|e| broken(1, e.to_string()))?.clone();
     let place = |name: &str| header.iter().position(|field| field == name);
-    let content = place(column).ok_or_else(|| Error::Column {
-        path: path.to_owned(),
-        column: column.to_owned(),
-        found: shown(header.iter().map(str::to_owned)),
-    })?;
+    let content = wanted
+        .columns()
+        .into_iter()
+        .find_map(place)
+        .ok_or_else(|| wanted.absent(path, header.iter().map(str::to_owned)))?;
     let repository = REPOSITORY_COLUMNS.iter().find_map(|name| place(name));
     let path_at = PATH_COLUMNS.iter().find_map(|name| place(name));
     let mut record = csv::StringRecord::new();
@@ -325,7 +398,7 @@ mod tests {
     use std::io::Write;
     use std::sync::Arc;
 
-    use ::arrow::array::{ArrayRef, Int64Array, StringArray};
+    use ::arrow::array::{Int64Array, StringArray};
     use ::arrow::ipc::writer::{FileWriter, StreamWriter};
     use ::parquet::arrow::ArrowWriter;
     use flate2::Compression;
@@ -338,7 +411,7 @@ mod tests {
 
     fn rows(path: &Path, column: &str) -> Result<Found, Error> {
         let mut found = Vec::new();
-        read(path, column, &mut |row: Row<'_>| {
+        read(path, Wanted::Texts(column), &mut |row: Row<'_>| {
             found.push((row.repo_id.map(str::to_owned), row.path.map(str::to_owned), row.content.to_owned()));
             true
         })?;

@@ -38,6 +38,13 @@ pub struct LoraConfig {
     pub rank_pattern: BTreeMap<String, u64>,
     /// Alphas of modules whose names match.
     pub alpha_pattern: BTreeMap<String, f64>,
+    /// Rows of the token embedding that are trained whole, and of the output head where that is another table; in
+    /// ascending order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub token_rows: Vec<u64>,
+    /// Name of the token embedding, where the same rows of the output head are trained as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub untied_tokens: Option<String>,
     /// The model that it was trained on, for people.
     pub base_model: Option<String>,
 }
@@ -111,6 +118,10 @@ pub struct AdapterPlan {
     pub dora: bool,
     /// Base parameters outside the blocks that are trained whole.
     pub saved_embed: Vec<Parameter>,
+    /// Rows of the tables of tokens that are trained.
+    pub token_rows: Vec<u64>,
+    /// Their values: of the token embedding, and of the output head where that is another table.
+    pub token_tables: Vec<Parameter>,
     /// Base parameters of each block that are trained whole.
     pub saved_blocks: Vec<Vec<Parameter>>,
     /// Entries of `target_modules` that match nothing: worth a warning.
@@ -182,7 +193,56 @@ impl LoraConfig {
             });
         }
         let unmatched = modules.unmatched(linears.iter().map(|l| l.module.as_str()));
-        Ok(AdapterPlan { linears, dora: self.dora, saved_embed, saved_blocks, unmatched })
+        Ok(AdapterPlan {
+            linears,
+            dora: self.dora,
+            saved_embed,
+            token_rows: self.token_rows.clone(),
+            token_tables: self.token_tables(model)?,
+            saved_blocks,
+            unmatched,
+        })
+    }
+
+    /// The same, and rows of control tokens that were added to `model` are trained.
+    pub fn with_added_tokens(&self, model: &ModelConfig) -> Self {
+        let embedding = model.family.names().token_embedding.to_owned();
+        let is_untied = !model.added_tokens.is_empty() && !model.tied_head;
+        LoraConfig {
+            token_rows: model.added_tokens.clone(),
+            untied_tokens: is_untied.then_some(embedding),
+            ..self.clone()
+        }
+    }
+
+    /// The trained rows as parameters, named as in PEFT's files.
+    fn token_tables(&self, model: &ModelConfig) -> Result<Vec<Parameter>, Error> {
+        let refuse = |rule: String| Error::Config { key: "trainable_token_indices".to_owned(), rule };
+        let Some(last) = self.token_rows.last() else { return Ok(Vec::new()) };
+        if *last >= model.vocab_size {
+            return Err(refuse(format!(
+                "row {last} is none of the {} that the model's embedding has: give the model that `worker init-chat` made \
+                 for it",
+                model.vocab_size
+            )));
+        }
+        let tables: Vec<_> = token_tables(model)
+            .into_iter()
+            .filter(|(name, _)| *name == TOKEN_ROWS || self.untied_tokens.is_some())
+            .collect();
+        if let Some(module) = tables.iter().find(|(_, module)| {
+            self.modules_to_save.iter().any(|name| targets::ends_with_module(module, name))
+        }) {
+            return Err(refuse(format!("{} is in modules_to_save as well: keep one", module.1)));
+        }
+        let shape = vec![self.token_rows.len() as u64, model.hidden_size];
+        let table = |(name, module): (&'static str, String)| Parameter {
+            name: name.to_owned(),
+            hf_name: format!("{KEY_PREFIX}{module}{TOKEN_ROWS_SUFFIX}"),
+            shape: shape.clone(),
+            decays: true,
+        };
+        Ok(tables.into_iter().map(table).collect())
     }
 
     fn scaling(&self, alpha: f64, rank: u64) -> f64 {
@@ -234,7 +294,7 @@ impl AdapterPlan {
     /// All trained elements.
     pub fn trainable(&self) -> u64 {
         let pairs: u64 = self.linears.iter().map(|linear| linear.elements(self.dora)).sum();
-        let saved = self.saved_blocks.iter().flatten().chain(&self.saved_embed);
+        let saved = self.saved_blocks.iter().flatten().chain(&self.saved_embed).chain(&self.token_tables);
         pairs + saved.map(Parameter::elements).sum::<u64>()
     }
 
@@ -246,7 +306,8 @@ impl AdapterPlan {
 
     /// Trained tensors outside the blocks, named as in PEFT's files.
     pub fn embed_parameters(&self) -> Vec<Parameter> {
-        self.saved_embed.iter().map(saved_parameter).collect()
+        // What decays comes first.
+        self.token_tables.iter().cloned().chain(self.saved_embed.iter().map(saved_parameter)).collect()
     }
 
     /// Trained tensors of one block, named as in PEFT's files. What decays comes first.
@@ -271,6 +332,21 @@ impl AdapterPlan {
         out.sort_by_key(|parameter| !parameter.decays);
         out
     }
+}
+
+/// Name among trained tensors of rows of the token embedding.
+pub const TOKEN_ROWS: &str = "token_rows";
+/// Name among trained tensors of rows of the output head.
+pub const HEAD_ROWS: &str = "head_rows";
+/// Behind a module's name in PEFT's files: its trained rows.
+pub const TOKEN_ROWS_SUFFIX: &str = ".token_adapter.trainable_tokens_delta";
+
+/// The tables that have a row for each token: [`TOKEN_ROWS`] or [`HEAD_ROWS`], and the module.
+pub fn token_tables(model: &ModelConfig) -> Vec<(&'static str, String)> {
+    let names = model.family.names();
+    let tokens = (TOKEN_ROWS, format!("{}{}", names.prefix, names.token_embedding));
+    let head = (!model.tied_head).then(|| (HEAD_ROWS, "lm_head".to_owned()));
+    std::iter::once(tokens).chain(head).collect()
 }
 
 /// The output head, which is there by name where it is tied as well.

@@ -13,11 +13,13 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// What PEFT puts before a base module's name.
 pub const KEY_PREFIX: &str = "base_model.model.";
 
+/// Most rows of a table of tokens that an adapter trains.
+const MAX_TOKEN_ROWS: usize = 1 << 16;
 /// Largest inner width of a pair.
 pub const MAX_RANK: u64 = 1 << 16;
 /// Keys that change what an adapter computes, in ways that this program does not know; each with the
 /// values that mean "not used".
-const UNSUPPORTED: [&str; 15] = [
+const UNSUPPORTED: [&str; 14] = [
     "alora_invocation_tokens",
     "arrow_config",
     "corda_config",
@@ -29,7 +31,6 @@ const UNSUPPORTED: [&str; 15] = [
     "lora_bias",
     "monteclora_config",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -70,6 +71,7 @@ impl LoraConfig {
                 return Err(config_error("bias", format!("{other:?} is not supported; supported: none")));
             }
         }
+        let (token_rows, untied_tokens) = token_rows(map.get("trainable_token_indices"))?;
         Ok(LoraConfig {
             rank: rank("r", map.get("r"), 8)?,
             alpha: number(&map, "lora_alpha", 8.0)?,
@@ -82,6 +84,8 @@ impl LoraConfig {
             alpha_pattern: pattern(&map, "alpha_pattern", |key, value| {
                 value.as_f64().ok_or_else(|| config_error(key, format!("{value} is not a number")))
             })?,
+            token_rows,
+            untied_tokens,
             base_model: map.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
         })
     }
@@ -110,9 +114,53 @@ impl LoraConfig {
             "use_dora": self.dora,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": alphas,
+            "trainable_token_indices": self.token_indices(),
             "layers_to_transform": null,
             "layers_pattern": null,
         })
+    }
+}
+
+impl LoraConfig {
+    /// `trainable_token_indices`: a list where embedding and head are one table, else by table.
+    fn token_indices(&self) -> Value {
+        match (self.token_rows.is_empty(), &self.untied_tokens) {
+            (true, _) => Value::Null,
+            (false, None) => json!(self.token_rows),
+            (false, Some(embedding)) => json!({ embedding: self.token_rows, "lm_head": self.token_rows }),
+        }
+    }
+}
+
+/// Rows of the tables of tokens: a list, or the same list for each table.
+fn token_rows(value: Option<&Value>) -> Result<(Vec<u64>, Option<String>), Error> {
+    let key = "trainable_token_indices";
+    let list = |value: &Value| {
+        let ids: Option<Vec<u64>> = value.as_array()?.iter().map(Value::as_u64).collect();
+        ids.filter(|ids| ids.is_sorted_by(|a, b| a < b) && ids.len() <= MAX_TOKEN_ROWS)
+    };
+    let refuse = || {
+        config_error(
+            key,
+            format!(
+                "must be a list of at most {MAX_TOKEN_ROWS} ids in ascending order, the same for each table"
+            ),
+        )
+    };
+    match value {
+        None | Some(Value::Null) => Ok((Vec::new(), None)),
+        Some(Value::Object(tables)) => {
+            let embedding = tables.keys().find(|name| *name != "lm_head").cloned();
+            let lists: Vec<Vec<u64>> = tables.values().map(list).collect::<Option<_>>().ok_or_else(refuse)?;
+            match (lists.split_first(), embedding) {
+                (Some((first, rest)), Some(embedding)) if rest.iter().all(|other| other == first) => {
+                    let untied = tables.contains_key("lm_head").then_some(embedding);
+                    Ok((first.clone(), untied))
+                }
+                _ => Err(refuse()),
+            }
+        }
+        Some(value) => Ok((list(value).ok_or_else(refuse)?, None)),
     }
 }
 

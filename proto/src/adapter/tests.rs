@@ -11,6 +11,8 @@ fn config(targets: &[&str]) -> LoraConfig {
         modules_to_save: Vec::new(),
         rank_pattern: BTreeMap::new(),
         alpha_pattern: BTreeMap::new(),
+        token_rows: Vec::new(),
+        untied_tokens: None,
         base_model: None,
     }
 }

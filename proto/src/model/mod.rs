@@ -22,6 +22,11 @@ pub use parameters::{EmbedLayout, LinearRole, LinearShape, Parameter};
 pub use presets::PRESETS;
 pub use rope::Rope;
 
+/// Key of a `config.json` for [`ModelConfig::added_tokens`]; transformers passes over it.
+const ADDED_TOKENS: &str = "tunefleet_added_tokens";
+/// Most control tokens that are added to a model.
+const MAX_ADDED_TOKENS: usize = 4096;
+
 /// A decoder-only transformer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
@@ -69,6 +74,9 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u64>,
     /// Token that ends a text.
     pub eos_token_id: Option<u64>,
+    /// Rows of the token embedding that this program has added for control tokens, and that nobody has trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub added_tokens: Vec<u64>,
 }
 
 /// How a token knows where it stands.

@@ -23,6 +23,7 @@
 use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
+use tunefleet_proto::adapter::{KEY_PREFIX, TOKEN_ROWS_SUFFIX};
 
 use super::Error;
 use super::delta::Pair;
@@ -160,7 +161,17 @@ pub fn combine(parts: &[Part], options: Options) -> Result<Combined, Error> {
         tensors.insert(b_key, made.b);
     }
     let mut notes = Vec::new();
-    let config = settings::of_result(parts, &outcomes, &options, &mut notes);
+    let mut config = settings::of_result(parts, &outcomes, &options, &mut notes);
+    let (token_rows, tables) = token_rows(parts)?;
+    if !token_rows.is_empty() {
+        notes.push(format!(
+            "rows of {} tokens stand as they were trained, whatever the weights",
+            token_rows.len()
+        ));
+        config.untied_tokens = parts.iter().find_map(|part| part.adapter.config.untied_tokens.clone());
+        config.token_rows = token_rows;
+        tensors.extend(tables);
+    }
     for (key, _, tensor) in parts.iter().flat_map(|part| part.adapter.saved()) {
         if options.peft_compat {
             notes.push(format!("{key} is left out, as in PEFT"));
@@ -184,6 +195,37 @@ pub fn combine(parts: &[Part], options: Options) -> Result<Combined, Error> {
         truncation_error: cuts.then(|| relative(dropped, squares)),
         notes,
     })
+}
+
+type Tables = BTreeMap<String, Tensor>;
+
+/// The rows of tables of tokens that some part trains, with their values; no row is trained by two.
+fn token_rows(parts: &[Part]) -> Result<(Vec<u64>, Tables), Error> {
+    let mut of_row: BTreeMap<u64, &Part> = BTreeMap::new();
+    for part in parts {
+        for id in &part.adapter.config.token_rows {
+            if let Some(first) = of_row.insert(*id, part) {
+                return Err(Error::Refused(format!(
+                    "{} and {} both train the row of token {id}: these cannot be combined",
+                    first.name, part.name
+                )));
+            }
+        }
+    }
+    let mut tables: BTreeMap<String, Vec<Tensor>> = BTreeMap::new();
+    for (id, part) in &of_row {
+        let at = part.adapter.config.token_rows.binary_search(id).unwrap_or_default() as i64;
+        for (_, module, rows) in part.adapter.token_rows() {
+            tables.entry(format!("{KEY_PREFIX}{module}{TOKEN_ROWS_SUFFIX}")).or_default().push(rows.get(at));
+        }
+    }
+    let tables: Tables = tables.into_iter().map(|(key, rows)| (key, Tensor::stack(&rows, 0))).collect();
+    if let Some((key, _)) = tables.iter().find(|(_, rows)| rows.size()[0] != of_row.len() as i64) {
+        return Err(Error::Refused(format!(
+            "{key}: some of the adapters train rows of this table, and some of another: these cannot be combined"
+        )));
+    }
+    Ok((of_row.into_keys().collect(), tables))
 }
 
 struct Made {

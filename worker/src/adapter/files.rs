@@ -8,12 +8,15 @@ use std::fs;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
-use tunefleet_proto::adapter::{AdapterPlan, CONFIG_FILE, KEY_PREFIX, LoraConfig, WEIGHTS_FILE};
+use tunefleet_proto::adapter::{
+    AdapterPlan, CONFIG_FILE, HEAD_ROWS, KEY_PREFIX, LoraConfig, TOKEN_ROWS, TOKEN_ROWS_SUFFIX, WEIGHTS_FILE,
+};
 use tunefleet_proto::model::ModelConfig;
 
 use super::Error;
 use super::delta::Pair;
 use crate::checkpoint::base_digest::{BASE_DIGEST_KEY, BASE_DTYPE_KEY, BASE_QUANTIZATION_KEY};
+use crate::checkpoint::model_dir::{TOKENIZER_FILES, copy_tokenizer};
 use crate::checkpoint::safetensors::{Entry, Reader, WriteDtype, Writer};
 use crate::checkpoint::{self, place};
 
@@ -58,6 +61,15 @@ pub fn read(dir: &Path) -> Result<Adapter, Error> {
 /// As [`read`]; a tensor by name with both shapes.
 pub fn read_for(dir: &Path, model: &ModelConfig) -> Result<(Adapter, AdapterPlan), Error> {
     let adapter = read_as(dir, Values::Finite)?;
+    let plan = plan_for(&adapter, dir, model)?;
+    Ok((adapter, plan))
+}
+
+/// What an adapter trains of `model`; every tensor is what the config asks for: none missing, extra or misshapen.
+///
+/// # Errors
+/// A tensor by name with both shapes; `dir` is what errors call the adapter.
+pub fn plan_for(adapter: &Adapter, dir: &Path, model: &ModelConfig) -> Result<AdapterPlan, Error> {
     let plan = adapter.config.plan(model).map_err(Error::config(dir))?;
     for target in &plan.unmatched {
         tracing::warn!("{}: target_modules {target:?} matches no linear of this model", dir.display());
@@ -87,7 +99,7 @@ pub fn read_for(dir: &Path, model: &ModelConfig) -> Result<(Adapter, AdapterPlan
     }
     match adapter.tensors.keys().find(|name| !expected.contains_key(*name)) {
         Some(extra) => refuse(extra, "belongs to no module of this model that is a target".to_owned()),
-        None => Ok((adapter, plan)),
+        None => Ok(plan),
     }
 }
 
@@ -154,6 +166,12 @@ fn read_tensor(reader: &Reader, path: &Path, name: &str, values: Values) -> Resu
 }
 
 impl Adapter {
+    /// The same adapter; tensors are shared.
+    pub fn shallow_clone(&self) -> Self {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        Adapter { config: self.config.clone(), tensors: tensors.collect(), metadata: self.metadata.clone() }
+    }
+
     /// All pairs by module, in the order of blocks.
     ///
     /// # Errors
@@ -180,7 +198,17 @@ impl Adapter {
     pub fn saved(&self) -> impl Iterator<Item = (&str, &str, &Tensor)> {
         self.tensors.iter().filter_map(|(key, tensor)| {
             let base = key.strip_prefix(KEY_PREFIX)?;
-            (![A, B, MAGNITUDE].iter().any(|end| base.ends_with(end))).then_some((&**key, base, tensor))
+            let is_other = [A, B, MAGNITUDE, TOKEN_ROWS_SUFFIX].iter().any(|end| base.ends_with(end));
+            (!is_other).then_some((&**key, base, tensor))
+        })
+    }
+
+    /// Values of the rows of the tables of tokens that are trained (`token_rows` of the config), `[n, D]`: by the module
+    /// of the table, [`TOKEN_ROWS`] or [`HEAD_ROWS`].
+    pub fn token_rows(&self) -> impl Iterator<Item = (&'static str, &str, &Tensor)> {
+        self.tensors.iter().filter_map(|(key, tensor)| {
+            let module = key.strip_prefix(KEY_PREFIX)?.strip_suffix(TOKEN_ROWS_SUFFIX)?;
+            Some((if module == "lm_head" { HEAD_ROWS } else { TOKEN_ROWS }, module, tensor))
         })
     }
 
@@ -196,6 +224,16 @@ impl Adapter {
                 );
             };
             let shape = shape_of(tensor);
+            if base.ends_with(TOKEN_ROWS_SUFFIX) {
+                let rows = self.config.token_rows.len() as u64;
+                if shape.len() != 2 || shape.first() != Some(&rows) {
+                    let rule = format!(
+                        "has shape {shape:?}, and adapter_config.json names {rows} rows in trainable_token_indices"
+                    );
+                    return refuse(key, rule);
+                }
+                continue;
+            }
             let split = [A, B, MAGNITUDE].iter().find_map(|end| Some((base.strip_suffix(end)?, *end)));
             let Some((module, end)) = split else {
                 let module = base.rsplit_once('.').map_or(base, |(module, _)| module);
@@ -253,6 +291,14 @@ impl Adapter {
     /// # Errors
     /// A value that is not finite, or whatever the file system refuses; `out` is then as it was.
     pub fn write(&self, out: &Path, dtype: WriteDtype) -> Result<(), Error> {
+        self.write_with(out, dtype, None)
+    }
+
+    /// As [`write`](Self::write), with the tokenizer that lies in a directory, and its chat template, beside it.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn write_with(&self, out: &Path, dtype: WriteDtype, tokenizer: Option<&Path>) -> Result<(), Error> {
         let path = out.join(WEIGHTS_FILE);
         self.check(&path)?;
         for (name, tensor) in &self.tensors {
@@ -263,7 +309,10 @@ impl Adapter {
             }
         }
         check_replaceable(out)?;
-        place::whole(out, |incomplete| self.fill(incomplete, dtype))?;
+        place::whole(out, |incomplete| {
+            self.fill(incomplete, dtype)?;
+            tokenizer.map_or(Ok(()), |tokenizer| copy_tokenizer(tokenizer, incomplete))
+        })?;
         Ok(())
     }
 
@@ -337,7 +386,7 @@ fn check_replaceable(out: &Path) -> Result<(), checkpoint::Error> {
     for entry in entries {
         let name = entry.map_err(checkpoint::Error::io(out))?.file_name();
         let name = name.to_string_lossy();
-        if name != CONFIG_FILE && name != WEIGHTS_FILE {
+        if name != CONFIG_FILE && name != WEIGHTS_FILE && !TOKENIZER_FILES.contains(&&*name) {
             let rule = format!("holds {name}, which would be lost: choose another place or move it away");
             return Err(checkpoint::Error::format(out, rule));
         }

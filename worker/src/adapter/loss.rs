@@ -65,6 +65,7 @@ pub fn compare(request: &Request<'_>) -> Result<Losses, Error> {
         packing: Packing::Continuous,
         metadata_prefix: false,
         document_mask: false,
+        chat: None,
         seed: 0,
     };
     let refuse = |error: crate::data::Error| Error::Refused(error.to_string());

@@ -124,6 +124,11 @@ impl<'d> Merged<'d> {
         let linear = self.linears.get(hf_name).cloned();
         let saved = self.adapter.tensors.get(&format!("{KEY_PREFIX}{hf_name}")).map(Tensor::shallow_clone);
         let quantised = self.dequantized.filter(|_| self.quantised.contains(hf_name) && saved.is_none());
+        let module = hf_name.trim_end_matches(".weight");
+        let own = self.adapter.token_rows().find(|(_, table, _)| *table == module);
+        if let Some(rows) = own.map(|(_, _, rows)| rows.shallow_clone()) {
+            return self.replace_rows(hf_name, shape, &rows, sink);
+        }
         if linear.is_none() && saved.is_none() && quantised.is_none() {
             return self.read(hf_name, 0..elements, sink);
         }
@@ -156,6 +161,27 @@ impl<'d> Merged<'d> {
             each_chunk(&merged, &mut *sink)?;
         }
         self.summary.linears += usize::from(linear.is_some());
+        Ok(())
+    }
+
+    /// A table of tokens with the adapter's rows in their places.
+    fn replace_rows(
+        &mut self,
+        hf_name: &str,
+        shape: &[u64],
+        rows: &Tensor,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), Error> {
+        let ids = self.adapter.config.token_rows.clone();
+        let (count, columns) = (shape[0] as i64, shape.iter().skip(1).product::<u64>() as i64);
+        for block in row_blocks(count, columns) {
+            let values = self.read_rows(hf_name, &block, columns)?;
+            for (at, id) in ids.iter().enumerate().filter(|(_, id)| block.contains(&(**id as i64))) {
+                values.get(*id as i64 - block.start).copy_(&rows.get(at as i64));
+            }
+            each_chunk(&values, &mut *sink)?;
+        }
+        self.summary.replaced += 1;
         Ok(())
     }
 
@@ -286,7 +312,9 @@ pub fn merge(request: &Request<'_>) -> Result<Summary, Error> {
     let mut merged = Merged::open(base, &config, adapter, any_base, dequantized)?;
     let last = config.block_parameters(config.layers.saturating_sub(1)).pop().map(|p| p.hf_name);
     let (mut summary, mut refusal) = (Summary::default(), None);
-    let written = model_dir::write(out, &config, dtype, Some(base), |parameter, sink| {
+    // Their rows are trained now.
+    let trained = ModelConfig { added_tokens: Vec::new(), ..config.clone() };
+    let written = model_dir::write(out, &trained, dtype, Some(base), |parameter, sink| {
         let mut values = || -> Result<(), Error> {
             merged.parameter(&parameter.hf_name, &parameter.shape, sink)?;
             // Before the directory gets its name.

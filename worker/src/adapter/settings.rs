@@ -46,6 +46,8 @@ pub(super) fn of_result(
             .unwrap_or_default(),
         alpha_pattern: rank_pattern.iter().map(|(key, rank)| (key.clone(), scaling * *rank as f64)).collect(),
         rank_pattern,
+        token_rows: Vec::new(),
+        untied_tokens: None,
         base_model,
     }
 }

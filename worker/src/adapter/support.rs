@@ -23,6 +23,8 @@ pub fn config(rank: u64, alpha: f64, targets: &[&str]) -> LoraConfig {
         modules_to_save: Vec::new(),
         rank_pattern: BTreeMap::new(),
         alpha_pattern: BTreeMap::new(),
+        token_rows: Vec::new(),
+        untied_tokens: None,
         base_model: Some("tiny".to_owned()),
     }
 }

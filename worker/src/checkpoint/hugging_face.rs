@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 use tunefleet_proto::ids::Rank;
@@ -136,15 +136,24 @@ impl ModelFiles {
         };
         let (format, index, weights) = formats.into_iter().find(is_there).unwrap_or(formats[0]);
         let index = dir.join(index);
-        let names = if index.exists() { indexed(&index)? } else { [weights.to_owned()].into() };
+        let map = if index.exists() { Some(indexed(&index)?) } else { None };
+        let names: BTreeSet<String> = match &map {
+            Some(map) => map.values().cloned().collect(),
+            None => [weights.to_owned()].into(),
+        };
         let mut files = ModelFiles { readers: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             if name.contains(['/', '\\']) {
                 return Err(Error::format(&index, format!("file name {name:?} leaves the directory")));
             }
-            let path = dir.join(name);
+            let path = dir.join(&name);
             let reader = WeightsFile::open(&path, format)?;
             for tensor in reader.names() {
+                // The index has the last word of a tensor that stands in several files.
+                let elsewhere = map.as_ref().and_then(|map| map.get(&tensor)).filter(|file| **file != name);
+                if elsewhere.is_some_and(|file| !file.contains(['/', '\\'])) {
+                    continue;
+                }
                 if files.tensors.insert(tensor.clone(), files.readers.len()).is_some() {
                     return Err(Error::tensor(&path, &tensor, "stands in two files"));
                 }
@@ -165,6 +174,21 @@ impl ModelFiles {
     /// The files, in the order of their names.
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
         self.readers.iter().map(WeightsFile::path)
+    }
+
+    /// Every tensor, and the file that it is read from.
+    pub fn places(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.tensors.iter().filter_map(|(name, at)| Some((name.as_str(), self.readers.get(*at)?.path())))
+    }
+
+    /// Whether the files are safetensors.
+    pub fn is_safetensors(&self) -> bool {
+        self.readers.iter().all(|reader| matches!(reader, WeightsFile::Safetensors(_)))
+    }
+
+    /// The index of files in the old format, where there is one.
+    pub fn torch_index(&self, dir: &Path) -> Option<PathBuf> {
+        Some(dir.join(TORCH_INDEX_FILE)).filter(|index| index.exists())
     }
 
     /// Every parameter of `config` is there in its shape, and nothing else is.
@@ -194,14 +218,14 @@ impl ModelFiles {
     }
 }
 
-/// The files that an index names.
-fn indexed(index: &Path) -> Result<BTreeSet<String>, Error> {
+/// Of each tensor that an index names, the file.
+fn indexed(index: &Path) -> Result<BTreeMap<String, String>, Error> {
     let text = std::fs::read_to_string(index).map_err(Error::io(index))?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| Error::format(index, e.to_string()))?;
     let map = value["weight_map"].as_object();
     let map = map.ok_or_else(|| Error::format(index, "lacks the object weight_map"))?;
-    Ok(map.values().filter_map(|v| v.as_str()).map(str::to_owned).collect())
+    Ok(map.iter().filter_map(|(name, file)| Some((name.clone(), file.as_str()?.to_owned()))).collect())
 }
 
 const NOT_FINITE: &str = "holds a value that is not finite";

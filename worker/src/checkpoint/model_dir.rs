@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::json;
+use tunefleet_proto::chat::TEMPLATE_FILE;
 use tunefleet_proto::job::Precision;
 use tunefleet_proto::model::{ModelConfig, Parameter};
 
@@ -17,7 +18,8 @@ use super::safetensors::{Entry, WriteDtype, Writer};
 /// Largest weights file; transformers' own default.
 const MAX_FILE_BYTES: u64 = 5_000_000_000;
 /// What belongs to a tokenizer, where it is there.
-const TOKENIZER_FILES: [&str; 3] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+pub(crate) const TOKENIZER_FILES: [&str; 4] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", TEMPLATE_FILE];
 
 /// Takes a parameter's values in order, in pieces of any size.
 pub type Sink<'s> = dyn FnMut(&[f32]) -> Result<(), Error> + 's;
@@ -80,7 +82,7 @@ fn fill(
 }
 
 /// Whether `out` is free, or holds nothing but a model: somebody's other files are not replaced.
-fn check_replaceable(out: &Path) -> Result<(), Error> {
+pub(crate) fn check_replaceable(out: &Path) -> Result<(), Error> {
     let entries = match fs::read_dir(out) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
@@ -92,6 +94,7 @@ fn check_replaceable(out: &Path) -> Result<(), Error> {
         let ours = name == CONFIG_FILE
             || name == INDEX_FILE
             || name.ends_with(".safetensors")
+            || name.starts_with("pytorch_model")
             || TOKENIZER_FILES.contains(&&*name);
         if !ours {
             let rule =
@@ -121,7 +124,7 @@ fn split(config: &ModelConfig, dtype: WriteDtype) -> Vec<Vec<Parameter>> {
     files
 }
 
-fn copy_tokenizer(from: &Path, into: &Path) -> Result<(), Error> {
+pub(crate) fn copy_tokenizer(from: &Path, into: &Path) -> Result<(), Error> {
     let copy = |path: &Path, name: &str| -> Result<(), Error> {
         let copied = into.join(name);
         fs::copy(path, &copied).map_err(Error::io(path))?;
@@ -144,7 +147,7 @@ fn copy_tokenizer(from: &Path, into: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn write_json(path: &Path, value: &serde_json::Value) -> Result<(), Error> {
+pub(crate) fn write_json(path: &Path, value: &serde_json::Value) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).map_err(|e| Error::format(path, e.to_string()))?;
     fs::write(path, text).map_err(Error::io(path))?;
     place::sync(path)

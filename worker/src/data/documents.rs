@@ -150,6 +150,11 @@ impl Dataset {
         self.segments(split).iter().map(|segment| segment.rows).sum()
     }
 
+    /// Whether its rows are conversations, in JSON.
+    pub fn is_chat(&self) -> bool {
+        self.setting("kind").and_then(|kind| kind.as_str()) == Some("chat")
+    }
+
     /// A setting that it was collected with.
     pub fn setting(&self, name: &str) -> Option<&serde_json::Value> {
         self.manifest.settings.get(name)

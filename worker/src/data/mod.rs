@@ -23,6 +23,8 @@ pub mod fim;
 pub mod infill;
 /// The default packing: one endless stream.
 mod packing;
+/// Whole documents, as many in a sequence as fit.
+mod whole;
 /// The generators of NumPy and Python.
 mod mersenne;
 /// The original's packing, token for token.
@@ -41,6 +43,8 @@ use infill::FimTokens;
 use render::{Layout, Markup};
 use token_cache::TokenFile;
 use tokenizer::Tokenizer;
+
+use crate::chat::Chat;
 
 /// Target that takes no part in the loss.
 pub const IGNORED: i64 = -100;
@@ -78,6 +82,20 @@ pub enum Error {
     /// The token cache cannot be built or read.
     #[error(transparent)]
     TokenCache(#[from] token_cache::Error),
+    /// The template of conversations cannot be used.
+    #[error(transparent)]
+    Chat(#[from] crate::chat::Error),
+    /// Conversations, of which none can be learnt from.
+    #[error(
+        "no conversation of the {} split has anything to learn within {sequence_tokens} tokens; raise data.sequence_tokens,          or correct the template",
+        split.name()
+    )]
+    NothingLearnt {
+        /// Which.
+        split: Split,
+        /// Tokens of a sequence.
+        sequence_tokens: u64,
+    },
     /// A setting that the job file's checks let through.
     #[error("data.{field}: {problem}")]
     Setting {
@@ -115,8 +133,10 @@ pub enum Error {
 pub struct Sequence {
     /// Input, `sequence_tokens` long.
     pub tokens: Vec<u32>,
-    /// What follows each input token; [`IGNORED`] after the last one and in padding.
+    /// What follows each input token; [`IGNORED`] after the last one, in padding, and where that is not learnt.
     pub targets: Vec<i64>,
+    /// Tokens of each document, padding being one; they fill the sequence.
+    pub documents: Vec<u32>,
 }
 
 impl Sequence {
@@ -130,8 +150,24 @@ impl Sequence {
         let mut targets: Vec<i64> = tokens.windows(2).map(target).collect();
         tokens.resize(sequence_tokens as usize, pad);
         targets.resize(sequence_tokens as usize, IGNORED);
-        Sequence { tokens, targets }
+        let documents = match end {
+            Some(end) => documents_ended_by(&tokens, end),
+            None => vec![tokens.len() as u32],
+        };
+        Sequence { tokens, targets, documents }
     }
+}
+
+/// Tokens of each document, where `end` ends one. Several of those in a row, as padding has them, are one document.
+fn documents_ended_by(tokens: &[u32], end: u32) -> Vec<u32> {
+    let (mut documents, mut begin) = (Vec::new(), 0);
+    for (at, token) in tokens.iter().enumerate() {
+        if tokens.get(at + 1).is_none_or(|next| *token == end && *next != end) {
+            documents.push((at + 1 - begin) as u32);
+            begin = at + 1;
+        }
+    }
+    documents
 }
 
 /// What both packings need to know.
@@ -156,6 +192,8 @@ pub struct Sequences {
     sequence_tokens: u64,
     pad: u32,
     document_end: Option<u32>,
+    /// Whether documents of a sequence do not see each other.
+    keeps_apart: bool,
     len_per_epoch: u64,
     dataset_digest: String,
     tokenizer_digest: String,
@@ -166,6 +204,7 @@ pub struct Sequences {
 enum Packed {
     Continuous(packing::Continuous),
     SeedCompatible(seed_compatible::SeedCompatible),
+    Whole(whole::Whole),
 }
 
 impl Sequences {
@@ -197,7 +236,18 @@ impl Sequences {
     ) -> Result<Self, Error> {
         check(spec)?;
         let dataset = Dataset::open(dataset)?;
-        let tokenizer = Tokenizer::load(tokenizer)?;
+        let place = tokenizer;
+        let tokenizer = Tokenizer::load(place)?;
+        let chat =
+            spec.chat.as_ref().map(|chat| Chat::of_tokenizer(place, &tokenizer, chat.loss)).transpose()?;
+        if dataset.is_chat() != chat.is_some() {
+            let (holds, needs) = match dataset.is_chat() {
+                true => ("conversations", "data.chat.template says how they become tokens: give it"),
+                false => ("files", "data.chat is for conversations: leave it out"),
+            };
+            let dir = dataset.dir().display();
+            return Err(Error::Setting { field: "chat", problem: format!("{dir} holds {holds}; {needs}") });
+        }
         let eos = tokenizer.eos();
         let markers = if spec.fim_rate > 0.0 {
             tokenizer.fim()?
@@ -218,7 +268,10 @@ impl Sequences {
             markers,
         };
         let tokens = |split, markup| {
-            let layout = Layout { markup, metadata_prefix: spec.metadata_prefix };
+            let layout = match &chat {
+                Some(chat) => Layout::Chat(chat),
+                None => Layout::Code { markup, metadata_prefix: spec.metadata_prefix },
+            };
             TokenFile::open(&dataset, &tokenizer, split, layout, cache_dir)
         };
         let packed = match spec.packing {
@@ -235,16 +288,19 @@ impl Sequences {
                 let buffer = seed_compatible::Buffer { characters_per_token, sequences: buffer_sequences };
                 Packed::SeedCompatible(seed_compatible::SeedCompatible::new(own, settings, buffer)?)
             }
+            Packing::Whole => Packed::Whole(whole::Whole::new(tokens(split, Markup::Text)?, settings)?),
         };
         let len_per_epoch = match &packed {
             Packed::Continuous(packed) => packed.len_per_epoch(),
             Packed::SeedCompatible(packed) => packed.len_per_epoch()?,
+            Packed::Whole(packed) => packed.len_per_epoch(),
         };
         Ok(Sequences {
             packed,
             sequence_tokens: u64::from(spec.sequence_tokens),
             pad: tokenizer.fim().ok().and_then(|markers| markers.pad).unwrap_or(eos),
             document_end: spec.document_mask.then_some(eos),
+            keeps_apart: spec.document_mask,
             len_per_epoch,
             dataset_digest: dataset.digest(),
             tokenizer_digest: tokenizer.digest().to_owned(),
@@ -266,13 +322,22 @@ impl Sequences {
         let tokens = match &self.packed {
             Packed::Continuous(packed) => packed.window(index)?,
             Packed::SeedCompatible(packed) => packed.window(index)?,
+            Packed::Whole(packed) => return packed.sequence(index, self.pad),
         };
         Ok(Sequence::new(tokens, self.sequence_tokens, self.pad, self.document_end))
     }
 
-    /// The token that ends a document, where documents of a sequence do not see each other.
-    pub fn document_end(&self) -> Option<u32> {
-        self.document_end
+    /// Whether documents of a sequence do not see each other.
+    pub fn keeps_apart(&self) -> bool {
+        self.keeps_apart
+    }
+
+    /// What is not learnt of documents that are longer than a sequence, in words.
+    pub fn left_out(&self) -> Option<String> {
+        match &self.packed {
+            Packed::Whole(packed) => packed.left_out(),
+            Packed::Continuous(_) | Packed::SeedCompatible(_) => None,
+        }
     }
 
     /// Changes with any file's content.
@@ -324,6 +389,20 @@ fn hash_stream(mut reader: impl Read, hasher: &mut Sha256) -> std::io::Result<()
         match buffer.get(..read) {
             Some(bytes) if !bytes.is_empty() => hasher.update(bytes),
             _ => return Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_end_with_their_last_token_and_padding_is_one() {
+        for (row, documents) in
+            [(&[5, 6, 0, 7, 8, 9], &[3, 3][..]), (&[5, 0, 6, 0, 0, 0], &[2, 4]), (&[5, 6, 7, 8, 9, 5], &[6])]
+        {
+            assert_eq!(documents_ended_by(row, 0), documents);
         }
     }
 }

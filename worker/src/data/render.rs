@@ -1,11 +1,14 @@
-//! A row as tokens: its text, the parts of a notebook behind their marks, and what it is called before it.
+//! A row as tokens: of a file its text, the parts of a notebook behind their marks, and what it is called before it; of a
+//! conversation its turns, as a template lays them out.
 //!
 //! Marks are control tokens where this program has put them, and text where a file spells them out.
 
+use tunefleet_proto::chat::Conversation;
 use tunefleet_proto::dataset::NOTEBOOK_MARKS;
 
 use super::documents::{Dataset, Row};
 use super::tokenizer::{self, Tokenizer};
+use crate::chat::{self, Chat};
 
 /// What stands before a repository's name and a path, as StarCoder learned them.
 const NAME_MARKS: [&str; 2] = ["<reponame>", "<filename>"];
@@ -20,19 +23,47 @@ pub enum Markup {
 }
 
 /// How rows become tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Layout {
-    /// Of files.
-    pub markup: Markup,
-    /// Whether repository and path stand before the text.
-    pub metadata_prefix: bool,
+#[derive(Debug, Clone, Copy)]
+pub enum Layout<'a> {
+    /// A row is a file.
+    Code {
+        /// Of files.
+        markup: Markup,
+        /// Whether repository and path stand before the text.
+        metadata_prefix: bool,
+    },
+    /// A row is a conversation. Tokens that are learnt have the bit [`LEARNT`].
+    Chat(&'a Chat),
 }
 
-impl Layout {
+/// On a token of a conversation: it is a target. No vocabulary is so large.
+pub const LEARNT: u32 = 1 << 31;
+
+/// Why a row has no tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The vocabulary cannot express it.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// A conversation that is none, or whose template did not render.
+    #[error("conversation {row}: {source}")]
+    Chat {
+        /// Its name in the dataset.
+        row: String,
+        /// Why.
+        source: chat::Error,
+    },
+}
+
+impl Layout<'_> {
     /// What the tokens depend on, besides the rows and the tokenizer.
     pub(super) fn key(self, dataset: &Dataset) -> String {
-        let mut key = format!("{:?}", self.markup);
-        for (is_on, name) in [(self.metadata_prefix, "prefix"), (has_notebooks(dataset), "notebooks")] {
+        let (markup, metadata_prefix) = match self {
+            Layout::Code { markup, metadata_prefix } => (markup, metadata_prefix),
+            Layout::Chat(chat) => return chat.key(),
+        };
+        let mut key = format!("{markup:?}");
+        for (is_on, name) in [(metadata_prefix, "prefix"), (has_notebooks(dataset), "notebooks")] {
             if is_on {
                 key.push('\n');
                 key.push_str(name);
@@ -50,6 +81,8 @@ fn has_notebooks(dataset: &Dataset) -> bool {
 #[derive(Debug)]
 pub struct Renderer<'a> {
     tokenizer: &'a Tokenizer,
+    /// Of conversations.
+    chat: Option<&'a Chat>,
     markup: Markup,
     /// Of [`NAME_MARKS`], where they are wanted.
     names: Option<[u32; 2]>,
@@ -65,9 +98,15 @@ impl<'a> Renderer<'a> {
     pub fn new(
         dataset: &Dataset,
         tokenizer: &'a Tokenizer,
-        layout: Layout,
+        layout: Layout<'a>,
     ) -> Result<Self, tokenizer::Error> {
-        let Layout { markup, metadata_prefix } = layout;
+        let (markup, metadata_prefix) = match layout {
+            Layout::Code { markup, metadata_prefix } => (markup, metadata_prefix),
+            Layout::Chat(chat) => {
+                let markup = Markup::Text;
+                return Ok(Renderer { tokenizer, chat: Some(chat), markup, names: None, notebooks: None });
+            }
+        };
         let names = match metadata_prefix {
             true => Some(tokenizer.marks(NAME_MARKS, "data.metadata_prefix: true")?),
             false => None,
@@ -76,14 +115,37 @@ impl<'a> Renderer<'a> {
             true => Some(tokenizer.marks(NOTEBOOK_MARKS, "collect.notebooks: structured")?),
             false => None,
         };
-        Ok(Renderer { tokenizer, markup, names, notebooks })
+        Ok(Renderer { tokenizer, chat: None, markup, names, notebooks })
     }
 
     /// Tokens of a row, without the one that ends it.
     ///
     /// # Errors
-    /// When the vocabulary cannot express the text.
-    pub fn tokens(&self, row: Row<'_>) -> Result<Vec<u32>, tokenizer::Error> {
+    /// When the vocabulary cannot express the text; a conversation that is none.
+    pub fn tokens(&self, row: Row<'_>) -> Result<Vec<u32>, Error> {
+        match self.chat {
+            None => Ok(self.file(row)?),
+            Some(chat) => {
+                let tokens = Conversation::from_json(row.content)
+                    .map_err(chat::Error::from)
+                    .and_then(|conversation| chat.tokens(&conversation, self.tokenizer));
+                let tokens =
+                    tokens.map_err(|source| Error::Chat { row: row.file_path.to_owned(), source })?;
+                Ok(tokens.iter().map(|token| token.id | if token.is_target { LEARNT } else { 0 }).collect())
+            }
+        }
+    }
+
+    /// What is kept of each row beside its tokens: of a file its characters, of a conversation the place of its first
+    /// target.
+    pub fn measure(&self, row: Row<'_>, tokens: &[u32]) -> u64 {
+        match self.chat {
+            None => row.content.chars().count() as u64,
+            Some(_) => tokens.iter().position(|token| token & LEARNT != 0).map_or(u64::MAX, |at| at as u64),
+        }
+    }
+
+    fn file(&self, row: Row<'_>) -> Result<Vec<u32>, tokenizer::Error> {
         let is_notebook = row.file_path.to_ascii_lowercase().ends_with(".ipynb");
         let marks = self.notebooks.filter(|_| is_notebook);
         let Some([repository, path]) = self.names else {

@@ -66,7 +66,7 @@ struct Loaded {
 /// Characters per token over the first files of the training split.
 pub fn characters_per_token(train: &TokenFile) -> Result<f64, Error> {
     let documents = 0..train.documents().min(RATIO_DOCUMENTS);
-    let characters: u64 = documents.clone().map(|document| train.characters(document)).sum();
+    let characters: u64 = documents.clone().map(|document| train.measure(document)).sum();
     let tokens: u64 = documents.map(|document| train.len(document)).sum();
     if characters == 0 || tokens == 0 {
         let problem = "seed_compatible needs text in the first 400 files; use continuous".to_owned();
@@ -137,7 +137,7 @@ impl SeedCompatible {
                 break;
             }
             let document = mark.first_document % documents.max(1);
-            characters += self.tokens.characters(document);
+            characters += self.tokens.measure(document);
             let count = self.settings.markers.count();
             let markers = if self.cut(document, &mut random)?.is_some() { count } else { 0 };
             tokens += self.tokens.len(document) + markers + 1;
@@ -171,7 +171,7 @@ impl SeedCompatible {
                 break;
             }
             let document = document % self.tokens.documents().max(1);
-            characters += self.tokens.characters(document);
+            characters += self.tokens.measure(document);
             let len = self.tokens.len(document);
             match self.cut(document, &mut random)? {
                 None => self.tokens.read(document, 0..len, &mut tokens)?,

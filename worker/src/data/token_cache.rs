@@ -1,8 +1,8 @@
 //! The tokens of a split, made once per (dataset, tokenizer, split, layout) and read by position.
 //!
 //! One file: header, tokens of all documents end to end (2 or 4 bytes each, little-endian), then
-//! per document the end of its tokens and its characters (8 bytes each). Memory holds only the
-//! latter. The header carries a SHA-256 of all that follows; a file that fails it is made anew.
+//! per document the end of its tokens and a measure of it (8 bytes each), see
+//! [`Renderer::measure`]. Memory holds only the latter. The header carries a SHA-256 of all that follows; a file that fails it is made anew.
 
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use tunefleet_proto::digest_hex;
 
 use super::documents::{self, Dataset, Row, Rows};
-use super::render::{Layout, Renderer};
+use super::render::{self, Layout, Renderer};
 use super::tokenizer::{self, Tokenizer};
 use super::{Split, hash_stream};
 
@@ -41,9 +41,12 @@ pub enum Error {
     /// The documents cannot be read.
     #[error(transparent)]
     Documents(#[from] documents::Error),
-    /// A document cannot be tokenised.
+    /// The vocabulary lacks what the layout needs.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
+    /// A document cannot be tokenised.
+    #[error(transparent)]
+    Row(#[from] render::Error),
 }
 
 /// An open token file.
@@ -54,8 +57,8 @@ pub struct TokenFile {
     token_bytes: usize,
     /// End of each document in tokens.
     ends: Vec<u64>,
-    /// Unicode characters of each document.
-    characters: Vec<u64>,
+    /// A measure of each document.
+    measures: Vec<u64>,
 }
 
 impl TokenFile {
@@ -68,7 +71,7 @@ impl TokenFile {
         dataset: &Dataset,
         tokenizer: &Tokenizer,
         split: Split,
-        layout: Layout,
+        layout: Layout<'_>,
         cache_dir: &Path,
     ) -> Result<Self, Error> {
         let inputs = [&dataset.digest(), tokenizer.digest(), split.name(), &layout.key(dataset)].join("\n");
@@ -92,7 +95,11 @@ impl TokenFile {
         }
         let incomplete = path.with_extension("incomplete");
         let renderer = Renderer::new(dataset, tokenizer, layout)?;
-        let made = Builder::new(&incomplete, renderer, token_bytes(tokenizer))
+        let token_bytes = match layout {
+            Layout::Code { .. } => token_bytes(tokenizer),
+            Layout::Chat(_) => 4,
+        };
+        let made = Builder::new(&incomplete, renderer, token_bytes)
             .and_then(|builder| builder.build(dataset, split, &key))
             .and_then(|()| std::fs::rename(&incomplete, &path).map_err(|source| io(&path, source)));
         if let Err(error) = made {
@@ -117,9 +124,9 @@ impl TokenFile {
         span.end - span.start
     }
 
-    /// Unicode characters of a document; 0 for one that does not exist.
-    pub fn characters(&self, document: u64) -> u64 {
-        self.characters.get(document as usize).copied().unwrap_or(0)
+    /// The measure of a document, see [`Renderer::measure`]; 0 for one that does not exist.
+    pub fn measure(&self, document: u64) -> u64 {
+        self.measures.get(document as usize).copied().unwrap_or(0)
     }
 
     /// Appends tokens `range` of a document; a range past its end is cut there.
@@ -184,9 +191,9 @@ fn read(path: &Path, key: &[u8; 32]) -> std::io::Result<Option<TokenFile>> {
     }
     let mut words = index.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word));
     let ends: Vec<u64> = words.by_ref().take(documents as usize).collect();
-    let characters = words.collect();
+    let measures = words.collect();
     drop(reader);
-    Ok(Some(TokenFile { path: path.to_owned(), file, token_bytes: token_bytes as usize, ends, characters }))
+    Ok(Some(TokenFile { path: path.to_owned(), file, token_bytes: token_bytes as usize, ends, measures }))
 }
 
 struct Header {
@@ -231,7 +238,7 @@ struct Builder<'a> {
     out: BufWriter<File>,
     hasher: Sha256,
     ends: Vec<u64>,
-    characters: Vec<u64>,
+    measures: Vec<u64>,
     tokens: u64,
 }
 
@@ -245,7 +252,7 @@ impl<'a> Builder<'a> {
             out: BufWriter::with_capacity(1 << 20, file),
             hasher: Sha256::new(),
             ends: Vec::new(),
-            characters: Vec::new(),
+            measures: Vec::new(),
             tokens: 0,
         })
     }
@@ -257,7 +264,7 @@ impl<'a> Builder<'a> {
         for rows in dataset.rows(split) {
             self.add(&rows?)?;
         }
-        let index = [std::mem::take(&mut self.ends), std::mem::take(&mut self.characters)];
+        let index = [std::mem::take(&mut self.ends), std::mem::take(&mut self.measures)];
         let documents = index[0].len() as u64;
         for word in index.iter().flatten() {
             self.write(&word.to_le_bytes())?;
@@ -290,9 +297,13 @@ impl<'a> Builder<'a> {
                 })
                 .collect();
             next += chunk.len();
-            let encoded: Vec<Vec<u32>> =
-                chunk.par_iter().map(|row| self.renderer.tokens(*row)).collect::<Result<_, _>>()?;
-            for (row, tokens) in chunk.iter().zip(encoded) {
+            let renderer = &self.renderer;
+            let encode = |row: &Row<'_>| {
+                let tokens = renderer.tokens(*row)?;
+                Ok::<_, render::Error>((renderer.measure(*row, &tokens), tokens))
+            };
+            let encoded: Vec<(u64, Vec<u32>)> = chunk.par_iter().map(encode).collect::<Result<_, _>>()?;
+            for (measure, tokens) in encoded {
                 let mut out = Vec::with_capacity(tokens.len() * self.token_bytes);
                 if self.token_bytes == 2 {
                     out.extend(tokens.iter().flat_map(|token| (*token as u16).to_le_bytes()));
@@ -302,7 +313,7 @@ impl<'a> Builder<'a> {
                 self.write(&out)?;
                 self.tokens += tokens.len() as u64;
                 self.ends.push(self.tokens);
-                self.characters.push(row.content.chars().count() as u64);
+                self.measures.push(measure);
             }
         }
         Ok(())

@@ -19,6 +19,8 @@ pub mod functional;
 pub mod repository;
 /// The weight of an adapter that suits best.
 pub mod sweep;
+/// Several adapters, alone and mixed, on several datasets.
+pub mod grid;
 /// The evaluations of a job, by its ranks together.
 pub mod stage;
 /// The table, and what differs from another model's.
@@ -52,6 +54,8 @@ enum What {
     Repo(repository::RepoArgs),
     /// Weights of an adapter, from the base to the whole adapter: what is won and what is forgotten.
     Sweep(sweep::Args),
+    /// Several adapters, alone and mixed, on several datasets: what each wins on its own, and what the mix keeps of it.
+    Grid(grid::Args),
 }
 
 /// What can keep an evaluation from its end.
@@ -98,6 +102,9 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// The template of conversations.
+    #[error(transparent)]
+    Chat(#[from] crate::chat::Error),
     /// Another rank of a job's evaluation.
     #[error(transparent)]
     Comm(#[from] crate::comm::Error),
@@ -114,5 +121,6 @@ pub fn run(args: Args) -> Result<(), Error> {
         What::Samples(args) => functional::samples(&args),
         What::Repo(args) => repository::run(&args),
         What::Sweep(args) => sweep::run(&args),
+        What::Grid(args) => grid::run(&args),
     }
 }

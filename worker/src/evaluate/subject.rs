@@ -16,7 +16,7 @@ use tunefleet_proto::job::Precision;
 use tunefleet_proto::model::ModelConfig;
 
 use super::Error;
-use crate::data::tokenizer::Tokenizer;
+use crate::data::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use crate::generate::adapters::Adapter;
 use crate::generate::decoder::Decoder;
 use crate::generate::sampling::Sampling;
@@ -39,7 +39,7 @@ pub struct SubjectArgs {
     /// A Hugging Face model directory.
     #[arg(long)]
     pub model: PathBuf,
-    /// A `tokenizer.json`, or a directory that holds one; the model's own when absent.
+    /// A `tokenizer.json`, or a directory that holds one; the adapter's or the model's own when absent.
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
     /// An adapter beside it.
@@ -69,10 +69,14 @@ pub struct SubjectArgs {
 pub struct Subject {
     /// Text to tokens, and back.
     pub tokenizer: Arc<Tokenizer>,
+    /// Where it lies, and the template of chats beside it.
+    pub tokenizer_dir: PathBuf,
     /// Its shape.
     pub config: ModelConfig,
     /// How it is written down.
     pub described: evaluation::Subject,
+    /// Where and in which dtype it computes.
+    pub numerics: Numerics,
     engine: Handle,
     adapter: Option<AdapterId>,
     max_batch: usize,
@@ -125,7 +129,9 @@ impl Subject {
     /// Whatever their files break.
     pub fn load(args: &SubjectArgs) -> Result<Self, Error> {
         keep_freed_memory();
-        let tokenizer = Arc::new(Tokenizer::load(args.tokenizer.as_ref().unwrap_or(&args.model))?);
+        let own = args.adapter.as_ref().filter(|dir| dir.join(TOKENIZER_FILE).exists());
+        let tokenizer_dir = args.tokenizer.as_ref().or(own).unwrap_or(&args.model);
+        let tokenizer = Arc::new(Tokenizer::load(tokenizer_dir)?);
         let device = args.device.unwrap_or_else(Device::cuda_if_available);
         let precision = args.dtype.unwrap_or_else(|| Numerics::fast_precision(device));
         let numerics = Numerics::new(device, precision);
@@ -153,7 +159,8 @@ impl Subject {
             None => None,
         };
         let described = args.describe(precision)?;
-        Ok(Subject { tokenizer, config, described, engine, adapter, max_batch })
+        let tokenizer_dir = tokenizer_dir.clone();
+        Ok(Subject { tokenizer, tokenizer_dir, config, described, numerics, engine, adapter, max_batch })
     }
 
     /// Gives the adapter another weight.
@@ -179,7 +186,29 @@ impl Subject {
     /// # Errors
     /// Whatever the model fails with.
     pub fn loss_sum(&self, tokens: &[u32]) -> Result<f64, Error> {
-        Ok(self.engine.score(tokens.to_vec(), self.adapter)?)
+        let (shown, targets) = (tokens.split_last().map(|(_, shown)| shown), tokens.get(1..));
+        let targets = targets.unwrap_or_default().iter().map(|token| i64::from(*token)).collect();
+        self.loss_of(shown.unwrap_or_default(), targets)
+    }
+
+    /// Sum of the losses of `targets` behind `tokens`; [`crate::data::IGNORED`] ones do not count.
+    ///
+    /// # Errors
+    /// Whatever the model fails with.
+    pub fn loss_of(&self, tokens: &[u32], targets: Vec<i64>) -> Result<f64, Error> {
+        Ok(self.engine.score(tokens.to_vec(), targets, self.adapter)?)
+    }
+
+    /// Asks with another adapter from now on, or with none.
+    ///
+    /// # Errors
+    /// An adapter that does not fit the model.
+    pub fn take(&mut self, adapter: Option<Adapter>) -> Result<(), Error> {
+        let new = adapter.map(|adapter| self.engine.add(adapter)).transpose()?;
+        if let Some(before) = std::mem::replace(&mut self.adapter, new) {
+            self.engine.forget(before)?;
+        }
+        Ok(())
     }
 
     /// Completes all of `asks`, many at once, and gives each to `take`, in their order.

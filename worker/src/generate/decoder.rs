@@ -210,7 +210,15 @@ impl Decoder {
     ) -> Result<Tensor, tunefleet_kernels::Error> {
         let rows = tokens_bt.numel() as i64;
         tch::no_grad(|| {
-            let (mut x, turns) = self.embedded(tokens_bt, Positions::From(0));
+            let tables = adapter
+                .and_then(Adapter::rows)
+                .map(|rows| rows.tables(&self.embed[self.config.embed_layout().tokens], &self.head_vd));
+            let (tokens_vd, head_vd) = match &tables {
+                Some((tokens_vd, head_vd)) => (tokens_vd, head_vd),
+                None => (&self.embed[self.config.embed_layout().tokens], &self.head_vd),
+            };
+            let rows_btd = Tensor::embedding(tokens_vd, tokens_bt, -1, false, false);
+            let (mut x, turns) = self.embedded(rows_btd, tokens_bt, Positions::From(0));
             for (at, block) in self.blocks.iter().enumerate() {
                 let pair = |linear| adapter.and_then(|adapter| adapter.pair(at, linear));
                 let runs = |linear| pair(linear).map(|pair| (0, rows, pair)).into_iter().collect();
@@ -219,7 +227,7 @@ impl Decoder {
             }
             let h = self.final_norm(&x.to_kind(self.numerics.kind));
             let h_nd = h.reshape([-1, self.config.hidden_size as i64]);
-            head::loss_sum(self.numerics, &self.head_vd, &h_nd, &targets_bt.reshape([-1]))
+            head::loss_sum(self.numerics, head_vd, &h_nd, &targets_bt.reshape([-1]))
         })
     }
 
@@ -228,11 +236,16 @@ impl Decoder {
         numerics::norm(&head.norm, x, self.config.norm_epsilon)
     }
 
-    /// The residual stream before the first block, in the dtype of products, and the tokens' turns.
-    fn embedded(&self, tokens_bt: &Tensor, positions: Positions<'_>) -> (Tensor, Option<Turns>) {
-        let layout = self.config.embed_layout();
-        let learned = layout.positions.map(|at| &self.embed[at]);
-        let x = embed::forward(&self.embed[layout.tokens], learned, tokens_bt, positions);
+    /// The residual stream before the first block, in the dtype of products, of rows of the token embedding, and the
+    /// tokens' turns.
+    fn embedded(
+        &self,
+        rows_btd: Tensor,
+        tokens_bt: &Tensor,
+        positions: Positions<'_>,
+    ) -> (Tensor, Option<Turns>) {
+        let learned = self.config.embed_layout().positions.map(|at| &self.embed[at]);
+        let x = embed::placed(rows_btd, learned, positions);
         let turns = self.rotary.as_ref().map(|rotary| rotary.turns(tokens_bt, positions));
         (x.to_kind(self.numerics.product_kind), turns)
     }
@@ -265,7 +278,18 @@ impl Decoder {
         }
         let row = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let (tokens_1n, positions_1n) = (row(&ids).unsqueeze(0), row(&positions).unsqueeze(0));
-        let (mut x, turns) = self.embedded(&tokens_1n, Positions::Each(&positions_1n));
+        let table = &self.embed[self.config.embed_layout().tokens];
+        let mut rows_1nd = Tensor::embedding(table, &tokens_1n, -1, false, false);
+        for (piece, (first, _)) in pieces.iter().zip(&spans) {
+            let Some(rows) = piece.adapter.and_then(Adapter::rows) else { continue };
+            let (places, own) = rows.of(piece.tokens);
+            if !places.is_empty() {
+                let places: Vec<i64> = places.iter().map(|at| first + at).collect();
+                let own_1md = rows.tokens_nd().index_select(0, &row(&own)).unsqueeze(0);
+                rows_1nd = rows_1nd.index_copy(1, &row(&places), &own_1md);
+            }
+        }
+        let (mut x, turns) = self.embedded(rows_1nd, &tokens_1n, Positions::Each(&positions_1n));
         let adapters: Vec<_> = pieces.iter().map(|piece| piece.adapter).collect();
         for (at, block) in self.blocks.iter().enumerate() {
             let params = block.params(&self.layout, |linear| {
@@ -284,7 +308,7 @@ impl Decoder {
             let shape = self.shape.of_block(at);
             x = block::forward(&shape, &params, &x, turns.as_ref(), Sight::Cached(&mut runs));
         }
-        for piece in pieces {
+        for piece in &mut *pieces {
             piece.context.tokens += piece.tokens.len();
         }
         if wanted.is_empty() {
@@ -292,10 +316,19 @@ impl Decoder {
         }
         let last = x.index_select(1, &row(&wanted)).squeeze_dim(0).to_kind(kind);
         let h = self.final_norm(&last).to_kind(product_kind);
-        Matrix::Dense(self.head_vd.shallow_clone())
+        let logits_rv = Matrix::Dense(self.head_vd.shallow_clone())
             .times(&h, None)
             .to_kind(Kind::Float)
-            .to_device(tch::Device::Cpu)
+            .to_device(tch::Device::Cpu);
+        let mut first = 0;
+        for piece in &*pieces {
+            let count = piece.logits.min(piece.tokens.len()) as i64;
+            if let Some(rows) = piece.adapter.and_then(Adapter::rows).filter(|_| count > 0) {
+                rows.relogit(&logits_rv.narrow(0, first, count), &h.narrow(0, first, count));
+            }
+            first += count;
+        }
+        logits_rv
     }
 }
 

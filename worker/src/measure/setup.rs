@@ -111,7 +111,7 @@ fn frozen(
     let shards = base_shards(&base, plan.world, numerics.device)?;
     let residency = WalkOptions::of(&spec.train).residency(plan.world, plan.units.len() - 1);
     let base = Base::new(base, shards, plan.world, numerics, &residency, false)?;
-    Ok(Some(Frozen { base, wiring: Wiring::new(&settings.lora, &adapter, config, plan) }))
+    Ok(Some(Frozen { base, wiring: Wiring::new(&settings.lora, &adapter, config, plan, numerics.device) }))
 }
 
 /// Rank 0's bytes of each unit; all blocks hold the values of the first one.

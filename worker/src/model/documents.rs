@@ -15,25 +15,18 @@ pub struct Documents {
 }
 
 impl Documents {
-    /// The documents of `rows` of equal length, each ended by the token `eos`. Several of those in a row, as padding
-    /// has them, are one document.
-    pub fn ended_by<'a>(rows: impl Iterator<Item = &'a [u32]>, eos: u32, device: Device) -> Self {
+    /// The documents of rows of equal length, by the tokens of each document.
+    pub fn new<'a>(rows: impl Iterator<Item = &'a [u32]>, device: Device) -> Self {
         let (mut runs, mut positions) = (Vec::new(), Vec::new());
         for row in rows {
             let mut begin = 0;
-            let mut documents = Vec::new();
-            for (at, token) in row.iter().enumerate() {
-                let ends = match row.get(at + 1) {
-                    Some(next) => *token == eos && *next != eos,
-                    None => true,
-                };
-                positions.push((at - begin) as i64);
-                if ends {
-                    documents.push((begin as i64, (at + 1 - begin) as i64));
-                    begin = at + 1;
-                }
-            }
-            runs.push(documents);
+            let run = row.iter().map(|tokens| {
+                let tokens = i64::from(*tokens);
+                positions.extend(0..tokens);
+                begin += tokens;
+                (begin - tokens, tokens)
+            });
+            runs.push(run.collect::<Vec<_>>());
         }
         let host = Tensor::from_slice(&positions).view([runs.len() as i64, -1]);
         let positions_bt = match device {
@@ -66,19 +59,5 @@ impl Documents {
             Tensor::cat(&runs.iter().map(document).collect::<Vec<_>>(), 2)
         };
         Tensor::cat(&self.runs.iter().enumerate().map(row).collect::<Vec<_>>(), 0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn documents_end_with_their_last_token_and_padding_is_one() {
-        let rows: [&[u32]; 3] = [&[5, 6, 0, 7, 8, 9], &[5, 0, 6, 0, 0, 0], &[5, 6, 7, 8, 9, 5]];
-        let documents = Documents::ended_by(rows.into_iter(), 0, Device::Cpu);
-        assert_eq!(documents.runs, [vec![(0, 3), (3, 3)], vec![(0, 2), (2, 4)], vec![(0, 6)]]);
-        let positions = Vec::<i64>::try_from(documents.positions_bt.view([-1])).unwrap();
-        assert_eq!(positions, [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5]);
     }
 }

@@ -6,6 +6,7 @@ use tunefleet_kernels::{Error, fused};
 use tunefleet_proto::model::EmbedLayout;
 
 use super::block::Norm;
+use super::embed::TableGrad;
 use super::numerics::Numerics;
 
 /// Targets with this value do not count, as in transformers.
@@ -87,7 +88,7 @@ pub fn loss_sum_and_grads(
     h_nd: &Tensor,
     targets_n: &Tensor,
     scale: &Tensor,
-    dweight_vd: Option<&Tensor>,
+    dweight_vd: Option<&TableGrad>,
     scratch: &mut Scratch,
 ) -> Result<(Tensor, Tensor), Error> {
     let kind = numerics.product_kind;
@@ -109,11 +110,14 @@ pub fn loss_sum_and_grads(
         // scale goes onto the narrow side.
         if let Some(dweight_vd) = dweight_vd {
             let scaled_h_gd = (h_gd.to_kind(Kind::Float) * scale).to_kind(kind);
-            let mut dweight_vd = dweight_vd.shallow_clone();
+            let (mut into, dlogits) = match dweight_vd {
+                TableGrad::Whole(into) => (into.shallow_clone(), dlogits_gv.shallow_clone()),
+                TableGrad::Rows(rows, into) => (into.shallow_clone(), rows.columns(&dlogits_gv)),
+            };
             if kind == Kind::Float {
-                let _ = dweight_vd.addmm_(&dlogits_gv.tr(), &scaled_h_gd);
+                let _ = into.addmm_(&dlogits.tr(), &scaled_h_gd);
             } else {
-                let _ = dweight_vd.g_add_(&dlogits_gv.tr().mm(&scaled_h_gd));
+                let _ = into.g_add_(&dlogits.tr().mm(&scaled_h_gd));
             }
         }
         dh_groups.push((dlogits_gv.mm(&weight_vd) * scale).to_kind(kind));

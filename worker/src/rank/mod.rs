@@ -67,6 +67,9 @@ pub enum Error {
     /// No model was made.
     #[error(transparent)]
     InitModel(#[from] crate::init_model::InitError),
+    /// No template could be put beside the model.
+    #[error(transparent)]
+    Chat(#[from] crate::chat::Error),
     /// The model could not be fetched.
     #[error("fetching the model: {0}")]
     Hub(#[from] tunefleet_hub::Error),

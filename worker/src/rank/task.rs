@@ -20,7 +20,7 @@ use crate::data::documents::Dataset;
 use crate::data::{tokenizer, train_tokenizer};
 use crate::fault::{self, Phase};
 use crate::train::{self, Host as _, Outcome};
-use crate::{evaluate, export, init_model, memory, serve};
+use crate::{chat, evaluate, export, init_model, memory, serve};
 
 /// Longest time between the first rank that is done with its share of an evaluation and the last.
 const EVALUATION_LIMIT: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -89,7 +89,7 @@ pub(super) fn run(session: &Session) -> Result<Outcome, Error> {
 fn train_tokenizer_stage(spec: &JobSpec) -> Result<Outcome, Error> {
     if let TokenizerSpec::Train { vocab_size } = spec.tokenizer {
         let dataset = Dataset::open(&spec.dataset_dir()).map_err(tokenizer::Error::from)?;
-        train_tokenizer::train_on_dataset(&dataset, vocab_size, &spec.tokenizer_dir())?;
+        train_tokenizer::train_on_dataset(&dataset, vocab_size, &spec.base_tokenizer_dir())?;
     }
     Ok(Outcome::Finished)
 }
@@ -99,16 +99,21 @@ fn init_model_stage(spec: &JobSpec) -> Result<Outcome, Error> {
         ModelSpec::Init { preset, seed } => {
             let tokenizer = match spec.tokenizer {
                 TokenizerSpec::FromModel => None,
-                _ => Some(spec.tokenizer_dir()),
+                _ => Some(spec.base_tokenizer_dir()),
             };
-            init_model::init(preset, tokenizer.as_deref(), *seed, Precision::Fp32, &spec.model_dir())?;
+            init_model::init(preset, tokenizer.as_deref(), *seed, Precision::Fp32, &spec.base_model_dir())?;
         }
         ModelSpec::Hub { repo, revision } => {
             let snapshot = Model { repo, revision: revision.as_deref() }.fetch()?;
             tracing::info!("{repo} is at commit {}", snapshot.commit);
-            hugging_face::link(&snapshot.dir, &spec.model_dir())?;
+            hugging_face::link(&snapshot.dir, &spec.base_model_dir())?;
         }
         ModelSpec::Existing(_) => {}
+    }
+    if let Some(chat) = &spec.data.chat {
+        let (model, tokenizer) = (spec.base_model_dir(), spec.base_tokenizer_dir());
+        let made = chat::model::init(chat, &model, &tokenizer, &spec.model_dir())?;
+        tracing::info!("tokens that were added: {:?}", made.added);
     }
     Ok(Outcome::Finished)
 }

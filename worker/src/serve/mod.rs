@@ -27,9 +27,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tunefleet_kernels::device::keep_freed_memory;
 use tunefleet_proto::base_plan::{QuantKind, Quantization};
-use tunefleet_proto::job::{JobSpec, MergeBase, Precision, ServeSpec};
+use tunefleet_proto::job::{ChatLoss, JobSpec, MergeBase, Precision, ServeSpec};
 use tunefleet_proto::service_manager;
 
+use crate::chat::Chat;
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::decoder::{Decoder, LoadError};
 use crate::generate::prompt::InfillOrder;
@@ -103,6 +104,10 @@ pub struct Args {
     /// Make each completion as if it were alone, to the last bit. Slower.
     #[arg(long)]
     batch_invariant: bool,
+    /// How chats are laid out where neither the model nor an adapter has a template beside it: prompter, octocoder,
+    /// starchat or chatml.
+    #[arg(long, value_name = "NAME")]
+    chat_template: Option<String>,
     /// The adapter for requests that name none; the model itself when absent.
     #[arg(long, value_name = "NAME")]
     default_adapter: Option<String>,
@@ -157,6 +162,9 @@ pub enum Error {
     /// An adapter.
     #[error(transparent)]
     Adapter(#[from] server::Error),
+    /// The template of chats.
+    #[error(transparent)]
+    Chat(#[from] crate::chat::Error),
     /// A setting that breaks a rule.
     #[error("{0}")]
     Setting(String),
@@ -260,7 +268,8 @@ fn serve(args: &Args, ended: impl Future<Output = std::io::Result<()>>) -> Resul
 
 /// Reads model, tokenizer and adapters, and starts the engine.
 fn load(args: &Args) -> Result<Server, Error> {
-    let tokenizer = Arc::new(Tokenizer::load(args.tokenizer.as_ref().unwrap_or(&args.model))?);
+    let place = args.tokenizer.as_ref().unwrap_or(&args.model);
+    let tokenizer = Arc::new(Tokenizer::load(place)?);
     let device = args.device.unwrap_or_else(Device::cuda_if_available);
     let numerics = Numerics::new(device, args.dtype.unwrap_or_else(|| Numerics::fast_precision(device)));
     let (dir, quantization) = (args.model.clone(), args.quantize);
@@ -283,8 +292,13 @@ fn load(args: &Args) -> Result<Server, Error> {
     }
     let mut names = args.names.iter().cloned();
     let infill_order = args.infill_order.unwrap_or_else(|| InfillOrder::of(&tokenizer));
+    let chat = match Chat::beside(place, &tokenizer, ChatLoss::All)? {
+        Some(chat) => Some(chat),
+        None => args.chat_template.as_ref().map(|name| Chat::built_in(name, &tokenizer)).transpose()?,
+    };
     let server = Server {
         engine,
+        chat: chat.map(Arc::new),
         tokenizer,
         config,
         numerics,
@@ -346,7 +360,7 @@ pub(crate) fn parse_quantization(text: &str) -> Result<Quantization, String> {
 }
 
 /// `NAME=DIR` or `NAME=DIR@WEIGHT`.
-fn parse_adapter(text: &str) -> Result<(String, PathBuf, f64), String> {
+pub(crate) fn parse_adapter(text: &str) -> Result<(String, PathBuf, f64), String> {
     let (name, dir) = text
         .split_once('=')
         .filter(|(name, dir)| !name.is_empty() && !dir.is_empty())

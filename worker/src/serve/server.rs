@@ -6,11 +6,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tunefleet_proto::chat::Conversation;
+use tunefleet_proto::job::ChatLoss;
 use tunefleet_proto::model::ModelConfig;
 
 use super::engine::request::{End, Event, Failure, Request, Token};
 use super::engine::{AdapterId, Handle, Refused};
 use super::stop::{Rules, Shape};
+use crate::chat::Chat;
 use crate::data::infill::FimTokens;
 use crate::data::tokenizer::{self, Tokenizer};
 use crate::generate::adapters::Adapter;
@@ -27,6 +30,8 @@ pub struct Server {
     pub engine: Handle,
     /// Text to tokens, and back.
     pub tokenizer: Arc<Tokenizer>,
+    /// How chats are laid out for the model, and for adapters that have no template of their own.
+    pub chat: Option<Arc<Chat>>,
     /// Shape of the model.
     pub config: ModelConfig,
     /// Where and in which dtype it computes.
@@ -50,8 +55,10 @@ pub struct Server {
 }
 
 /// An adapter that requests may choose.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Loaded {
+    /// How chats are laid out for it, where it has a template of its own.
+    pub chat: Option<Arc<Chat>>,
     /// The engine's name for it.
     pub id: AdapterId,
     /// What its difference is multiplied by.
@@ -65,6 +72,8 @@ pub enum Prompt {
     Text(String),
     /// Tokens.
     Tokens(Vec<u32>),
+    /// A conversation, laid out by the template of the model or the adapter that is asked.
+    Chat(Conversation),
     /// What stands around the cursor; special tokens spelt out in it are text.
     Between {
         /// Before it.
@@ -165,6 +174,10 @@ impl Server {
         if prompt.is_empty() {
             return Err(Error::Invalid("the prompt is empty: give some text to continue".to_owned()));
         }
+        let chat_ends = match &ask.prompt {
+            Prompt::Chat(_) => self.chat(ask.adapter.as_deref())?.ends().to_vec(),
+            Prompt::Text(_) | Prompt::Tokens(_) | Prompt::Between { .. } => Vec::new(),
+        };
         let (sender, events) = unbounded_channel();
         self.engine.submit(Request {
             prompt: prompt.clone(),
@@ -172,7 +185,7 @@ impl Server {
             sampling: ask.sampling,
             rules,
             keeps_stop: ask.keeps_stop,
-            end_tokens: self.tokenizer.ends_of_completions(),
+            end_tokens: self.tokenizer.ends_of_completions().into_iter().chain(chat_ends).collect(),
             adapter,
             top: ask.top,
             asked: Instant::now(),
@@ -214,8 +227,11 @@ impl Server {
             return Err(Error::Invalid(format!("the weight of an adapter must be a number, got {weight}")));
         }
         let id = self.engine.add(Adapter::load(dir, weight, &self.config, self.numerics)?)?;
+        let chat = Chat::beside(dir, &self.tokenizer, ChatLoss::All)
+            .map_err(|error| Error::Invalid(error.to_string()))?;
+        let chat = chat.map(Arc::new);
         let mut adapters = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
-        match adapters.insert(name.to_owned(), Loaded { id, weight }) {
+        match adapters.insert(name.to_owned(), Loaded { chat, id, weight }) {
             Some(before) => Ok(self.engine.forget(before.id)?),
             None => Ok(()),
         }
@@ -235,7 +251,8 @@ impl Server {
             return Err(self.unknown(name));
         };
         let id = self.engine.weigh(adapter.id, weight)?;
-        let before = std::mem::replace(adapter, Loaded { id, weight });
+        let new = Loaded { chat: adapter.chat.clone(), id, weight };
+        let before = std::mem::replace(adapter, new);
         Ok(self.engine.forget(before.id)?)
     }
 
@@ -255,16 +272,32 @@ impl Server {
         Error::Unknown { name: name.to_owned(), known: self.names().join(", ") }
     }
 
-    /// The adapter of that name, or the one for who names none; the model's own name is the base.
+    /// How chats with the adapter of that name are laid out, or with the model.
+    fn chat(&self, name: Option<&str>) -> Result<Arc<Chat>, Error> {
+        let own = self.loaded(name)?.and_then(|adapter| adapter.chat);
+        own.or_else(|| self.chat.clone()).ok_or_else(|| {
+            let name = name.unwrap_or(&self.model_name);
+            Error::Invalid(format!(
+                "`{name}` has no chat template: put one beside the model with `worker init-chat`, or serve with \
+                 --chat-template NAME"
+            ))
+        })
+    }
+
     fn adapter(&self, name: Option<&str>) -> Result<Option<AdapterId>, Error> {
+        Ok(self.loaded(name)?.map(|adapter| adapter.id))
+    }
+
+    /// The adapter of that name, or the one for who names none; the model's own name is the base.
+    fn loaded(&self, name: Option<&str>) -> Result<Option<Loaded>, Error> {
         let is_model =
             |name: &str| name == self.model_name || self.other_names.iter().any(|other| other == name);
         let name = name.filter(|name| !name.is_empty()).or(self.default_adapter.as_deref());
         let Some(name) = name.filter(|name| !is_model(name)) else {
             return Ok(None);
         };
-        let found = self.adapters.read().unwrap_or_else(PoisonError::into_inner).get(name).copied();
-        found.map(|adapter| Some(adapter.id)).ok_or_else(|| self.unknown(name))
+        let found = self.adapters.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        found.map(Some).ok_or_else(|| self.unknown(name))
     }
 
     fn check(&self, ask: &Ask) -> Result<(), Error> {
@@ -331,6 +364,20 @@ impl Server {
                     }
                     // What is nearest to the end is kept, as TGI's `truncate` does.
                     (true, None) => Ok((tokens.split_at(anchored(tokens.len(), most)).1.to_vec(), rules)),
+                }
+            }
+            Prompt::Chat(conversation) => {
+                let chat = self.chat(ask.adapter.as_deref())?;
+                let tokens = chat
+                    .prompt(conversation, &self.tokenizer)
+                    .map_err(|error| Error::Invalid(format!("messages: {error}")))?;
+                match tokens.len() > most {
+                    true => Err(Error::Invalid(format!(
+                        "messages: the conversation has {} tokens, and there is room for {most} beside an answer: leave \
+                         its oldest turns out, or ask for a shorter answer",
+                        tokens.len()
+                    ))),
+                    false => Ok((tokens, Rules::strings(ask.stop.clone()))),
                 }
             }
             Prompt::Between { prefix, suffix } => {

@@ -1,8 +1,8 @@
 //! What an adapter trains: how its tensors and the frozen base's make up the parameters of a block, and
 //! how they begin.
 
-use tch::{Kind, Tensor};
-use tunefleet_proto::adapter::{AdapterPlan, LoraConfig};
+use tch::{Device, Kind, Tensor};
+use tunefleet_proto::adapter::{AdapterPlan, HEAD_ROWS, LoraConfig, TOKEN_ROWS};
 use tunefleet_proto::model::{ModelConfig, Parameter};
 use tunefleet_proto::shard_plan::{ShardPlan, Slot, Unit};
 
@@ -11,6 +11,7 @@ use super::units::{EMBED, Shard};
 use crate::base::Base;
 use crate::comm::Communicator;
 use crate::data::counter::{Draws, Purpose};
+use crate::model::embed::{Rows, TableGrad};
 use crate::model::linear::{Adapted, Pair};
 
 /// A frozen base, and how trained tensors join it.
@@ -28,6 +29,14 @@ pub struct Wiring {
     tables: usize,
     blocks: Vec<BlockWiring>,
     dropout: f64,
+    token_rows: Option<TokenRows>,
+}
+
+/// Rows of the tables of tokens that are trained.
+struct TokenRows {
+    rows: Rows,
+    /// For each table its index among the embeddings' parameters, and that of its rows among the trained ones.
+    tables: Vec<(usize, usize)>,
 }
 
 struct BlockWiring {
@@ -53,7 +62,13 @@ struct PairWiring {
 
 impl Wiring {
     /// The wiring of `adapter` on `config`, whose trained tensors `plan` lays out.
-    pub fn new(lora: &LoraConfig, adapter: &AdapterPlan, config: &ModelConfig, plan: &ShardPlan) -> Self {
+    pub fn new(
+        lora: &LoraConfig,
+        adapter: &AdapterPlan,
+        config: &ModelConfig,
+        plan: &ShardPlan,
+        device: Device,
+    ) -> Self {
         let blocks = (0..config.layers).zip(plan.units.iter().skip(1)).map(|(block, unit)| {
             let parameters = config.block_parameters(block);
             let pairs = adapter.linears.iter().filter(|linear| linear.block == block);
@@ -69,7 +84,14 @@ impl Wiring {
             });
             BlockWiring { pairs: pairs.collect(), sources: sources(&parameters, unit) }
         });
+        let layout = config.embed_layout();
+        let table = |(name, at): (&str, usize)| Some((at, position(&plan.units[EMBED], name)?));
+        let tables: Vec<_> =
+            [(TOKEN_ROWS, layout.tokens), (HEAD_ROWS, layout.head)].into_iter().filter_map(table).collect();
+        let token_rows = (!tables.is_empty())
+            .then(|| TokenRows { rows: Rows::new(&adapter.token_rows, config.vocab_size, device), tables });
         Wiring {
+            token_rows,
             embed: sources(&config.embed_parameters(), &plan.units[EMBED]),
             tables: 1 + usize::from(config.embed_layout().positions.is_some()),
             blocks: blocks.collect(),
@@ -79,7 +101,8 @@ impl Wiring {
 
     /// Whether anything is trained that the embeddings' own backward pass reaches.
     pub fn trains_embeddings(&self) -> bool {
-        self.embed.iter().take(self.tables).any(|source| matches!(source, Source::Trained(_)))
+        self.token_rows.is_some()
+            || self.embed.iter().take(self.tables).any(|source| matches!(source, Source::Trained(_)))
     }
 
     /// Dropout on the inputs of pairs.
@@ -89,16 +112,28 @@ impl Wiring {
 
     /// The embeddings' parameters: `base`'s, or the trained ones in their place.
     pub fn embed(&self, base: &[Tensor], trained: &[Tensor]) -> Vec<Tensor> {
+        if let Some(TokenRows { rows, tables }) = &self.token_rows {
+            for (table, from) in tables {
+                // In its place: nobody reads what the base has there.
+                rows.put(&trained[*from], &base[*table]);
+            }
+        }
         self.embed.iter().map(|source| pick(*source, base, trained).shallow_clone()).collect()
     }
 
     /// For each of the embeddings' parameters its gradient, where it is trained.
-    pub fn embed_grads(&self, grads: &[Tensor]) -> Vec<Option<Tensor>> {
+    pub fn embed_grads(&self, grads: &[Tensor]) -> Vec<Option<TableGrad>> {
         let grad = |source: &Source| match source {
             Source::Base(_) => None,
-            Source::Trained(index) => Some(grads[*index].shallow_clone()),
+            Source::Trained(index) => Some(TableGrad::Whole(grads[*index].shallow_clone())),
         };
-        self.embed.iter().map(grad).collect()
+        let mut out: Vec<Option<TableGrad>> = self.embed.iter().map(grad).collect();
+        if let Some(TokenRows { rows, tables }) = &self.token_rows {
+            for (table, from) in tables {
+                out[*table] = Some(TableGrad::Rows(rows.shallow_clone(), grads[*from].shallow_clone()));
+            }
+        }
+        out
     }
 
     /// A block's parameters, in the order of the model.
@@ -159,7 +194,7 @@ fn position(unit: &Unit, name: &str) -> Option<usize> {
 pub fn init(
     shards: &[Shard],
     plan: &ShardPlan,
-    config: &ModelConfig,
+    (config, token_rows): (&ModelConfig, &[u64]),
     base: &mut Base,
     comm: &dyn Communicator,
     seed: u64,
@@ -182,7 +217,20 @@ pub fn init(
         };
         for piece in unit.pieces(rank.rank, rank.world) {
             let slot = piece.slot;
-            let values = if slot.name.ends_with(".lora_A.weight") {
+            let layout = config.embed_layout();
+            let table = match slot.name.as_str() {
+                TOKEN_ROWS => Some(layout.tokens),
+                HEAD_ROWS => Some(layout.head),
+                _ => None,
+            };
+            let values = if let Some(table) = table {
+                // As the base has them.
+                let ids: Vec<i64> = token_rows.iter().map(|id| *id as i64).collect();
+                let table = &base_tensors[table];
+                table
+                    .index_select(0, &Tensor::from_slice(&ids).to_device(table.device()))
+                    .to_kind(Kind::Float)
+            } else if slot.name.ends_with(".lora_A.weight") {
                 uniform(seed, index, unit, slot)
             } else if slot.name.ends_with(".lora_B.weight") {
                 continue;

@@ -51,7 +51,7 @@ impl<'a> Batches<'a> {
                 .map(|index| self.sequences.sequence(index))
                 .collect::<Result<_, _>>()?;
             targets += counted(&rows);
-            batches.push(batch(&rows, self.sequences.document_end(), self.device));
+            batches.push(batch(&rows, self.sequences.keeps_apart(), self.device));
         }
         Ok((batches, targets))
     }
@@ -81,7 +81,7 @@ pub fn validation(
             rows.push(row);
         }
         let targets = counted(&rows);
-        Ok((batch(&rows, sequences.document_end(), device), targets))
+        Ok((batch(&rows, sequences.keeps_apart(), device), targets))
     })
 }
 
@@ -89,7 +89,7 @@ fn counted(rows: &[Sequence]) -> i64 {
     rows.iter().flat_map(|row| &row.targets).filter(|&&t| t != IGNORED).count() as i64
 }
 
-fn batch(rows: &[Sequence], document_end: Option<u32>, device: Device) -> Batch {
+fn batch(rows: &[Sequence], keeps_apart: bool, device: Device) -> Batch {
     let tokens: Vec<i64> = rows.iter().flat_map(|row| row.tokens.iter().map(|&t| i64::from(t))).collect();
     let targets: Vec<i64> = rows.iter().flat_map(|row| row.targets.iter().copied()).collect();
     let shape = [rows.len() as i64, -1];
@@ -101,7 +101,7 @@ fn batch(rows: &[Sequence], document_end: Option<u32>, device: Device) -> Batch 
         // From pinned memory the copy is only queued: the host does not wait for the device.
         host.pin_memory(device).to_device_(device, Kind::Int64, true, false)
     };
-    let documents = document_end
-        .map(|end| Documents::ended_by(rows.iter().map(|row| row.tokens.as_slice()), end, device));
+    let documents =
+        keeps_apart.then(|| Documents::new(rows.iter().map(|row| row.documents.as_slice()), device));
     Batch { tokens_bt: tensor(&tokens), targets_bt: tensor(&targets), documents }
 }

@@ -59,6 +59,11 @@ impl<'a> Run<'a> {
         };
         let training = open(Split::Train)?;
         let validation = if spec.train.eval_every_steps > 0 { Some(open(Split::Validation)?) } else { None };
+        if rank.rank == 0 {
+            let left_out =
+                [Some(&training), validation.as_ref()].into_iter().flatten().filter_map(Sequences::left_out);
+            left_out.for_each(|told| host.report(Event::Note(told)));
+        }
         check_fit(spec, &config, &training)?;
 
         let numerics = Numerics::new(device, spec.train.precision);
@@ -83,7 +88,8 @@ impl<'a> Run<'a> {
                 Some((frozen, _)) => {
                     let base = &mut frozen.base;
                     tch::no_grad(|| {
-                        adapter::init(&shards, plan, &config, base, mesh.shards, spec.train.seed)
+                        let trained = (&config, config.added_tokens.as_slice());
+                        adapter::init(&shards, plan, trained, base, mesh.shards, spec.train.seed)
                     })?;
                 }
                 None => hugging_face::load(&spec.model_dir(), plan, mesh, &shards)?,
@@ -181,9 +187,9 @@ fn open_base(
     let world = mesh.shards.rank().world;
     let residency = WalkOptions::of(&spec.train).residency(world, plan.units.len() - 1);
     let base = Base::new(base_plan, opened.shards, world, numerics, &residency, false)?;
-    let wiring = Wiring::new(&settings.lora, &adapter, config, plan);
+    let wiring = Wiring::new(&settings.lora, &adapter, config, plan, numerics.device);
     let record = AdapterRecord {
-        lora: settings.lora.clone(),
+        lora: settings.lora.with_added_tokens(config),
         quantization: settings.quantization,
         precision: spec.train.precision,
         base_sha256: opened.base_sha256,

@@ -135,7 +135,7 @@ fn what_follows_the_end_of_a_document_is_no_target_where_documents_are_apart() {
         Sequences::open(&spec, &dataset, &tokenizer, Split::Train, &workshop.cache()).unwrap()
     };
     let (together, apart) = (at(false), at(true));
-    assert_eq!((together.document_end(), apart.document_end()), (None, Some(0)));
+    assert_eq!((together.keeps_apart(), apart.keeps_apart()), (false, true));
     let mut ends = 0;
     for i in 0..together.len_per_epoch() {
         let (together, apart) = (together.sequence(i).unwrap(), apart.sequence(i).unwrap());
@@ -256,7 +256,7 @@ fn marks_are_control_tokens_where_this_program_puts_them_and_text_where_a_file_s
     workshop.write_manifest(&manifest);
     let dataset = Dataset::open(&workshop.dataset()).unwrap();
     let tokens = |metadata_prefix, file_path, content| {
-        let layout = Layout { markup: Markup::Text, metadata_prefix };
+        let layout = Layout::Code { markup: Markup::Text, metadata_prefix };
         let renderer = Renderer::new(&dataset, &tokenizer, layout).unwrap();
         renderer.tokens(Row { repo_id: "a/b", file_path, content }).unwrap()
     };

@@ -139,6 +139,7 @@ pub fn spec(packing: Packing, fim_level: FimLevel) -> DataSpec {
         packing,
         metadata_prefix: false,
         document_mask: false,
+        chat: None,
         seed: 7,
     }
 }

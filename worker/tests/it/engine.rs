@@ -276,7 +276,9 @@ fn documents_that_share_a_row_train_as_if_each_had_its_own() {
         Batch { documents, ..batch }
     };
     let packed: Vec<Vec<u32>> = rows.iter().map(|row| row.concat()).collect();
-    let documents = Documents::ended_by(packed.iter().map(Vec::as_slice), END, tch::Device::Cpu);
+    let lengths: Vec<Vec<u32>> =
+        rows.iter().map(|row| row.iter().map(|document| document.len() as u32).collect()).collect();
+    let documents = Documents::new(lengths.iter().map(Vec::as_slice), tch::Device::Cpu);
     let alone: Vec<Batch> =
         rows.iter().flatten().filter(|d| d.len() > 1).map(|d| batch(std::slice::from_ref(d), None)).collect();
     let mut walk = walk(&model, Precision::Fp32, SOLO, RECOMPUTE, |_| ());

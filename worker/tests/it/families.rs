@@ -152,8 +152,8 @@ fn documents_that_share_a_row_are_trained_as_if_each_were_alone() {
         }
         let targets: Vec<i64> = row[1..].iter().copied().chain([-100]).collect();
         let (mut packed, _) = batch_of(&row, &targets, row.len() as i64);
-        let ids: Vec<u32> = row.iter().map(|id| *id as u32).collect();
-        packed.documents = Some(Documents::ended_by([ids.as_slice()].into_iter(), 0, Device::Cpu));
+        let documents = lengths.map(|length| length as u32);
+        packed.documents = Some(Documents::new([documents.as_slice()].into_iter(), Device::Cpu));
         let mut first = 0;
         let alone: Vec<Batch> = lengths
             .iter()

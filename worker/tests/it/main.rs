@@ -11,6 +11,7 @@ mod data;
 mod data_bad_input;
 mod data_parity;
 mod data_tokenizer;
+mod chat;
 mod comm;
 mod comm_processes;
 mod quant;

@@ -91,7 +91,7 @@ pub fn adapter_walk<'a>(
     let opened = cache::open(cache_dir.path(), model, &config, &base_plan, mesh, device).unwrap();
     let residency = options.residency(rank.world, config.layers as usize);
     let base = Base::new(base_plan, opened.shards, rank.world, numerics, &residency, options.poison);
-    let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
+    let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan, device);
     let shards =
         units::shards(&plan, rank.rank, numerics, Optimizer::AdamW, Offload::None, Kind::Float).unwrap();
     let weights = tensors(&adapter.join("adapter_model.safetensors"));
@@ -270,8 +270,9 @@ impl Trained<'_> {
             let shards =
                 units::shards(&plan, rank.rank, numerics, self.spec.optimizer, Offload::None, Kind::Float)
                     .unwrap();
-            tch::no_grad(|| adapter::init(&shards, &plan, &config, &mut base, comm, 3)).unwrap();
-            let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan);
+            tch::no_grad(|| adapter::init(&shards, &plan, (&config, &lora.token_rows), &mut base, comm, 3))
+                .unwrap();
+            let wiring = Wiring::new(&lora, &adapter_plan, &config, &plan, self.device);
             let walk = Walk::new(config.clone(), plan, shards, numerics, mesh, Seeds::new(3), self.options);
             let mut walk = walk.over(Frozen { base, wiring });
             let losses = engine::train_over(&mut walk, &self.spec, 1..=self.spec.steps, &rows);

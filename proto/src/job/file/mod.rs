@@ -11,8 +11,8 @@ mod words;
 use super::diagnostic::Sink;
 use super::read::{At, Field, FromNode, ManualEntry, entries, join, read, section};
 use super::spec::{
-    DuplicateMode, EncodingMode, FimLevel, MergeBase, NotebookMode, Packing, Precision, SecretMode,
-    SegmentFormat,
+    ChatLoss, ContentKind, DuplicateMode, EncodingMode, FimLevel, InvalidMode, MergeBase, NotebookMode,
+    Packing, Precision, SecretMode, SegmentFormat,
 };
 use super::tree::{Node, Value};
 use crate::adapter::Targets;
@@ -98,6 +98,10 @@ section! {
 section! {
     /// What `coordinator collect` does.
     CollectFile {
+        /// `code`: a row is a file. `chat`: a row is a conversation, and all sources are `dataset`; conversations are lists of
+        /// turns (`role` and `content`, or `from` and `value`), lists of texts that take turns, or texts as
+        /// OpenAssistant-Guanaco and the original system's assistant data have them. Default: `code`.
+        kind: ContentKind,
         /// Git repositories: a path, `https://...`, `ssh://...`, `git@host:org/repo`, `file://...`,
         /// or a mapping with `location` and `revision`; `github`, for those of an organisation; `dataset`,
         /// for the rows of a dataset that others made. Must be given.
@@ -155,6 +159,9 @@ section! {
         /// code and outputs, between the marks that StarCoder learned (`<jupyter_start>`, ...); `skip` leaves
         /// notebooks out. Default: `code_cells`.
         notebooks: NotebookMode,
+        /// A conversation with turns out of order, an empty turn, an unknown role or no answer at its end: `error` names it
+        /// and collects nothing, `drop` leaves it out and counts it. Default: `error`.
+        invalid_conversations: InvalidMode,
         /// `arrow` (Feather v2) or `parquet`. Default: `arrow`, which `datasets` maps into memory.
         format: SegmentFormat,
         /// Share of files held out for evaluation, 0 to 0.5; above 0, at least one file.
@@ -273,8 +280,30 @@ section! {
         /// Let documents that share a sequence not see each other: attention stays within a document, and positions
         /// begin anew with each. Not with `packing: seed_compatible`. Default: false, as StarCoder was trained.
         document_mask: bool,
+        /// How conversations become tokens: whole in one sequence each, several in a sequence, of which none sees another
+        /// unless `document_mask` is false. Must be given for a dataset of `kind: chat`, and only then.
+        chat: ChatFile,
         /// Seed of order and rearrangement. Default: 0.
         seed: u64,
+    }
+}
+
+section! {
+    /// How conversations become tokens.
+    ChatFile {
+        /// How turns are laid out: `prompter` (the original system's marks, in plain text), `octocoder` (`Question:` and
+        /// `Answer:`), `starchat` or `chatml` (with control tokens, which are added where the vocabulary lacks them),
+        /// `from_model` (the chat template beside the model's tokenizer), or a path to a Jinja file, as Hugging Face
+        /// tokenizers have it. Must be given.
+        template: String,
+        /// What is learnt: `assistant` (what the assistant says, and how it ends) or `all`. For `assistant`, a template of
+        /// others must mark it with `{% generation %}`. Default: `assistant`.
+        loss: ChatLoss,
+        /// What the system says in conversations where it says nothing. Default: nothing.
+        system: String,
+        /// Control tokens that are added where the vocabulary lacks them, for templates of others. Default: those of
+        /// `starchat` and `chatml`.
+        special_tokens: Vec<At<String>>,
     }
 }
 

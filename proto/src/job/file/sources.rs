@@ -54,8 +54,11 @@ section! {
         subset: String,
         /// Only files whose names, or whose directories' names, begin with this. Default: all.
         split: String,
-        /// Column of the texts. Default: `content`.
+        /// Column of the texts. Default: `content`; with `kind: chat` the first of `messages`, `conversations`,
+        /// `conversation`, `text` and `content` that there is.
         data_column: String,
+        /// Hold all its rows out: it is the test set that others made. Default: false.
+        held_out: bool,
     }
 }
 

@@ -3,8 +3,9 @@
 use super::super::diagnostic::{Sink, shown};
 use super::super::read::{At, FromNode, one_of, words};
 use super::super::spec::{
-    DeviceKind, DuplicateMode, EncodingMode, FimLevel, MergeBase, NotebookMode, Offload, Optimizer, Packing,
-    Precision, Recompute, RepositoryOrder, Schedule, SecretMode, SegmentFormat, Strategy,
+    ChatLoss, ContentKind, DeviceKind, DuplicateMode, EncodingMode, FimLevel, InvalidMode, MergeBase,
+    NotebookMode, Offload, Optimizer, Packing, Precision, Recompute, RepositoryOrder, Schedule, SecretMode,
+    SegmentFormat, Strategy,
 };
 use super::super::tree::{Node, Value};
 use crate::adapter::Targets;
@@ -34,6 +35,9 @@ words! { FimLevel, "window or document" { "window" => Window, "document" => Docu
 words! { Packing, "continuous or seed_compatible" {
     "continuous" => Continuous, "seed_compatible" => SeedCompatible,
 } }
+words! { ContentKind, "code or chat" { "code" => Code, "chat" => Chat, } }
+words! { InvalidMode, "error or drop" { "error" => Error, "drop" => Drop, } }
+words! { ChatLoss, "assistant or all" { "assistant" => Assistant, "all" => All, } }
 words! { NotebookMode, "code_cells, structured or skip" {
     "code_cells" => CodeCells, "structured" => Structured, "skip" => Skip,
 } }

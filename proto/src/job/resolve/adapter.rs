@@ -49,6 +49,8 @@ impl Resolver<'_> {
             modules_to_save: names,
             rank_pattern: Default::default(),
             alpha_pattern: Default::default(),
+            token_rows: Vec::new(),
+            untied_tokens: None,
             base_model,
         };
         if let Some(error) = shape.and_then(|shape| lora.plan(shape).err()) {

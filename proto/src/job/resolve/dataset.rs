@@ -2,13 +2,13 @@
 
 use super::Resolver;
 use crate::job::diagnostic::{Place, shown};
-use crate::job::file::{CollectFile, JobFile, SplitWord};
+use crate::job::file::{CollectFile, JobFile, SourceFile, SplitWord};
 use crate::job::filters::default_filters;
 use crate::job::read::{At, Field};
 use crate::job::spec::{
-    CollectSpec, DatasetSpec, DuplicateMode, EncodingMode, FETCH_TIMEOUT_SECONDS, FilterSpec, LicenseSpec,
-    NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode, SegmentFormat, SplitBy, VALIDATION_FRACTION,
-    day_start,
+    CollectSpec, ContentKind, DatasetSpec, DuplicateMode, EncodingMode, FETCH_TIMEOUT_SECONDS, FilterSpec,
+    InvalidMode, LicenseSpec, NEAR_DUPLICATE_SIMILARITY, NotebookMode, SecretMode, SegmentFormat, SplitBy,
+    VALIDATION_FRACTION, day_start,
 };
 
 impl Resolver<'_> {
@@ -32,8 +32,12 @@ impl Resolver<'_> {
 
     fn collect(&mut self, At { value: collect, place }: &At<CollectFile>) -> Option<CollectSpec> {
         let filters = default_filters();
+        let kind = collect.kind.or(ContentKind::Code);
+        self.of_other_kind(collect, kind);
+        let has_own = kind == ContentKind::Chat && holds_out(&collect.sources);
         let spec = CollectSpec {
-            sources: self.sources(&collect.sources, place).unwrap_or_default(),
+            kind,
+            sources: self.sources(&collect.sources, place, kind).unwrap_or_default(),
             filters: FilterSpec {
                 exclude_extensions: self.extensions(&collect.exclude_extensions, filters.exclude_extensions),
                 exclude_path_parts: self.path_parts(&collect.exclude_path_parts, filters.exclude_path_parts),
@@ -77,19 +81,24 @@ impl Resolver<'_> {
             notebooks: collect.notebooks.or(NotebookMode::CodeCells),
             secrets: collect.secrets.or(SecretMode::Redact),
             keep_email_addresses: collect.keep_email_addresses.or(false),
-            duplicates: collect.duplicates.or(DuplicateMode::DropNear),
+            duplicates: collect.duplicates.or(match kind {
+                ContentKind::Code => DuplicateMode::DropNear,
+                // The same question may have several answers.
+                ContentKind::Chat => DuplicateMode::DropExact,
+            }),
             near_duplicate_similarity: self.within(
                 "collect.near_duplicate_similarity",
                 &collect.near_duplicate_similarity,
                 0.1..=1.0,
                 NEAR_DUPLICATE_SIMILARITY,
             ),
+            invalid_conversations: collect.invalid_conversations.or(InvalidMode::Error),
             format: collect.format.or(SegmentFormat::Arrow),
             validation_fraction: self.within(
                 "collect.validation_fraction",
                 &collect.validation_fraction,
                 0.0..=0.5,
-                VALIDATION_FRACTION,
+                if has_own { 0.0 } else { VALIDATION_FRACTION },
             ),
             split_by: self.split_by(collect),
             split_seed: collect.split_seed.or(0),
@@ -102,6 +111,40 @@ impl Resolver<'_> {
             ),
         };
         Some(spec)
+    }
+
+    /// Reports keys that say nothing of rows of this kind.
+    fn of_other_kind(&mut self, collect: &CollectFile, kind: ContentKind) {
+        fn place<T>(field: &Field<T>) -> Option<&Place> {
+            field.given().map(|at| &at.place)
+        }
+        let of_code = [
+            ("exclude_extensions", place(&collect.exclude_extensions)),
+            ("exclude_path_parts", place(&collect.exclude_path_parts)),
+            ("max_line_chars", place(&collect.max_line_chars)),
+            ("max_mean_line_chars", place(&collect.max_mean_line_chars)),
+            ("min_alphanumeric_fraction", place(&collect.min_alphanumeric_fraction)),
+            ("keep_generated", place(&collect.keep_generated)),
+            ("keep_lock_files", place(&collect.keep_lock_files)),
+            ("keep_vendored", place(&collect.keep_vendored)),
+            ("encodings", place(&collect.encodings)),
+            ("allow_licenses", place(&collect.allow_licenses)),
+            ("deny_licenses", place(&collect.deny_licenses)),
+            ("notebooks", place(&collect.notebooks)),
+            ("split_by", place(&collect.split_by)),
+        ];
+        let of_chat = [("invalid_conversations", place(&collect.invalid_conversations))];
+        let (others, other) = match kind {
+            ContentKind::Code => (&of_chat[..], "chat"),
+            ContentKind::Chat => (&of_code[..], "code"),
+        };
+        for (key, place) in others {
+            if let Some(place) = place {
+                let message =
+                    format!("collect.{key} is of use only with collect.kind: {other}: leave it out");
+                self.sink.report(place, message);
+            }
+        }
     }
 
     fn split_by(&mut self, collect: &CollectFile) -> SplitBy {
@@ -173,4 +216,13 @@ impl Resolver<'_> {
         }
         entries
     }
+}
+
+/// Whether a source brings its own held-out rows.
+fn holds_out(sources: &Field<Vec<At<SourceFile>>>) -> bool {
+    let sources = sources.given().map(|list| list.value.as_slice()).unwrap_or_default();
+    sources.iter().any(|source| match &source.value {
+        SourceFile::Table(table) => table.value.held_out.or(false),
+        _ => false,
+    })
 }

@@ -4,6 +4,7 @@
 mod dataset;
 mod sources;
 mod model;
+mod chat;
 mod adapter;
 mod train;
 mod evaluate;
@@ -18,7 +19,7 @@ use super::diagnostic::{Place, Sink, shown};
 use super::file::{DataFile, ExportFile, JobFile, RestartFile, TrainFile, WorkersFile};
 use super::location;
 use super::read::{At, Field};
-use super::spec::{DatasetSpec, JobSpec, ModelSpec, SplitBy, WorkersSpec};
+use super::spec::{DatasetSpec, JobSpec, ModelSpec, WorkersSpec};
 use crate::model::ModelConfig;
 
 const MAX_RANKS: u32 = 1024;
@@ -50,11 +51,10 @@ pub(super) fn resolve(file: &JobFile, path: &Path, cwd: &Path, sink: &mut Sink) 
     let tokenizer = resolver.tokenizer(&file.tokenizer, model.as_ref(), shape.as_ref());
     let data = resolver.data(&file.data.or(DataFile::default()), shape.as_ref());
     let held_out = match &dataset {
-        Some(DatasetSpec::Collect(collect)) => {
-            collect.validation_fraction > 0.0 || matches!(collect.split_by, SplitBy::Date(_))
-        }
+        Some(DatasetSpec::Collect(collect)) => collect.holds_out(),
         _ => true,
     };
+    resolver.check_kind(file, dataset.as_ref(), &data);
     let adapter = resolver.adapter(&file.adapter, model.as_ref(), shape.as_ref());
     let train = resolver.train(&file.train.or(TrainFile::default()), held_out, adapter.is_some());
     let workers = resolver.workers(&file.workers.or(WorkersFile::default()), train.ranks);

@@ -7,7 +7,9 @@ use crate::job::diagnostic::{Place, shown};
 use crate::job::file::{OrganizationFile, SourceFile, TableFile};
 use crate::job::location;
 use crate::job::read::{At, Field};
-use crate::job::spec::{OrganizationSpec, RepositoryOrder, RepositorySpec, SourceSpec, TableSpec};
+use crate::job::spec::{
+    ContentKind, OrganizationSpec, RepositoryOrder, RepositorySpec, SourceSpec, TableSpec,
+};
 
 const MAX_SOURCES: usize = 10_000;
 /// Of github.com.
@@ -18,6 +20,7 @@ impl Resolver<'_> {
         &mut self,
         field: &Field<Vec<At<SourceFile>>>,
         section: &Place,
+        kind: ContentKind,
     ) -> Option<Vec<SourceSpec>> {
         let At { value: list, place } = match field {
             Field::Given(list) => list,
@@ -52,11 +55,16 @@ impl Resolver<'_> {
                     (SourceSpec::Organization { github }, name)
                 }
                 SourceFile::Table(at) => {
-                    let Some(dataset) = self.table(&key, at) else { continue };
+                    let Some(dataset) = self.table(&key, at, kind) else { continue };
                     let name = dataset.from.clone();
                     (SourceSpec::Table { dataset }, name)
                 }
             };
+            if kind == ContentKind::Chat && !matches!(source, SourceSpec::Table { .. }) {
+                let message =
+                    format!("{key}: {} holds files, but collect.kind is chat: give a dataset", shown(&name));
+                self.sink.report(place, message);
+            }
             let identity = serde_json::to_string(&source).unwrap_or_default();
             if let Some(first) = seen.insert(identity, place) {
                 self.sink.report(place, format!("{key}: {} was given already ({first})", shown(&name)));
@@ -106,8 +114,8 @@ impl Resolver<'_> {
         })
     }
 
-    fn table(&mut self, key: &str, at: &At<TableFile>) -> Option<TableSpec> {
-        let TableFile { path, hub, revision, subset, split, data_column } = &at.value;
+    fn table(&mut self, key: &str, at: &At<TableFile>, kind: ContentKind) -> Option<TableSpec> {
+        let TableFile { path, hub, revision, subset, split, data_column, held_out } = &at.value;
         let from = match (path, hub) {
             (Field::Given(path), Field::Absent) => self.path(path).display().to_string(),
             (Field::Absent, Field::Given(hub)) => {
@@ -140,7 +148,8 @@ impl Resolver<'_> {
             revision: text(revision),
             subset: text(subset),
             split: text(split),
-            column: data_column.or("content".to_owned()),
+            column: text(data_column).or_else(|| (kind == ContentKind::Code).then(|| "content".to_owned())),
+            held_out: held_out.or(false),
         })
     }
 }

@@ -22,7 +22,11 @@ impl Resolver<'_> {
         {
             self.sink.report(&at.place, misfit);
         }
-        let packing = data.packing.or(Packing::Continuous);
+        let chat = self.chat(data);
+        let packing = match chat {
+            Some(_) => Packing::Whole,
+            None => data.packing.or(Packing::Continuous),
+        };
         let fim_level = match (packing, data.fim_level.given()) {
             (Packing::SeedCompatible, Some(At { value: FimLevel::Window, place })) => {
                 let message = "data.fim_level window contradicts data.packing seed_compatible, whose token \
@@ -32,7 +36,7 @@ impl Resolver<'_> {
             }
             (_, Some(at)) => at.value,
             (Packing::SeedCompatible, None) => FimLevel::Document,
-            (Packing::Continuous, None) => FimLevel::Window,
+            (Packing::Continuous | Packing::Whole, None) => FimLevel::Window,
         };
         for (key, given, they) in [
             ("metadata_prefix", data.metadata_prefix.given(), "token streams hold texts alone"),
@@ -47,12 +51,19 @@ impl Resolver<'_> {
         }
         DataSpec {
             sequence_tokens,
-            fim_rate: self.within("data.fim_rate", &data.fim_rate, 0.0..=1.0, 0.5),
+            // A conversation has no hole.
+            fim_rate: self.within(
+                "data.fim_rate",
+                &data.fim_rate,
+                0.0..=1.0,
+                if chat.is_some() { 0.0 } else { 0.5 },
+            ),
             fim_spm_rate: self.within("data.fim_spm_rate", &data.fim_spm_rate, 0.0..=1.0, 0.5),
             fim_level,
             packing,
             metadata_prefix: data.metadata_prefix.or(false),
-            document_mask: data.document_mask.or(false),
+            document_mask: data.document_mask.or(chat.is_some()),
+            chat,
             seed: data.seed.or(0),
         }
     }

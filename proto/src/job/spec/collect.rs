@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 /// What `coordinator collect` does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CollectSpec {
+    /// What a row is.
+    #[serde(default, skip_serializing_if = "ContentKind::is_code")]
+    pub kind: ContentKind,
     /// Where files come from, in the order given.
     pub sources: Vec<SourceSpec>,
     /// Which files are kept.
@@ -34,6 +37,9 @@ pub struct CollectSpec {
     /// Jaccard similarity of their 5-grams of words from which on files are alike.
     #[serde(default = "near_duplicate_similarity")]
     pub near_duplicate_similarity: f64,
+    /// What becomes of conversations that break a rule.
+    #[serde(default, skip_serializing_if = "InvalidMode::is_error")]
+    pub invalid_conversations: InvalidMode,
     /// Segment format.
     pub format: SegmentFormat,
     /// Share of files held out for evaluation, 0 to 0.5; at least one file when above 0.
@@ -54,6 +60,7 @@ impl CollectSpec {
     /// What is collected from `sources` where nothing else is asked for.
     pub fn of(sources: Vec<SourceSpec>) -> Self {
         CollectSpec {
+            kind: ContentKind::Code,
             sources,
             filters: FilterSpec::default(),
             encodings: EncodingMode::default(),
@@ -64,6 +71,7 @@ impl CollectSpec {
             keep_email_addresses: false,
             duplicates: DuplicateMode::default(),
             near_duplicate_similarity: NEAR_DUPLICATE_SIMILARITY,
+            invalid_conversations: InvalidMode::Error,
             format: SegmentFormat::Arrow,
             validation_fraction: VALIDATION_FRACTION,
             split_by: SplitBy::default(),
@@ -71,6 +79,16 @@ impl CollectSpec {
             parallel_fetches: 8,
             fetch_timeout_seconds: FETCH_TIMEOUT_SECONDS,
         }
+    }
+
+    /// Whether anything is to be held out.
+    pub fn holds_out(&self) -> bool {
+        let has_own = || {
+            self.sources
+                .iter()
+                .any(|source| matches!(source, SourceSpec::Table { dataset } if dataset.held_out))
+        };
+        self.validation_fraction > 0.0 || matches!(self.split_by, SplitBy::Date(_)) || has_own()
     }
 }
 
@@ -118,6 +136,40 @@ pub fn day_start(day: &str) -> Option<i64> {
     let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = year * 365 + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + date - 1;
     Some((days - 719_468) * 86_400)
+}
+
+/// What a row of a dataset is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContentKind {
+    /// A file of code.
+    #[default]
+    Code,
+    /// A conversation, in JSON (see [`crate::chat`]).
+    Chat,
+}
+
+impl ContentKind {
+    fn is_code(&self) -> bool {
+        *self == ContentKind::Code
+    }
+}
+
+/// What becomes of a conversation that breaks a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InvalidMode {
+    /// Nothing is collected, and it is named.
+    #[default]
+    Error,
+    /// It is left out, and counted.
+    Drop,
+}
+
+impl InvalidMode {
+    fn is_error(&self) -> bool {
+        *self == InvalidMode::Error
+    }
 }
 
 /// What becomes of text that is not UTF-8.
@@ -255,8 +307,11 @@ pub struct TableSpec {
     pub subset: Option<String>,
     /// Files whose names, or whose directories' names, begin with this.
     pub split: Option<String>,
-    /// Column of the texts.
-    pub column: String,
+    /// Column of the texts; of conversations, the first of the usual ones where none is named.
+    pub column: Option<String>,
+    /// Whether all its rows are held out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub held_out: bool,
 }
 
 /// Which files are kept; see `docs/collect.md` for the defaults and their reasons.

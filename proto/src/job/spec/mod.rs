@@ -178,6 +178,9 @@ pub struct DataSpec {
     /// Whether documents of a sequence do not see each other, and positions begin anew with each.
     #[serde(default)]
     pub document_mask: bool,
+    /// How conversations become tokens; `None` where the rows are code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatSpec>,
     /// Seed of order and FIM.
     pub seed: u64,
 }
@@ -200,6 +203,43 @@ pub enum Packing {
     Continuous,
     /// The original's buffers, dropped tails and repeated random stream, token for token.
     SeedCompatible,
+    /// Each document whole in one sequence, as many in each as fit; what is longer than a sequence is cut at its end.
+    Whole,
+}
+
+/// How conversations become tokens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatSpec {
+    /// How turns are laid out.
+    pub template: ChatTemplate,
+    /// What is learnt.
+    pub loss: ChatLoss,
+    /// What the system says in conversations where it says nothing.
+    pub system: Option<String>,
+    /// Control tokens that the template needs and the vocabulary may lack.
+    pub special_tokens: Vec<String>,
+}
+
+/// How turns are laid out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChatTemplate {
+    /// One of [`crate::chat::BUILT_IN`], by its name.
+    BuiltIn(String),
+    /// A Jinja file, as Hugging Face tokenizers have it (absolute).
+    File(PathBuf),
+    /// The one beside the model's tokenizer.
+    FromModel,
+}
+
+/// Which tokens of a conversation are targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChatLoss {
+    /// What the assistant says, and how it ends.
+    Assistant,
+    /// All.
+    All,
 }
 
 /// A LoRA adapter on frozen weights.
@@ -278,17 +318,27 @@ impl JobSpec {
         }
     }
 
-    /// Directory of the tokenizer (holds `tokenizer.json`).
+    /// Directory of the tokenizer (holds `tokenizer.json`), with what a chat adds to it.
     pub fn tokenizer_dir(&self) -> PathBuf {
+        if self.data.chat.is_some() { self.model_dir() } else { self.base_tokenizer_dir() }
+    }
+
+    /// Directory of the tokenizer as it was before.
+    pub fn base_tokenizer_dir(&self) -> PathBuf {
         match &self.tokenizer {
             TokenizerSpec::Existing(path) => path.clone(),
             TokenizerSpec::Train { .. } => self.output.join("tokenizer"),
-            TokenizerSpec::FromModel => self.model_dir(),
+            TokenizerSpec::FromModel => self.base_model_dir(),
         }
     }
 
-    /// Directory of the initial weights in Hugging Face layout.
+    /// Directory of the initial weights in Hugging Face layout, with what a chat adds to them.
     pub fn model_dir(&self) -> PathBuf {
+        if self.data.chat.is_some() { self.output.join("chat-model") } else { self.base_model_dir() }
+    }
+
+    /// Directory of the weights as they were before.
+    pub fn base_model_dir(&self) -> PathBuf {
         match &self.model {
             ModelSpec::Existing(dir) => dir.clone(),
             ModelSpec::Hub { .. } | ModelSpec::Init { .. } => self.output.join("model"),
@@ -325,7 +375,7 @@ impl JobSpec {
     /// # Errors
     /// Settings that do not fit the model.
     pub fn adapter_plan(&self, model: &ModelConfig) -> Result<Option<AdapterPlan>, adapter::Error> {
-        self.adapter.as_ref().map(|adapter| adapter.lora.plan(model)).transpose()
+        self.adapter.as_ref().map(|adapter| adapter.lora.with_added_tokens(model).plan(model)).transpose()
     }
 
     /// Who holds which elements of what is trained.

@@ -71,6 +71,7 @@ pub fn read(keys: Keys<'_>) -> Result<ModelConfig, Error> {
         initializer_range: keys.positive("initializer_range", Some(0.02))?,
         bos_token_id: keys.token("bos_token_id"),
         eos_token_id: keys.token("eos_token_id"),
+        added_tokens: Vec::new(),
     })
 }
 

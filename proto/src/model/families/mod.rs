@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::keys::{Keys, MAX_DIMENSION, invalid};
-use super::{Error, ModelConfig, Positions};
+use super::{ADDED_TOKENS, Error, MAX_ADDED_TOKENS, ModelConfig, Positions};
 
 /// Architecture families.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,9 +93,33 @@ pub fn read(keys: Keys<'_>) -> Result<ModelConfig, Error> {
         let rule = "weights must not be quantised; take the model that this one was made from";
         return Err(invalid("quantization_config", value, rule));
     }
-    let config = (row.read)(keys)?;
+    let mut config = (row.read)(keys)?;
     check_heads(&config)?;
+    config.added_tokens = added_tokens(keys, config.vocab_size)?;
     Ok(config)
+}
+
+fn added_tokens(keys: Keys<'_>, vocab_size: u64) -> Result<Vec<u64>, Error> {
+    let Some(value) = keys.get(ADDED_TOKENS) else { return Ok(Vec::new()) };
+    let ids: Option<Vec<u64>> = value.as_array().map(|ids| ids.iter().filter_map(Value::as_u64).collect());
+    let count = value.as_array().map_or(0, Vec::len);
+    match ids {
+        Some(ids)
+            if ids.len() == count
+                && count <= MAX_ADDED_TOKENS
+                && ids.is_sorted_by(|a, b| a < b)
+                && ids.iter().all(|id| *id < vocab_size) =>
+        {
+            Ok(ids)
+        }
+        _ => {
+            let rule = format!(
+                "must be at most {MAX_ADDED_TOKENS} rows of the embedding, below vocab_size ({vocab_size}), in ascending \
+                 order"
+            );
+            Err(invalid(ADDED_TOKENS, value, &rule))
+        }
+    }
 }
 
 /// Heads that divide what they must, and are together no wider than a model may be.
@@ -142,6 +166,9 @@ pub fn write(config: &ModelConfig, dtype: &str) -> Value {
         "torch_dtype": dtype,
     });
     map.extend(object(common));
+    if !config.added_tokens.is_empty() {
+        map.insert(ADDED_TOKENS.to_owned(), json!(config.added_tokens));
+    }
     Value::Object(map)
 }
 

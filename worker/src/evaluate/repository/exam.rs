@@ -5,14 +5,17 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tunefleet_proto::chat::Conversation;
 use tunefleet_proto::digest_hex;
 use tunefleet_proto::evaluation::{Evaluation, FileLoss, Filled, HOLES_FILE, Item, Kind};
+use tunefleet_proto::job::ChatLoss;
 
 use super::contamination::Seen;
 use super::holes::{self, Draws, HoleKind};
 use super::{Questions, languages};
-use crate::data::Split;
+use crate::chat::{self, Chat, Token};
 use crate::data::documents::{Dataset, Row};
+use crate::data::{IGNORED, Split};
 use crate::evaluate::functional::work::Share;
 use crate::evaluate::log::{self, Log};
 use crate::evaluate::progress::Progress;
@@ -58,6 +61,8 @@ struct Hole {
 /// What the model is asked, the same for every model.
 #[derive(Debug)]
 pub struct Exam {
+    /// Whether the files are conversations, of which what the assistant says counts.
+    is_chat: bool,
     files: Vec<HeldOut>,
     holes: Vec<Hole>,
     contaminated: u64,
@@ -135,9 +140,11 @@ impl Exam {
                 _ => format!("{dir}: all {all} held-out files stand in what was trained on"),
             }));
         }
-        let holes = choose_holes(&held_out, questions);
+        let is_chat = dataset.is_chat();
+        // A conversation has no hole.
+        let holes = if is_chat { Vec::new() } else { choose_holes(&held_out, questions) };
         held_out.truncate(questions.files);
-        let mut exam = Exam { files: held_out, holes, contaminated, digest: String::new() };
+        let mut exam = Exam { is_chat, files: held_out, holes, contaminated, digest: String::new() };
         exam.digest = exam.digest();
         Ok(exam)
     }
@@ -241,24 +248,25 @@ impl Exam {
         let known: HashSet<String> = known.into_iter().map(|loss| loss.id).collect();
         let files = self.files.iter().enumerate().filter(|(number, _)| share.has(*number));
         let files: Vec<&HeldOut> = files.map(|(_, file)| file).collect();
+        let chat = match self.is_chat {
+            true => {
+                Some(Chat::of_tokenizer(&subject.tokenizer_dir, &subject.tokenizer, ChatLoss::Assistant)?)
+            }
+            false => None,
+        };
         let progress = Progress::new("files", files.len(), known.len());
         for file in files.into_iter().filter(|file| !known.contains(&file.id())) {
-            let eos = subject.tokenizer.eos();
-            let mut tokens = vec![subject.tokenizer.bos().unwrap_or(eos)];
-            tokens.extend(subject.tokenizer.encode_document(&file.content)?);
-            tokens.push(eos);
-            let mut loss_sum = 0.0;
-            // Windows share a token: the last of one is the first of the next, which is not predicted again.
-            for first in (0..tokens.len() - 1).step_by(window) {
-                let last = (first + window).min(tokens.len() - 1);
-                loss_sum += subject.loss_sum(tokens.get(first..=last).unwrap_or_default())?;
-            }
+            let (loss_sum, tokens) = match &chat {
+                Some(chat) => loss_of_answers(&file.content, chat, subject, window)?,
+                None => loss_of_file(&file.content, subject, window)?,
+            };
+            let language = if self.is_chat { "chat".to_owned() } else { languages::of(&file.file_path) };
             log.append(&FileLoss {
                 id: file.id(),
-                language: languages::of(&file.file_path),
+                language,
                 repository: file.repo_id.clone(),
                 loss_sum,
-                tokens: (tokens.len() - 1) as u64,
+                tokens,
             })?;
             progress.advance();
         }
@@ -297,6 +305,40 @@ impl Exam {
             Ok(())
         })
     }
+}
+
+/// Loss of all tokens of a file, window by window, and how many there are.
+fn loss_of_file(content: &str, subject: &Subject, window: usize) -> Result<(f64, u64), Error> {
+    let eos = subject.tokenizer.eos();
+    let mut tokens = vec![subject.tokenizer.bos().unwrap_or(eos)];
+    tokens.extend(subject.tokenizer.encode_document(content)?);
+    tokens.push(eos);
+    let mut loss_sum = 0.0;
+    // Windows share a token: the last of one is the first of the next, which is not predicted again.
+    for first in (0..tokens.len() - 1).step_by(window) {
+        let last = (first + window).min(tokens.len() - 1);
+        loss_sum += subject.loss_sum(tokens.get(first..=last).unwrap_or_default())?;
+    }
+    Ok((loss_sum, (tokens.len() - 1) as u64))
+}
+
+/// Loss of what the assistant says in the first window of a conversation, and how many tokens that is.
+fn loss_of_answers(
+    content: &str,
+    chat: &Chat,
+    subject: &Subject,
+    window: usize,
+) -> Result<(f64, u64), Error> {
+    let conversation = Conversation::from_json(content).map_err(chat::Error::from)?;
+    let mut tokens = chat.tokens(&conversation, &subject.tokenizer)?;
+    tokens.truncate(window + 1);
+    let target = |token: &Token| if token.is_target { i64::from(token.id) } else { IGNORED };
+    let targets: Vec<i64> = tokens.iter().skip(1).map(target).collect();
+    let count = targets.iter().filter(|target| **target != IGNORED).count() as u64;
+    tokens.pop();
+    let shown: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+    let loss_sum = if count == 0 { 0.0 } else { subject.loss_of(&shown, targets)? };
+    Ok((loss_sum, count))
 }
 
 /// Tokens of a window of a file, and of a prompt.

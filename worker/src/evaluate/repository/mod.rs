@@ -12,7 +12,7 @@ mod languages;
 /// What is asked of every model alike, and what one answers.
 mod exam;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::Error;
 use super::report::{self, ReportArgs};
@@ -61,6 +61,22 @@ pub struct Questions {
     /// Seed of the choice of files and holes.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+}
+
+impl Questions {
+    /// The losses of the held-out rows of `dataset`, and nothing else.
+    pub fn of_files(dataset: &Path, files: usize, window_tokens: Option<u32>) -> Self {
+        Questions {
+            dataset: dataset.to_owned(),
+            trained_on: Vec::new(),
+            files,
+            holes: 0,
+            order: InfillOrder::Spm,
+            max_new_tokens: 1,
+            window_tokens,
+            seed: 0,
+        }
+    }
 }
 
 /// Runs the verb.

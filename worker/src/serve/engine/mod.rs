@@ -81,9 +81,18 @@ pub struct Handle {
 enum Command {
     Complete(Box<Request>),
     Add(AdapterId, Adapter),
-    Weigh { known: AdapterId, new: AdapterId, weight: f64 },
+    Weigh {
+        known: AdapterId,
+        new: AdapterId,
+        weight: f64,
+    },
     Forget(AdapterId),
-    Score { tokens: Vec<u32>, adapter: Option<AdapterId>, answer: Sender<Result<f64, Failure>> },
+    Score {
+        tokens: Vec<u32>,
+        targets: Vec<i64>,
+        adapter: Option<AdapterId>,
+        answer: Sender<Result<f64, Failure>>,
+    },
 }
 
 /// An adapter with its weight, as requests name it.
@@ -146,13 +155,19 @@ impl Handle {
         self.tell(Command::Forget(id))
     }
 
-    /// Sum of the losses, in nats, of all of `tokens` but the first, each after those before it. Completions wait meanwhile.
+    /// Sum of the losses, in nats, of `targets` behind `tokens`, each after those before it; [`crate::data::IGNORED`] ones do not count.
+    /// Completions wait meanwhile.
     ///
     /// # Errors
     /// An engine that has ended, an adapter that is not there, and whatever the model fails with.
-    pub fn score(&self, tokens: Vec<u32>, adapter: Option<AdapterId>) -> Result<f64, Failure> {
+    pub fn score(
+        &self,
+        tokens: Vec<u32>,
+        targets: Vec<i64>,
+        adapter: Option<AdapterId>,
+    ) -> Result<f64, Failure> {
         let (answer, told) = channel();
-        self.tell(Command::Score { tokens, adapter, answer }).map_err(|_| Failure::Ending)?;
+        self.tell(Command::Score { tokens, targets, adapter, answer }).map_err(|_| Failure::Ending)?;
         told.recv().map_err(|_| Failure::Ending)?
     }
 
@@ -297,25 +312,24 @@ impl Engine {
                 }
             }
             Command::Forget(id) => drop(self.adapters.remove(&id)),
-            Command::Score { tokens, adapter, answer } => {
+            Command::Score { tokens, targets, adapter, answer } => {
                 // Who asked may have gone.
-                let _ = answer.send(self.score(&tokens, adapter));
+                let _ = answer.send(self.score(&tokens, &targets, adapter));
             }
         }
     }
 
-    fn score(&self, tokens: &[u32], adapter: Option<AdapterId>) -> Result<f64, Failure> {
+    fn score(&self, tokens: &[u32], targets: &[i64], adapter: Option<AdapterId>) -> Result<f64, Failure> {
         let adapter = match adapter {
             None => None,
             Some(id) => Some(self.adapters.get(&id).ok_or(Failure::AdapterGone)?),
         };
         let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
-        let count = ids.len().saturating_sub(1) as i64;
         catch_unwind(AssertUnwindSafe(|| {
-            let ids_t = Tensor::from_slice(&ids).to_device(self.decoder.device());
-            let (tokens_bt, targets_bt) = (ids_t.narrow(0, 0, count), ids_t.narrow(0, 1, count));
+            let row =
+                |values: &[i64]| Tensor::from_slice(values).to_device(self.decoder.device()).unsqueeze(0);
             let adapter = adapter.map(|adapter| &**adapter);
-            let sum = self.decoder.loss_sum(&tokens_bt.unsqueeze(0), &targets_bt.unsqueeze(0), adapter)?;
+            let sum = self.decoder.loss_sum(&row(&ids), &row(targets), adapter)?;
             Ok(sum.double_value(&[]))
         }))
         .unwrap_or_else(|panic| Err(Failure::Model(crate::rank::message_of(&*panic))))

@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tunefleet_proto::chat::{Conversation, Fault, Last, Message as Turn, Role};
 
 use super::Shared;
 use super::exchange::{Dialect, Refusal, answer, error_body, parse, send, send_done, stream};
@@ -140,7 +141,7 @@ impl Body {
             let shown = match &prompt {
                 Prompt::Text(text) => text.clone(),
                 Prompt::Tokens(tokens) => server.text(tokens)?,
-                Prompt::Between { .. } => String::new(),
+                Prompt::Between { .. } | Prompt::Chat(_) => String::new(),
             };
             let prompt = match (prompt, self.suffix.clone().filter(|suffix| !suffix.is_empty())) {
                 (Prompt::Text(prefix), Some(suffix)) => Prompt::Between { prefix, suffix },
@@ -350,27 +351,26 @@ struct ChatBody {
     rest: serde_json::Map<String, Value>,
 }
 
-/// The layout that the original's chat assistant was trained on: marks in plain text, turns ended by the end of text.
-fn rendered(messages: &[Message], end: &str) -> Result<String, Refusal> {
-    let mut text = String::new();
-    for Message { role, content } in messages {
-        let mark = match role.as_str() {
-            "system" | "developer" => "<|system|>",
-            "user" => "<|prompter|>",
-            "assistant" => "<|assistant|>",
-            role => return Err(Refusal::body(format!("messages: there is no role `{role}`"))),
-        };
-        text.push_str(&format!("{mark} {} {end} ", content.text()));
-    }
-    Ok(text + "<|assistant|>")
+/// The conversation that is to be answered.
+fn conversation(messages: &[Message]) -> Result<Conversation, Refusal> {
+    let turn = |(at, message): (usize, &Message)| {
+        let role = Role::from_name(&message.role).ok_or_else(|| Fault::UnknownRole {
+            turn: at + 1,
+            role: message.role.chars().take(40).collect(),
+        })?;
+        Ok(Turn::new(role, message.content.text()))
+    };
+    let turns: Result<Vec<Turn>, Fault> = messages.iter().enumerate().map(turn).collect();
+    turns
+        .and_then(|turns| Conversation::new(turns, Last::Question))
+        .map_err(|fault| Refusal::body(format!("messages: {fault}")))
 }
 
 /// `POST /v1/chat/completions`.
 pub async fn chat(State(shared): State<Shared>, body: Bytes) -> Response {
     let server = &shared.server;
     let outcome = parse::<ChatBody>(&body).and_then(|chat| {
-        let end = server.text(&[server.tokenizer.eos()])?;
-        let prompt = rendered(&chat.messages, &end)?;
+        let conversation = conversation(&chat.messages)?;
         let mut rest = chat.rest;
         // In a chat they are flags, and a number beside them.
         for key in ["logprobs", "top_logprobs", "n"] {
@@ -379,8 +379,9 @@ pub async fn chat(State(shared): State<Shared>, body: Bytes) -> Response {
         let rest: Body = serde_json::from_value(Value::Object(rest))
             .map_err(|error| Refusal::body(format!("the body is not understood: {error}")))?;
         let max_tokens = chat.max_completion_tokens.or(rest.max_tokens);
-        let body = Body { prompt: Prompts::Text(prompt), suffix: None, echo: false, max_tokens, ..rest };
+        let body = Body { prompt: Prompts::default(), suffix: None, echo: false, max_tokens, ..rest };
         let (ask, _) = body.asks(server)?.remove(0);
+        let ask = Ask { prompt: Prompt::Chat(conversation), ..ask };
         Ok((server.ask(&ask)?, body))
     });
     let (mut asked, body) = match outcome {
@@ -394,7 +395,7 @@ pub async fn chat(State(shared): State<Shared>, body: Bytes) -> Response {
     if !body.stream {
         return match asked.whole().await {
             Ok(Whole { text, end, .. }) => {
-                let message = json!({ "role": "assistant", "content": text.trim_start() });
+                let message = json!({ "role": "assistant", "content": text.trim() });
                 let choice = json!({ "index": 0, "message": message, "finish_reason": reason(end.reason) });
                 let mut answered = head("chat.completion", choice);
                 answered["usage"] = usage(&[end]);
@@ -408,11 +409,15 @@ pub async fn chat(State(shared): State<Shared>, body: Bytes) -> Response {
             head("chat.completion.chunk", json!({ "index": 0, "delta": delta, "finish_reason": ended }))
         };
         let mut is_listening = send(&lines, &chunk(json!({ "role": "assistant", "content": "" }), None));
+        let mut has_begun = false;
         while is_listening && let Some(event) = asked.events.recv().await {
             is_listening = match event {
                 Event::Made(tokens) => {
-                    let text: String = tokens.iter().map(|token| token.text.as_str()).collect();
-                    send(&lines, &chunk(json!({ "content": text }), None))
+                    let made: String = tokens.iter().map(|token| token.text.as_str()).collect();
+                    // What a template puts before an answer is none of it.
+                    let text = if has_begun { made.as_str() } else { made.trim_start() };
+                    has_begun |= !text.is_empty();
+                    text.is_empty() || send(&lines, &chunk(json!({ "content": text }), None))
                 }
                 Event::Ended(end) => send(&lines, &chunk(json!({}), Some(reason(end.reason)))),
                 Event::Failed(failure) => {

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::{Batch, MicroPosition, Walk};
 use crate::model::block::Norm;
-use crate::model::embed;
+use crate::model::embed::{self, TableGrad};
 use crate::model::head::{self, HeadParams};
 use crate::model::numerics;
 use crate::train::Error;
@@ -93,7 +93,7 @@ impl Walk<'_> {
         tch::no_grad(|| {
             let into = [Some(layout.norm_weight), layout.norm_bias].into_iter().flatten();
             for (at, grad) in into.zip(&dnorm) {
-                if let Some(into) = &grads[at] {
+                if let Some(TableGrad::Whole(into)) = &grads[at] {
                     let _ = into.shallow_clone().g_add_(grad);
                 }
             }
@@ -103,10 +103,10 @@ impl Walk<'_> {
     }
 
     /// Of each of the embeddings' parameters the gradient so far, where it is trained.
-    fn embed_grads(&self) -> Vec<Option<Tensor>> {
+    fn embed_grads(&self) -> Vec<Option<TableGrad>> {
         let grads = units::views(&self.plan.units[EMBED], &self.embed_grad);
         match &self.frozen {
-            None => grads.into_iter().map(Some).collect(),
+            None => grads.into_iter().map(|grad| Some(TableGrad::Whole(grad))).collect(),
             Some(frozen) => frozen.wiring.embed_grads(&grads),
         }
     }

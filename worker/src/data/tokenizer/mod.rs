@@ -14,6 +14,11 @@ use super::byte_level::{Added, ByteLevel};
 use super::guarded;
 use super::infill::{BORDERS, FimTokens, TEMPLATES};
 
+/// Control tokens, and text around them.
+mod specials;
+
+pub use specials::{Place, Special};
+
 /// File name of a tokenizer inside a directory.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Settings beside it; only `eos_token` is read.
@@ -121,8 +126,12 @@ pub struct Tokenizer {
     bos: Option<u32>,
     /// Tokens of [`ANCHOR`], where a text that begins gets a space of its own: it must not get one in the middle.
     anchor: Option<Vec<u32>>,
+    /// Whether text behind a control token is as at the beginning.
+    begins_behind: bool,
     vocab_size: u64,
     digest: String,
+    /// Control tokens that were asked for beside those of the file.
+    special_tokens: Vec<String>,
 }
 
 impl Tokenizer {
@@ -131,13 +140,23 @@ impl Tokenizer {
     /// # Errors
     /// See [`Error`].
     pub fn load(path: &Path) -> Result<Self, Error> {
+        Self::load_with(path, &[])
+    }
+
+    /// As [`load`](Self::load), with control tokens that are added where they are not there.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn load_with(path: &Path, special_tokens: &[String]) -> Result<Self, Error> {
         let path = if path.is_dir() { path.join(TOKENIZER_FILE) } else { path.to_owned() };
         let bytes = read_limited(&path)?;
         let eos = eos_name(&path)?;
+        let parsed = parse(&bytes, &eos, special_tokens);
         let (control, byte_level) =
-            parse(&bytes, &eos).map_err(|problem| Error::Invalid { path: path.clone(), problem })?;
-        let Some(eos) = control.token_to_id(&eos) else {
-            return Err(Error::NoEos { path, token: eos });
+            parsed.map_err(|problem| Error::Invalid { path: path.clone(), problem })?;
+        let eos_name = eos;
+        let Some(eos) = control.token_to_id(&eos_name) else {
+            return Err(Error::NoEos { path, token: eos_name });
         };
         let mut plain = control.clone();
         plain.set_encode_special_tokens(true);
@@ -146,8 +165,25 @@ impl Tokenizer {
         let framed = guarded(|| control.encode_fast("", true)).map(|encoding| encoding.get_ids().to_vec());
         let bos = framed.ok().and_then(|ids| ids.first().copied()).filter(|first| *first != eos);
         let anchor = anchor(&plain);
-        let digest = digest_hex(&bytes);
-        Ok(Tokenizer { path, control, plain, byte_level, fim, eos, bos, anchor, vocab_size, digest })
+        let begins_behind = begins_behind(&control, &plain, &eos_name);
+        let digest = match special_tokens {
+            [] => digest_hex(&bytes),
+            added => digest_hex(&[&bytes, added.join("\n").as_bytes()].concat()),
+        };
+        Ok(Tokenizer {
+            path,
+            control,
+            plain,
+            byte_level,
+            fim,
+            eos,
+            bos,
+            anchor,
+            begins_behind,
+            vocab_size,
+            digest,
+            special_tokens: special_tokens.to_vec(),
+        })
     }
 
     /// The markers of infilling.
@@ -217,7 +253,7 @@ impl Tokenizer {
         })
     }
 
-    /// SHA-256 of the file.
+    /// SHA-256 of the file, and of what was added to it.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -319,8 +355,13 @@ fn eos_name(tokenizer: &Path) -> Result<String, Error> {
 }
 
 /// Parses the file; the control tokens that we rely on are special whatever the file says.
-fn parse(bytes: &[u8], eos: &str) -> Result<(tokenizers::Tokenizer, Option<Arc<ByteLevel>>), String> {
+fn parse(
+    bytes: &[u8],
+    eos: &str,
+    special_tokens: &[String],
+) -> Result<(tokenizers::Tokenizer, Option<Arc<ByteLevel>>), String> {
     let mut json: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    specials::add(&mut json, special_tokens)?;
     for token in json.get_mut("added_tokens").and_then(Value::as_array_mut).into_iter().flatten() {
         let is_control = token.get("content").and_then(Value::as_str).is_some_and(|content| {
             content == eos || TEMPLATES.iter().any(|family| family.marks().any(|mark| mark == content))
@@ -346,6 +387,17 @@ fn anchor(plain: &tokenizers::Tokenizer) -> Option<Vec<u32>> {
     let alone = ids("a").ok()?;
     let rest = behind.strip_prefix(anchor.as_slice())?;
     (rest != alone.as_slice()).then_some(anchor)
+}
+
+/// Whether text behind a control token becomes what it is at the beginning.
+fn begins_behind(control: &tokenizers::Tokenizer, plain: &tokenizers::Tokenizer, eos: &str) -> bool {
+    let ids = |tokenizer: &tokenizers::Tokenizer, text: &str| {
+        guarded(|| tokenizer.encode_fast(text, false)).map(|encoding| encoding.get_ids().to_vec())
+    };
+    match (ids(control, &format!("{eos}a")), ids(plain, "a")) {
+        (Ok(behind), Ok(alone)) => behind.get(1..) == Some(alone.as_slice()),
+        _ => true,
+    }
 }
 
 /// The marks of the first family that is whole, else what the family that comes nearest lacks.
