@@ -15,6 +15,7 @@ mod dataset;
 mod whole_job;
 mod adapter_job;
 mod families;
+mod chat;
 mod early_stopping;
 mod attached;
 mod faults;

@@ -15,6 +15,11 @@ pub fn free_port() -> u16 {
 
 /// The body of an answer, once there is one that is well.
 fn ask(port: u16, method: &str, path: &str, body: &str) -> Option<String> {
+    post(port, method, path, body).filter(|(status, _)| *status == 200).map(|(_, body)| body)
+}
+
+/// Status and body of an answer.
+pub fn post(port: u16, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     let length = body.len();
     write!(
@@ -26,7 +31,7 @@ fn ask(port: u16, method: &str, path: &str, body: &str) -> Option<String> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;
-    head.starts_with("HTTP/1.1 200").then(|| body.to_owned())
+    Some((head.get(9..12)?.parse().ok()?, body.to_owned()))
 }
 
 pub fn completion(port: u16, model: &str) -> Option<String> {

@@ -5,12 +5,15 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use serde::Serialize;
+use tunefleet_proto::chat::TEMPLATE_FILE;
 use tunefleet_proto::job::Precision;
 
 use super::combine::{self, Combination, Options, Part};
 use super::prune::MajoritySign;
 use super::scale::{self, Into};
+use super::sibling::{self, Known};
 use super::{Error, diff, files, inspect, merge_verb};
+use crate::checkpoint::base_digest::BASE_DIGEST_KEY;
 use crate::checkpoint::safetensors::WriteDtype;
 
 /// Command line of `worker adapter`.
@@ -46,6 +49,7 @@ Examples:
   worker adapter combine --adapter copilot --adapter assistant --out both
   worker adapter combine --adapter a --weight 0.7 --adapter b --weight -0.3 --combination svd --rank 16 --out c
   worker adapter combine --adapter a --adapter b --combination ties --density 0.5 --out c
+  worker adapter combine --adapter copilot --adapter assistant --model sibling --trained-on base --out both
 
 cat is exactly the weighted sum of what the adapters do; svd is the nearest adapter of a chosen rank and says how
 near, without forming the differences. The others are heuristics; those that end in svd form and decompose whole
@@ -113,6 +117,12 @@ struct CombineArgs {
     /// Give what PEFT gives, where that is something else; see below.
     #[arg(long)]
     peft_compat: bool,
+    /// The model that the result is for: every adapter must fit it, and how far it is from theirs is told.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// A model that one of the adapters was trained on, to be compared with --model; once for each.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    trained_on: Vec<PathBuf>,
     /// Directory to write.
     #[arg(long)]
     out: PathBuf,
@@ -182,8 +192,23 @@ fn run_combine(args: CombineArgs) -> Result<(), Error> {
         seed: args.seed,
         peft_compat: args.peft_compat,
     };
-    let combined = combine::combine(&parts, options)?;
-    combined.adapter.write(&args.out, write_dtype(args.dtype))?;
+    let mut combined = combine::combine(&parts, options)?;
+    if let Some(model) = &args.model {
+        let known = Known::open(model)?;
+        let bases = args.trained_on.iter().map(|dir| Known::open(dir)).collect::<Result<Vec<_>, _>>()?;
+        combined.notes.extend(sibling::check(&parts, &known, &bases)?);
+        combined.adapter.config.base_model = Some(model.display().to_string());
+        combined.adapter.metadata.insert(BASE_DIGEST_KEY.to_owned(), known.sha256);
+    }
+    // A template, and the tokens that it needs, go on with what was trained for them.
+    let talking: Vec<&PathBuf> =
+        args.adapters.iter().filter(|dir| dir.join(TEMPLATE_FILE).exists()).collect();
+    if let [first, _, ..] = talking.as_slice() {
+        let shown = first.display();
+        combined.notes.push(format!("several have a chat template: the result has that of {shown}"));
+    }
+    let tokenizer = talking.first().map(|dir| dir.as_path());
+    combined.adapter.write_with(&args.out, write_dtype(args.dtype), tokenizer)?;
     let mut ranks: Vec<u64> = combined.modules.iter().map(|module| module.rank).collect();
     ranks.sort_unstable();
     ranks.dedup();

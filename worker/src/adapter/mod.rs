@@ -13,6 +13,8 @@ pub mod inspect;
 pub mod scale;
 /// Several adapters as one.
 pub mod combine;
+/// Adapters on a model that they were not trained on.
+pub mod sibling;
 /// PEFT's settings of a combined adapter.
 mod settings;
 /// Sparse and sign-aware sums.

@@ -21,6 +21,8 @@ use crate::generate::prompt::{self, InfillOrder, anchored};
 use crate::generate::sampling::Sampling;
 use crate::model::numerics::Numerics;
 
+/// Tokens of an answer in a chat, where a request does not say.
+const ANSWER_TOKENS: usize = 1024;
 /// Most strings that end a text.
 pub const MAX_STOPS: usize = 16;
 
@@ -163,7 +165,12 @@ impl Server {
         self.check(ask)?;
         let adapter = self.adapter(ask.adapter.as_deref())?;
         let max_positions = self.config.max_positions as usize;
-        let wanted = ask.max_new_tokens.unwrap_or(self.default_new_tokens);
+        let default = match &ask.prompt {
+            // An answer ends when it is said.
+            Prompt::Chat(_) => ANSWER_TOKENS.min(max_positions / 2),
+            Prompt::Text(_) | Prompt::Tokens(_) | Prompt::Between { .. } => self.default_new_tokens,
+        };
+        let wanted = ask.max_new_tokens.unwrap_or(default);
         if wanted == 0 || wanted >= max_positions {
             return Err(Error::Invalid(format!(
                 "max_new_tokens must be 1 to {}, got {wanted}",

@@ -214,7 +214,16 @@ impl Server {
     fn start(model: &Path, flags: &[&str], token: Option<&str>) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_worker"));
         command
-            .args(["serve", "--listen", "127.0.0.1:0", "--name", "demo", "--model"])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--name",
+                "demo",
+                "--chat-template",
+                "prompter",
+                "--model",
+            ])
             .arg(model)
             .args(flags);
         command.env("NO_COLOR", "1").stderr(Stdio::piped());
