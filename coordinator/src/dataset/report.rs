@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rayon::prelude::*;
 use serde::Serialize;
 use tokenizers::Tokenizer;
+use tunefleet_proto::chat::{Conversation, Message, Role};
 use tunefleet_proto::dataset::{Manifest, Repository, Segment};
 
 use super::{Error, manifest, reader};
@@ -43,8 +44,24 @@ pub struct Report {
     /// Tokens of files, where a tokenizer was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file_tokens: Option<Lengths>,
+    /// Of conversations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub conversations: Option<Conversations>,
     /// A few files, the same ones each time.
     pub samples: Vec<Sample>,
+}
+
+/// How long conversations are.
+#[derive(Debug, Default, Serialize)]
+pub struct Conversations {
+    /// In how many the system says something.
+    pub with_system: u64,
+    /// Turns, the system's included.
+    pub turns: Lengths,
+    /// Characters of a user's turn.
+    pub question_chars: Lengths,
+    /// Characters of an assistant's turn.
+    pub answer_chars: Lengths,
 }
 
 /// Some files.
@@ -91,7 +108,9 @@ pub struct Sample {
 pub fn read(dir: &Path, tokenizer: Option<&Path>, samples: usize) -> Result<(Manifest, Report), Error> {
     let tokenizer = tokenizer.map(load).transpose()?;
     let manifest = manifest::read(dir)?;
-    let mut counting = Counting { tokenizer, wanted: samples, ..Counting::default() };
+    let is_chat = manifest.settings.get("kind").and_then(|kind| kind.as_str()) == Some("chat");
+    let chats = is_chat.then(Chats::default);
+    let mut counting = Counting { tokenizer, wanted: samples, chats, ..Counting::default() };
     let train = counting.part(dir, &manifest.train)?;
     let validation = counting.part(dir, &manifest.validation)?;
     let report = Report {
@@ -105,6 +124,7 @@ pub fn read(dir: &Path, tokenizer: Option<&Path>, samples: usize) -> Result<(Man
         found: manifest.found.clone(),
         file_bytes: Lengths::of(counting.bytes),
         file_tokens: counting.tokenizer.is_some().then(|| Lengths::of(counting.tokens)),
+        conversations: counting.chats.map(Chats::told),
         samples: counting.samples.into_values().collect(),
     };
     Ok((manifest, report))
@@ -122,10 +142,47 @@ struct Counting {
     extensions: BTreeMap<String, Part>,
     bytes: Vec<u32>,
     tokens: Vec<u32>,
+    /// Where rows are conversations.
+    chats: Option<Chats>,
     /// By a number that looks drawn at random: the lowest stay.
     samples: BTreeMap<String, Sample>,
     /// Extensions and texts whose tokens are not counted yet.
     window: Vec<(String, String)>,
+}
+
+/// Lengths of the conversations so far.
+#[derive(Default)]
+struct Chats {
+    with_system: u64,
+    turns: Vec<u32>,
+    questions: Vec<u32>,
+    answers: Vec<u32>,
+}
+
+impl Chats {
+    fn add(&mut self, content: &str) {
+        // What is none is told where it is learnt from, by its name.
+        let Ok(conversation) = Conversation::from_json(content) else { return };
+        let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        self.turns.push(length(conversation.messages().len()));
+        for Message { role, content } in conversation.messages() {
+            let chars = length(content.chars().count());
+            match role {
+                Role::System => self.with_system += 1,
+                Role::User => self.questions.push(chars),
+                Role::Assistant => self.answers.push(chars),
+            }
+        }
+    }
+
+    fn told(self) -> Conversations {
+        Conversations {
+            with_system: self.with_system,
+            turns: Lengths::of(self.turns),
+            question_chars: Lengths::of(self.questions),
+            answer_chars: Lengths::of(self.answers),
+        }
+    }
 }
 
 impl Counting {
@@ -139,7 +196,13 @@ impl Counting {
                 part.content_bytes += bytes;
                 self.bytes.push(u32::try_from(bytes).unwrap_or(u32::MAX));
                 let name = row.file_path.rsplit('/').next().unwrap_or_default();
-                let extension = name.rsplit_once('.').map(|(_, ext)| ext.to_lowercase()).unwrap_or_default();
+                let extension = match &mut self.chats {
+                    Some(chats) => {
+                        chats.add(row.content);
+                        "chat".to_owned()
+                    }
+                    None => name.rsplit_once('.').map(|(_, ext)| ext.to_lowercase()).unwrap_or_default(),
+                };
                 let of_kind = self.extensions.entry(extension.clone()).or_default();
                 of_kind.files += 1;
                 of_kind.content_bytes += bytes;
@@ -219,7 +282,14 @@ impl Report {
     /// Languages and lengths, for a terminal.
     pub fn tables(&self) -> String {
         let mut out = String::new();
-        let lengths = [("file bytes", Some(&self.file_bytes)), ("file tokens", self.file_tokens.as_ref())];
+        let chats = self.conversations.as_ref();
+        let lengths = [
+            ("file bytes", Some(&self.file_bytes)),
+            ("file tokens", self.file_tokens.as_ref()),
+            ("turns", chats.map(|chats| &chats.turns)),
+            ("question", chats.map(|chats| &chats.question_chars)),
+            ("answer", chats.map(|chats| &chats.answer_chars)),
+        ];
         for (what, lengths) in lengths {
             if let Some(Lengths { median, p90, p99, longest, .. }) = lengths {
                 let _ = writeln!(out, "{what:<12} median {median}, p90 {p90}, p99 {p99}, longest {longest}");

@@ -74,7 +74,12 @@ pub fn completed(job: &str, spec: &JobSpec, totals: &Totals, again: &Command<'_>
             true => spec.export_dir().display().to_string(),
             false => format!("{} --adapter {}", spec.model_dir().display(), spec.adapter_dir().display()),
         };
-        text += &format!("  worker generate --model {model} --prompt 'def add(a, b): <FILL_ME> return c'\n");
+        text += &match spec.data.chat {
+            Some(_) => format!("  worker chat --model {model}\n"),
+            None => {
+                format!("  worker generate --model {model} --prompt 'def add(a, b): <FILL_ME> return c'\n")
+            }
+        };
     }
     text += &format!("  {}\n", compare::command(&spec.output));
     if !trains {

@@ -398,7 +398,9 @@ mod tests {
     use std::io::Write;
     use std::sync::Arc;
 
-    use ::arrow::array::{Int64Array, StringArray};
+    use ::arrow::array::{Int64Array, ListArray, StringArray, StructArray};
+    use ::arrow::buffer::{OffsetBuffer, ScalarBuffer};
+    use ::arrow::datatypes::Field;
     use ::arrow::ipc::writer::{FileWriter, StreamWriter};
     use ::parquet::arrow::ArrowWriter;
     use flate2::Compression;
@@ -471,6 +473,59 @@ mod tests {
             assert_eq!(rows(&path, "content").unwrap(), expected, "{}", path.display());
             let error = rows(&path, "text").unwrap_err().to_string();
             assert!(error.contains("no column \"text\"") && error.contains("file_path"), "{error}");
+        }
+    }
+
+    /// Turns in a column of lists, in every format that has lists.
+    #[test]
+    fn lists_of_turns_are_given_as_json_from_every_format() {
+        let dir = tempfile::tempdir().unwrap();
+        let field = |name: &str| Field::new(name, DataType::Utf8, true);
+        let turns = StructArray::from(vec![
+            (
+                Arc::new(field("role")),
+                Arc::new(StringArray::from(vec!["user", "assistant", "user"])) as ArrayRef,
+            ),
+            (Arc::new(field("content")), Arc::new(StringArray::from(vec!["a\n", "\"b\"", "c"])) as ArrayRef),
+        ]);
+        let lists = |offsets: Vec<i32>| OffsetBuffer::new(ScalarBuffer::from(offsets));
+        let item = Arc::new(Field::new("item", turns.data_type().clone(), true));
+        let messages = ListArray::new(item, lists(vec![0, 2, 3]), Arc::new(turns), None);
+        let texts = Arc::new(StringArray::from(vec!["q", "r", "s"]));
+        let item = Arc::new(field("item"));
+        let texts = ListArray::new(item, lists(vec![0, 1, 3]), texts, None);
+        let columns: [(&str, ArrayRef); 2] = [("other", Arc::new(texts)), ("messages", Arc::new(messages))];
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let create = |name: &str| File::create(dir.path().join(name)).unwrap();
+        let mut out = ArrowWriter::try_new(create("a.parquet"), batch.schema(), None).unwrap();
+        out.write(&batch).unwrap();
+        out.close().unwrap();
+        let mut out = FileWriter::try_new(create("b.arrow"), &batch.schema()).unwrap();
+        out.write(&batch).unwrap();
+        out.finish().unwrap();
+        let mut out = StreamWriter::try_new(create("c.arrow"), &batch.schema()).unwrap();
+        out.write(&batch).unwrap();
+        out.finish().unwrap();
+        let json = [
+            r#"{"other": ["q"], "messages": [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": "\"b\""}]}"#,
+            r#"{"other": ["r", "s"], "messages": [{"role": "user", "content": "c"}]}"#,
+        ];
+        create("d.jsonl").write_all(json.join("\n").as_bytes()).unwrap();
+        for name in ["a.parquet", "b.arrow", "c.arrow", "d.jsonl"] {
+            let found = |wanted: Wanted<'_>| {
+                let mut found: Vec<Value> = Vec::new();
+                read(&dir.path().join(name), wanted, &mut |row| {
+                    found.push(serde_json::from_str(row.content).unwrap());
+                    true
+                })?;
+                Ok::<_, Error>(found)
+            };
+            let expected = json.map(|line| serde_json::from_str::<Value>(line).unwrap());
+            let of = |column: &str| expected.iter().map(|row| row[column].clone()).collect::<Vec<_>>();
+            assert_eq!(found(Wanted::Turns(None)).unwrap(), of("messages"), "{name}");
+            assert_eq!(found(Wanted::Turns(Some("other"))).unwrap(), of("other"), "{name}");
+            let error = found(Wanted::Texts("messages")).unwrap_err().to_string();
+            assert!(error.contains("no column \"messages\" of texts"), "{error}");
         }
     }
 

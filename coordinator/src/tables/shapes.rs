@@ -47,9 +47,10 @@ fn turn_of(at: usize, turn: &Value) -> Result<Message, Fault> {
             })
         };
     match turn {
-        Value::String(content) => {
-            Ok(Message::new(if at % 2 == 0 { Role::User } else { Role::Assistant }, content.as_str()))
-        }
+        Value::String(content) => Ok(Message::new(
+            if at.is_multiple_of(2) { Role::User } else { Role::Assistant },
+            content.as_str(),
+        )),
         Value::Object(_) => {
             let role = text(["role", "from"])?;
             let role = Role::from_name(role)

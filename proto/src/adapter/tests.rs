@@ -136,3 +136,54 @@ proptest::proptest! {
         let _ = LoraConfig::from_peft_json(&text);
     }
 }
+
+#[test]
+fn rows_of_added_tokens_are_trained_and_named_as_in_peft() {
+    let model =
+        ModelConfig { vocab_size: 50, added_tokens: vec![47, 49], ..ModelConfig::preset("tiny").unwrap() };
+    let tied = config(&["c_attn"]).with_added_tokens(&model);
+    let plan = tied.plan(&model).unwrap();
+    let [rows] = &plan.embed_parameters()[..] else { panic!("{:?}", plan.embed_parameters()) };
+    assert_eq!(rows.hf_name, "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta");
+    assert_eq!(rows.shape, [2, model.hidden_size]);
+    let without = config(&["c_attn"]).plan(&model).unwrap();
+    assert_eq!(plan.trainable(), without.trainable() + 2 * model.hidden_size);
+    assert_eq!(tied.to_peft_json()["trainable_token_indices"], serde_json::json!([47, 49]));
+    let read = LoraConfig::from_peft_json(&tied.to_peft_json().to_string()).unwrap();
+    assert_eq!((&read.token_rows, &read.untied_tokens), (&vec![47, 49], &None));
+
+    // Where the head is another table, its rows are trained as well.
+    let untied = ModelConfig {
+        added_tokens: vec![7],
+        tied_head: false,
+        ..ModelConfig::preset("qwen2.5-coder-0.5b").unwrap()
+    };
+    let lora = config(&["q_proj"]).with_added_tokens(&untied);
+    let names: Vec<String> =
+        lora.plan(&untied).unwrap().embed_parameters().into_iter().map(|p| p.hf_name).collect();
+    assert_eq!(
+        names,
+        [
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "base_model.model.lm_head.token_adapter.trainable_tokens_delta",
+        ]
+    );
+    let json = lora.to_peft_json();
+    assert_eq!(json["trainable_token_indices"], serde_json::json!({ "embed_tokens": [7], "lm_head": [7] }));
+    let read = LoraConfig::from_peft_json(&json.to_string()).unwrap();
+    assert_eq!((read.token_rows, read.untied_tokens.as_deref()), (vec![7], Some("embed_tokens")));
+
+    for (indices, rule) in [
+        ("[3, 1]", "in ascending order"),
+        ("[1, 1]", "in ascending order"),
+        (r#"{"embed_tokens": [1], "lm_head": [2]}"#, "the same for each table"),
+        ("[-1]", "in ascending order"),
+    ] {
+        let error =
+            LoraConfig::from_peft_json(&format!(r#"{{"trainable_token_indices": {indices}}}"#)).unwrap_err();
+        assert!(error.to_string().contains(rule), "{error}");
+    }
+    let small = ModelConfig { vocab_size: 48, added_tokens: Vec::new(), ..model };
+    let error = tied.plan(&small).unwrap_err().to_string();
+    assert!(error.contains("row 49 is none of the 48") && error.contains("init-chat"), "{error}");
+}

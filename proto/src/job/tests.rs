@@ -210,7 +210,7 @@ fn sources_of_every_kind_survive_their_journey_as_json() {
         panic!("{collect:?}")
     };
     assert_eq!((github.top, github.api.as_str()), (Some(3), "https://h/api/v1"));
-    assert_eq!((dataset.from.as_str(), dataset.column.as_str()), ("/home/ann/jobs/rows.csv", "text"));
+    assert_eq!((dataset.from.as_str(), dataset.column.as_deref()), ("/home/ann/jobs/rows.csv", Some("text")));
 }
 
 #[test]

@@ -229,3 +229,14 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn added_tokens_are_rows_of_the_embedding_in_order() {
+    let config = ModelConfig { added_tokens: vec![3, 5], ..ModelConfig::preset("tiny").unwrap() };
+    assert_eq!(ModelConfig::from_json(&config.to_json("float32").to_string()).unwrap(), config);
+    for added in ["[5, 3]", "[3, 3]", "[99999999]", "7", "[\"a\"]"] {
+        let text = format!(r#"{{{LLAMA},"tunefleet_added_tokens":{added}}}"#);
+        let error = ModelConfig::from_json(&text).unwrap_err().to_string();
+        assert!(error.contains("tunefleet_added_tokens") && error.contains("ascending"), "{error}");
+    }
+}

@@ -101,6 +101,12 @@ fn talk(arguments: &[&str], turns: &str) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
+/// Rows of a model's embedding.
+fn rows(model: &Path) -> u64 {
+    let config: Value = serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap();
+    config["vocab_size"].as_u64().unwrap()
+}
+
 fn answer(port: u16, model: &str, messages: &Value) -> (u16, Value) {
     let body = json!({ "model": model, "messages": messages, "max_tokens": 12, "temperature": 0 });
     let (status, body) = post(port, "POST", "/v1/chat/completions", &body.to_string()).unwrap();
@@ -113,15 +119,14 @@ fn a_copilot_and_an_assistant_are_trained_mixed_measured_and_served() {
     write_conversations(job.dir());
     job.run(&CHATML).expect(0);
     let losses: Vec<f64> = job.metrics().losses().values().map(|bits| f64::from_bits(*bits)).collect();
-    assert!(losses[19] < 0.8 * losses[0], "{losses:?}");
+    assert!(losses[19] < losses[0] - 0.5, "{losses:?}");
 
     // The adapter brings its template, its tokens and their rows.
     let (base, chat_model, adapter) =
         (job.output().join("model"), job.output().join("chat-model"), job.output().join("adapter"));
     let read = |path: &Path| fs::read_to_string(path).unwrap();
     let config: Value = serde_json::from_str(&read(&adapter.join("adapter_config.json"))).unwrap();
-    let rows = config["trainable_token_indices"].as_array().unwrap();
-    assert_eq!(rows.len(), 2, "{config}");
+    assert_eq!(config["trainable_token_indices"], json!([rows(&base), rows(&base) + 1]), "{config}");
     assert!(read(&adapter.join("chat_template.jinja")).contains("<|im_start|>"));
     assert!(read(&adapter.join("tokenizer.json")).contains("<|im_start|>"));
     assert!(fs::symlink_metadata(chat_model.join("model.safetensors")).unwrap().is_symlink());
@@ -196,7 +201,11 @@ fn a_copilot_and_an_assistant_are_trained_mixed_measured_and_served() {
     .says(&[
         "rank [8]",
         &format!("{} was trained on {}, a sibling", copilot_adapter.display(), base.display()),
-        "transformer.wte.weight has 402 rows, it had 400; every weight is the same",
+        &format!(
+            "transformer.wte.weight has {} rows, it had {}; every weight is the same",
+            rows(&base) + 2,
+            rows(&base)
+        ),
         &format!("{} was trained on this model", adapter.display()),
     ]);
 
@@ -265,7 +274,8 @@ fn all_weights_can_be_trained_on_conversations_and_the_export_has_the_template()
     job.run(&["--set", "data.chat.template=starchat", "--set", "data.sequence_tokens=128"]).expect(0);
     let export = job.output().join("export");
     let config: Value = serde_json::from_slice(&fs::read(export.join("config.json")).unwrap()).unwrap();
-    assert_eq!((&config["vocab_size"], &config["tunefleet_added_tokens"]), (&json!(404), &Value::Null));
+    assert_eq!(config["tunefleet_added_tokens"], Value::Null);
+    assert_eq!(rows(&export), rows(&job.output().join("model")) + 4);
     let (shown, _) = talk(&["--model", utf8(&export)], "hello\n");
     assert!(shown.ends_with('\n'));
     // As text, nothing is added.
@@ -275,13 +285,12 @@ fn all_weights_can_be_trained_on_conversations_and_the_export_has_the_template()
         "--set",
         "data.chat={template: prompter, loss: all, system: Be kind.}",
         "--set",
-        "data.sequence_tokens=64",
+        "data.sequence_tokens=32",
     ];
-    job.run(&said).expect(0).says(&["are longer than data.sequence_tokens (64)"]);
+    job.run(&said).expect(0).says(&["are longer than data.sequence_tokens (32)"]);
     let export = job.output().join("export");
     assert!(fs::read_to_string(export.join("chat_template.jinja")).unwrap().contains("Be kind."));
-    let config: Value = serde_json::from_slice(&fs::read(export.join("config.json")).unwrap()).unwrap();
-    assert_eq!(config["vocab_size"], 400);
+    assert_eq!(rows(&export), rows(&job.output().join("model")));
 }
 
 #[test]
@@ -337,7 +346,7 @@ fn a_row_that_is_no_conversation_is_named_or_left_out_and_counted() {
     let job = Job::builder().build();
     job.run(&["--set", "data.chat={template: chatlm, special_tokens: ['']}", "--set", "data.fim_rate=0.5"])
         .expect(78)
-        .says(&["no template is called \"chatlm\"; did you mean \"chatml\"", "data.fim_rate is for code"]);
+        .says(&["no template is called \"chatlm\" (did you mean \"chatml\"?)", "data.fim_rate is for code"]);
     job.run(&["--set", "data.chat.template=chatml"])
         .expect(78)
         .says(&["data.chat is for conversations, but collect.kind is code"]);
