@@ -51,6 +51,22 @@ VARIANTS = [
 ]
 
 
+# Embedding and head are two tables, of which rows are trained.
+UNTIED = dict(name="untied", vocab_size=128, batch=2, tokens=24)
+UNTIED_VARIANTS = [
+    dict(name="tokens", base="nf4-64-double", trainable_token_indices=dict(embed_tokens=[2, 90, 127], lm_head=[2, 90, 127])),
+]
+
+
+def untied():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+    )
+
+
 def linears(model):
     """The linears of the blocks by name; under an adapter, those of the base."""
     for name, module in model.named_modules():
@@ -223,7 +239,9 @@ def make(out):
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     models = [make_adapted(starcoder(case), case, VARIANTS, 4000 + i, out) for i, case in enumerate(MODELS)]
-    return {"models": models, "variants": [dict(variant, directory=variant["name"]) for variant in VARIANTS]}
+    placed = lambda variants: [dict(variant, directory=variant["name"]) for variant in variants]
+    models.append(make_adapted(untied(), UNTIED, UNTIED_VARIANTS, 4100, out) | {"variants": placed(UNTIED_VARIANTS)})
+    return {"models": models, "variants": placed(VARIANTS)}
 
 
 def main():

@@ -17,7 +17,7 @@ use tunefleet_proto::chat::Message;
 use super::Error;
 
 /// Instructions, and bytes of texts that are made on the way, that a rendering may take: far more than any template needs.
-const FUEL: u64 = 100_000_000;
+const FUEL: u64 = 16_000_000;
 /// Longest text that a rendering may make.
 const MAX_TEXT_BYTES: usize = 64 << 20;
 const NAME: &str = "chat";

@@ -44,8 +44,10 @@ pub fn cases() -> Vec<Case> {
 pub fn cases_of(dir: &Path, models: &serde_json::Value, index: &serde_json::Value) -> Vec<Case> {
     let mut cases = Vec::new();
     for model in models.as_array().unwrap() {
+        // A model may have variants of its own.
+        let variants = model.get("variants").unwrap_or(&index["variants"]);
         let model = dir.join(model["directory"].as_str().unwrap());
-        for variant in index["variants"].as_array().unwrap() {
+        for variant in variants.as_array().unwrap() {
             let adapter = model.join(variant["directory"].as_str().unwrap());
             let name = adapter.strip_prefix(dir).unwrap().display().to_string();
             let quantization = quantization(variant["base"].as_str().unwrap());
