@@ -10,7 +10,7 @@ HAS_NEXTEST = command -v cargo-nextest >/dev/null
 # Tests that take minutes live in modules named `long`.
 LONG = ::long::
 
-.PHONY: help build setup programs demo demo-compare test test-long fuzz lint fmt docs bench audit clean
+.PHONY: help build setup programs demo demo-compare demo-dance test test-long fuzz lint fmt docs bench audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ demo: build ## collect, train, export and complete on this machine; DEMO_REPOS="
 
 demo-compare: build ## full fine-tuning beside an adapter, with a report; GENERAL="path ..." DOMAIN="path ..."
 	@scripts/demo-compare $(GENERAL) -- $(DOMAIN)
+
+demo-dance: build ## a copilot and an assistant on one small base, mixed and measured
+	@scripts/demo-dance
 
 programs: ## debug programs, which the end-to-end tests start
 	cargo build --workspace --bins

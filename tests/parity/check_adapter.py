@@ -43,7 +43,7 @@ def main():
             logits_btv = model.eval()(input_ids=wanted["ids"], use_cache=False).logits
         difference = (wanted["logits"].float() - logits_btv).abs().max().item()
         messages = [str(w.message) for w in caught]
-        expected = {k for k in model.state_dict() if "lora_" in k or "modules_to_save" in k}
+        expected = {k for k in model.state_dict() if any(part in k for part in ("lora_", "modules_to_save", "trainable_tokens_delta"))}
         report = {
             "missing": sorted(expected & set(loaded.missing_keys)),
             "unexpected": sorted(loaded.unexpected_keys),

@@ -24,6 +24,7 @@ ADAPTERS = {
     "regex": dict(r=4, lora_alpha=8, target_modules=r".*\.h\.[01]\.mlp\.c_(fc|proj)"),
     "all-linear": dict(r=2, lora_alpha=2, target_modules="all-linear"),
     "dora": dict(r=4, lora_alpha=8, target_modules=ALL, use_dora=True),
+    "tokens": dict(r=4, lora_alpha=8, target_modules=["c_attn"], trainable_token_indices=[1, 40, 127]),
     "saved": dict(r=4, lora_alpha=8, target_modules=["c_attn"], modules_to_save=["ln_f"]),
 }
 # Adapters, weights, combination and its arguments. `differs`: ours is something else without --peft-compat.
@@ -73,7 +74,7 @@ def randomise(model, seed):
         for name, parameter in model.named_parameters():
             if "lora_magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
-            elif "lora_" in name or "modules_to_save" in name:
+            elif any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")):
                 parameter.copy_((0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16())
 
 

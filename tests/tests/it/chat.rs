@@ -13,6 +13,7 @@ use tunefleet_tests::job::{Builder, Job};
 use tunefleet_tests::process::{Ended, Running};
 use tunefleet_tests::programs;
 
+use crate::evaluating::{VARIED, commit_varied};
 use crate::serving::{completion, free_port, post};
 
 /// What is said in conversation `number`.
@@ -132,6 +133,7 @@ fn a_copilot_and_an_assistant_are_trained_mixed_measured_and_served() {
     assert!(fs::symlink_metadata(chat_model.join("model.safetensors")).unwrap().is_symlink());
 
     let copilot = Job::builder()
+        .dataset(VARIED)
         .model(&format!("model: {{ path: {} }}", base.display()))
         .tokenizer("tokenizer: { from_model: true }")
         .section("adapter: { rank: 4, quantize: nf4 }")
@@ -139,6 +141,7 @@ fn a_copilot_and_an_assistant_are_trained_mixed_measured_and_served() {
         .train("warmup_steps: 1")
         .steps(20)
         .build();
+    commit_varied(&copilot.dir().join("repos/varied"));
     copilot.run(&[]).expect(0);
     let copilot_adapter = copilot.output().join("adapter");
 

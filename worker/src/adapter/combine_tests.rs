@@ -221,3 +221,21 @@ fn a_module_trained_whole_and_a_common_base_survive() {
     assert!(combined.adapter.metadata.is_empty());
     assert_eq!(combined.notes.len(), 2);
 }
+
+#[test]
+fn rows_of_tokens_stand_as_they_were_trained_and_no_row_is_trained_twice() {
+    let rows = |rows: &[u64]| LoraConfig { token_rows: rows.to_vec(), ..config(2, 8.0, &["c_attn"]) };
+    let two = parts(vec![(rows(&[40, 49]), 0.5), (rows(&[44]), 1.0), (config(3, 3.0, &["c_attn"]), 1.0)]);
+    let combined = combine(&two, options(Combination::Cat)).unwrap();
+    assert!(combined.notes[0].contains("rows of 3 tokens"), "{:?}", combined.notes);
+    let found = stored(&combined);
+    assert_eq!(found.config.token_rows, [40, 44, 49]);
+    let of = |adapter: &Adapter| adapter.token_rows().next().unwrap().2.shallow_clone();
+    let (first, second) = (of(&two[0].adapter), of(&two[1].adapter));
+    let expected = Tensor::stack(&[first.get(0), second.get(0), first.get(1)], 0);
+    assert_eq!(of(&found), expected);
+    assert_eq!(found.saved().count(), 0);
+    let twice = parts(vec![(rows(&[40, 49]), 1.0), (rows(&[49]), 1.0)]);
+    let error = combine(&twice, options(Combination::Cat)).unwrap_err().to_string();
+    assert!(error.contains("both train the row of token 49"), "{error}");
+}

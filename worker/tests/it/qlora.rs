@@ -390,6 +390,13 @@ pub fn is_served_as_merged(case: &Case) -> bool {
             assert!(apart <= 1e-4, "{}: after {first} tokens {apart:.1e} apart", case.name);
         }
     }
+    let ids: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
+    let row = |values: &[i64]| Tensor::from_slice(values).unsqueeze(0);
+    let loss = |decoder: &Decoder, adapter| {
+        decoder.loss_sum(&row(&ids[..39]), &row(&ids[1..]), adapter).unwrap().double_value(&[])
+    };
+    let (beside, whole) = (loss(&base, Some(&adapter)), loss(&merged, None));
+    assert!((beside - whole).abs() <= 1e-5 * whole, "{}: losses {beside} and {whole}", case.name);
     true
 }
 

@@ -409,15 +409,19 @@ pub async fn chat(State(shared): State<Shared>, body: Bytes) -> Response {
             head("chat.completion.chunk", json!({ "index": 0, "delta": delta, "finish_reason": ended }))
         };
         let mut is_listening = send(&lines, &chunk(json!({ "role": "assistant", "content": "" }), None));
-        let mut has_begun = false;
+        let (mut has_begun, mut held) = (false, String::new());
         while is_listening && let Some(event) = asked.events.recv().await {
             is_listening = match event {
                 Event::Made(tokens) => {
-                    let made: String = tokens.iter().map(|token| token.text.as_str()).collect();
-                    // What a template puts before an answer is none of it.
-                    let text = if has_begun { made.as_str() } else { made.trim_start() };
+                    held.extend(tokens.iter().map(|token| token.text.as_str()));
+                    // White space that a template puts around an answer is none of it: what is last may be that.
+                    let text = held.trim_end();
+                    let space = held.get(text.len()..).unwrap_or_default().to_owned();
+                    let text = if has_begun { text } else { text.trim_start() };
                     has_begun |= !text.is_empty();
-                    text.is_empty() || send(&lines, &chunk(json!({ "content": text }), None))
+                    let sent = text.is_empty() || send(&lines, &chunk(json!({ "content": text }), None));
+                    held = space;
+                    sent
                 }
                 Event::Ended(end) => send(&lines, &chunk(json!({}), Some(reason(end.reason)))),
                 Event::Failed(failure) => {
