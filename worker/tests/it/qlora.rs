@@ -45,7 +45,7 @@ pub fn cases_of(dir: &Path, models: &serde_json::Value, index: &serde_json::Valu
     let mut cases = Vec::new();
     for model in models.as_array().unwrap() {
         // A model may have variants of its own.
-        let variants = model.get("variants").unwrap_or(&index["variants"]);
+        let variants = model.get("variants").unwrap_or_else(|| &index["variants"]);
         let model = dir.join(model["directory"].as_str().unwrap());
         for variant in variants.as_array().unwrap() {
             let adapter = model.join(variant["directory"].as_str().unwrap());
