@@ -430,19 +430,24 @@ mod tests {
         RecordBatch::try_from_iter(columns).unwrap()
     }
 
-    /// The same rows in every format.
-    fn tables(dir: &Path) -> Vec<std::path::PathBuf> {
+    /// The rows of `batch` as `a.parquet`, `b.arrow` (a file) and `c.arrow` (a stream).
+    fn write_columnar(dir: &Path, batch: &RecordBatch) {
         let create = |name: &str| File::create(dir.join(name)).unwrap();
-        let batch = batch();
         let mut out = ArrowWriter::try_new(create("a.parquet"), batch.schema(), None).unwrap();
-        out.write(&batch).unwrap();
+        out.write(batch).unwrap();
         out.close().unwrap();
         let mut out = FileWriter::try_new(create("b.arrow"), &batch.schema()).unwrap();
-        out.write(&batch).unwrap();
+        out.write(batch).unwrap();
         out.finish().unwrap();
         let mut out = StreamWriter::try_new(create("c.arrow"), &batch.schema()).unwrap();
-        out.write(&batch).unwrap();
+        out.write(batch).unwrap();
         out.finish().unwrap();
+    }
+
+    /// The same rows in every format.
+    fn tables(dir: &Path) -> Vec<std::path::PathBuf> {
+        write_columnar(dir, &batch());
+        let create = |name: &str| File::create(dir.join(name)).unwrap();
         let json = [
             r#"{"repo_id": "a/b", "file_path": "x.py", "content": "x = 1\n"}"#,
             r#"{"file_path": "y.py", "content": "y, \"z\"\n", "more": [1]}"#,
@@ -496,21 +501,12 @@ mod tests {
         let texts = ListArray::new(item, lists(vec![0, 1, 3]), texts, None);
         let columns: [(&str, ArrayRef); 2] = [("other", Arc::new(texts)), ("messages", Arc::new(messages))];
         let batch = RecordBatch::try_from_iter(columns).unwrap();
-        let create = |name: &str| File::create(dir.path().join(name)).unwrap();
-        let mut out = ArrowWriter::try_new(create("a.parquet"), batch.schema(), None).unwrap();
-        out.write(&batch).unwrap();
-        out.close().unwrap();
-        let mut out = FileWriter::try_new(create("b.arrow"), &batch.schema()).unwrap();
-        out.write(&batch).unwrap();
-        out.finish().unwrap();
-        let mut out = StreamWriter::try_new(create("c.arrow"), &batch.schema()).unwrap();
-        out.write(&batch).unwrap();
-        out.finish().unwrap();
+        write_columnar(dir.path(), &batch);
         let json = [
             r#"{"other": ["q"], "messages": [{"role": "user", "content": "a\n"}, {"role": "assistant", "content": "\"b\""}]}"#,
             r#"{"other": ["r", "s"], "messages": [{"role": "user", "content": "c"}]}"#,
         ];
-        create("d.jsonl").write_all(json.join("\n").as_bytes()).unwrap();
+        std::fs::write(dir.path().join("d.jsonl"), json.join("\n")).unwrap();
         for name in ["a.parquet", "b.arrow", "c.arrow", "d.jsonl"] {
             let found = |wanted: Wanted<'_>| {
                 let mut found: Vec<Value> = Vec::new();
