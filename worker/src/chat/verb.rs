@@ -187,6 +187,9 @@ impl Talk {
             batch_invariant: false,
         };
         let (engine, config) = engine::start(decoder, tokenizer.clone(), settings)?;
+        if let Some(misfit) = tokenizer.misfit(config.vocab_size) {
+            return Err(Error::Setting(misfit));
+        }
         let adapter = match &args.adapter {
             Some(dir) => Some(engine.add(Adapter::load(dir, 1.0, &config, numerics)?)?),
             None => None,
