@@ -39,8 +39,9 @@ demo-compare: build ## full fine-tuning beside an adapter, with a report; GENERA
 demo-dance: build ## a copilot and an assistant on one small base, mixed and measured
 	@scripts/demo-dance
 
+# In one build with the tests: without them, crates that tests take more features of would be built twice.
 programs: ## debug programs, which the end-to-end tests start
-	cargo build --workspace --bins
+	cargo build --workspace --bins --tests
 
 # Several tests at once: a helper of libtorch's that waits must not take a core from another test.
 test test-long: export OMP_WAIT_POLICY = passive

@@ -118,6 +118,10 @@ impl Cluster {
             self.metrics_urls.push(metrics_url);
             self.workers.push(Worker { name, slots: *slots, running, former: Vec::new() });
         }
+        // A daemon says where its metrics are before the coordinator knows it.
+        self.wait_until_asked("all workers are known", &["workers"], |known| {
+            known.as_array().map_or(0, Vec::len) >= worker_slots.len()
+        });
     }
 
     /// A program that speaks to the coordinator, where it can be reached.
@@ -251,17 +255,22 @@ impl Cluster {
 
     /// Waits until `condition` holds of a job's status.
     pub fn wait_for(&mut self, what: &str, condition: impl Fn(&Value) -> bool, job: &str) {
-        let (url, place) = (self.url.clone(), &self.place);
-        let status = || {
+        self.wait_until_asked(what, &["status", job], condition);
+    }
+
+    /// Waits until `condition` holds of what the coordinator answers.
+    fn wait_until_asked(&mut self, what: &str, arguments: &[&str], condition: impl Fn(&Value) -> bool) {
+        let (url, place) = (&self.url, &self.place);
+        let answer = || {
             let mut command = Command::new(programs::coordinator());
-            command.args(["status", job, "--json", "--coordinator", &url]).env("TUNEFLEET_TOKEN", TOKEN);
+            command.args(arguments).args(["--json", "--coordinator", url]).env("TUNEFLEET_TOKEN", TOKEN);
             let command = match place {
                 Some(place) => place("control", command),
                 None => command,
             };
             serde_json::from_str::<Value>(&Running::start(command).wait().expect(0).stdout).unwrap()
         };
-        self.coordinator.wait_until(what, || condition(&status()));
+        self.coordinator.wait_until(what, || condition(&answer()));
     }
 
     /// All that Prometheus would scrape: the coordinator's page, then each worker's.
@@ -272,18 +281,6 @@ impl Cluster {
     /// Where the coordinator's metrics are, then each worker's.
     pub fn metrics_urls(&self) -> &[String] {
         &self.metrics_urls
-    }
-
-    /// Waits until so many workers are known.
-    pub fn wait_for_workers(&mut self, count: usize) {
-        let url = self.url.clone();
-        let known = || {
-            let mut command = Command::new(programs::coordinator());
-            command.args(["workers", "--json", "--coordinator", &url]).env("TUNEFLEET_TOKEN", TOKEN);
-            let said = Running::start(command).wait().expect(0).stdout;
-            serde_json::from_str::<Value>(&said).unwrap().as_array().map_or(0, Vec::len)
-        };
-        self.coordinator.wait_until("workers", || known() >= count);
     }
 
     /// Host and port of the coordinator's metrics.

@@ -91,8 +91,7 @@ fn the_chart_and_the_units_agree_with_the_programs() {
     }
 
     // They answer its probes.
-    let mut cluster = Cluster::start(job.dir(), &[1]);
-    cluster.wait_for_workers(1);
+    let cluster = Cluster::start(job.dir(), &[1]);
     for (part, url) in ["coordinator", "worker"].into_iter().zip(cluster.metrics_urls()) {
         for path in facts["probes"][part].as_array().unwrap() {
             get(&url.replace("/metrics", path.as_str().unwrap()));
