@@ -4,6 +4,10 @@
 #   make_root.sh DIR
 set -euo pipefail
 dir=$1
+# Two tests use it.
+mkdir -p "$(dirname "$dir")"
+exec 9>"$dir.lock"
+flock 9
 [ ! -e "$dir/.complete" ] || exit 0
 suite=$(. /etc/os-release && echo "$VERSION_CODENAME")
 mirror=$({ cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null || true; } |

@@ -328,11 +328,29 @@ fn serve(dir: &Path, address: &str, arguments: &[&str], place: Option<&Place>) -
 
 /// The body of a page that is there.
 pub fn get(url: &str) -> String {
+    let answer = ask_for(url);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{url}: {answer}");
+    answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+/// Waits until a probe is answered well: a worker is ready a moment after the coordinator knows it.
+pub fn wait_until_healthy(url: &str) {
+    let began = Instant::now();
+    loop {
+        let answer = ask_for(url);
+        if answer.starts_with("HTTP/1.1 200") {
+            return;
+        }
+        assert!(began.elapsed() < LIMIT, "{url}: {answer}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn ask_for(url: &str) -> String {
     let (authority, path) = url.strip_prefix("http://").unwrap().split_once('/').unwrap();
     let mut stream = TcpStream::connect(authority).unwrap();
     write!(stream, "GET /{path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    assert!(text.starts_with("HTTP/1.1 200"), "{url}: {text}");
-    text.split_once("\r\n\r\n").unwrap().1.to_owned()
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }

@@ -179,6 +179,8 @@ impl Running {
             // Reaped, or it would stay a zombie.
             let _ = self.child.try_wait();
             if processes.is_empty() {
+                // Its environment is gone before its last thread is, and with that its locks and ports.
+                let _ = self.child.wait();
                 return;
             }
             assert!(began.elapsed() < LIMIT, "cannot be killed: {processes:?}");

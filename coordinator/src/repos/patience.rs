@@ -101,7 +101,7 @@ mod tests {
 
     use super::*;
 
-    const SHORT: Duration = Duration::from_millis(100);
+    const SHORT: Duration = Duration::from_millis(500);
 
     fn unreachable() -> Error {
         Error::Unreachable { location: "x".to_owned(), detail: "reset".to_owned() }

@@ -10,6 +10,8 @@ use tunefleet_tests::collecting::{Place, Server, git, serve_http};
 use tunefleet_tests::process::Running;
 use tunefleet_tests::{programs, repository, skip};
 
+use crate::serving::free_port;
+
 /// Files of which some must be dropped, each for a reason of its own.
 fn mixed_files() -> Vec<(String, Vec<u8>)> {
     let notebook = json!({"nbformat": 4, "metadata": {}, "cells": [
@@ -241,8 +243,7 @@ fn repositories_come_over_ssh_by_a_key_file_or_the_agent_and_a_stranger_host_is_
     };
     let host_key = key("host_key");
     fs::write(place.path("authorized"), key("home/.ssh/id_ed25519")).unwrap();
-    // A port that was free a moment ago.
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let config = format!(
         "Port {port}\nListenAddress 127.0.0.1\nHostKey {}\nAuthorizedKeysFile {}\nStrictModes no\nUsePAM no\n\
          PidFile none\nPermitRootLogin prohibit-password\nSetEnv PATH={}\n",

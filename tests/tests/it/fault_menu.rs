@@ -12,19 +12,26 @@ use tunefleet_tests::job::{Builder, Job};
 const RANKS: u32 = 1;
 const STEPS: u64 = 30;
 const STRIKES_AT: u64 = 12;
+/// How long a collective may take. Ranks on a machine with other work stand still for a moment, too.
+const PATIENCE_SECONDS: u64 = 4;
+/// Other tests run beside these: they may take so many times longer.
+const SLACK: u32 = 3;
 /// From the strike, in the middle of a step, to the end of the attempt being known and told.
 const CRASH_LIMIT: Duration = Duration::from_secs(4);
 /// Of what only time tells: the limits below, the ranks' answers, and the ranks' ends.
 const HANG_LIMIT: Duration = Duration::from_secs(15);
 
-fn job(ranks_per_worker: u32) -> Builder {
+fn job(ranks_per_worker: u32, patience_seconds: u64) -> Builder {
     Job::builder()
         .ranks(2 * ranks_per_worker)
         .steps(STEPS)
         .checkpoint_every(10)
         .train("dropout: 0.1")
-        .train("collective_timeout_seconds: 2")
-        .restart("max_restarts: 2, backoff_seconds: 0.1, hang_after_seconds: 2, first_hang_after_seconds: 60")
+        .train(&format!("collective_timeout_seconds: {patience_seconds}"))
+        .restart(&format!(
+            "max_restarts: 2, backoff_seconds: 0.1, hang_after_seconds: {patience_seconds}, \
+             first_hang_after_seconds: 60"
+        ))
 }
 
 /// A fault, the kind that it is told as, words of the cause, and how soon.
@@ -56,7 +63,12 @@ fn losses(job: &Job) -> BTreeMap<u64, u64> {
 }
 
 /// Runs a job with a fault in it; how long it took to know.
-fn strike(case: &Case, ranks: u32, undisturbed: &BTreeMap<u64, u64>, template: &Job) -> Duration {
+fn strike(
+    case: &Case,
+    ranks: u32,
+    slack: u32,
+    (template, undisturbed): &(Job, BTreeMap<u64, u64>),
+) -> Duration {
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},attempt=1,phase=backward,do={}", case.fault);
     let mut cluster = Cluster::start_with(job.dir(), &[ranks, ranks], &[("TUNEFLEET_FAULT", &fault)], &[]);
@@ -83,13 +95,13 @@ fn strike(case: &Case, ranks: u32, undisturbed: &BTreeMap<u64, u64>, template: &
     }
     assert!(cluster.ranks().is_empty(), "{}", case.fault);
     assert_eq!(&losses(&job), undisturbed, "{}", case.fault);
-    assert!(took < case.limit, "{}: {took:.1?}", case.fault);
+    assert!(took < slack * case.limit, "{}: {took:.1?}", case.fault);
     eprintln!("{}: known after {took:.2?}: {cause}", case.fault);
     took
 }
 
-fn template(ranks_per_worker: u32) -> (Job, BTreeMap<u64, u64>) {
-    let template = job(ranks_per_worker).build();
+fn template(ranks_per_worker: u32, patience_seconds: u64) -> (Job, BTreeMap<u64, u64>) {
+    let template = job(ranks_per_worker, patience_seconds).build();
     template.run(&[]).expect(0);
     let undisturbed = losses(&template);
     assert_eq!(undisturbed.len() as u64, STEPS);
@@ -98,24 +110,24 @@ fn template(ranks_per_worker: u32) -> (Job, BTreeMap<u64, u64>) {
 
 #[test]
 fn whatever_ends_a_rank_is_named_and_the_job_goes_on_bit_for_bit() {
-    let (template, undisturbed) = template(RANKS);
+    let template = template(RANKS, PATIENCE_SECONDS);
     // Each kind of end once; the long test has them all.
     for case in CASES.iter().filter(|case| ["kill", "segv", "panic", "term"].contains(&case.fault)) {
-        strike(case, RANKS, &undisturbed, &template);
+        strike(case, RANKS, SLACK, &template);
     }
 }
 
 #[test]
 fn whatever_holds_a_rank_up_is_named_and_the_job_goes_on_bit_for_bit() {
-    let (template, undisturbed) = template(RANKS);
+    let template = template(RANKS, PATIENCE_SECONDS);
     for case in CASES.iter().filter(|case| ["stop", "loop"].contains(&case.fault)) {
-        strike(case, RANKS, &undisturbed, &template);
+        strike(case, RANKS, SLACK, &template);
     }
 }
 
 #[test]
 fn a_rank_that_is_only_slow_is_waited_for() {
-    let (template, undisturbed) = template(RANKS);
+    let (template, undisturbed) = template(RANKS, PATIENCE_SECONDS);
     let job = template.twin();
     let fault = format!("rank=1,step={STRIKES_AT},phase=update,do=slow");
     let mut cluster = Cluster::start_with(job.dir(), &[RANKS, RANKS], &[("TUNEFLEET_FAULT", &fault)], &[]);
@@ -131,6 +143,7 @@ mod long {
 
     /// Ranks of each of the two workers.
     const MANY_RANKS: u32 = 2;
+    const FEW_SECONDS: u64 = 2;
     const STRIKES: u32 = 20;
 
     #[test]
@@ -139,10 +152,10 @@ mod long {
             println!("left out of a sample of the long tests: most cases run once in the others");
             return;
         }
-        let (template, undisturbed) = template(MANY_RANKS);
+        let template = template(MANY_RANKS, FEW_SECONDS);
         let (mut crashes, mut hangs) = (Vec::new(), Vec::new());
         for case in &CASES {
-            let struck = (0..STRIKES).map(|_| strike(case, MANY_RANKS, &undisturbed, &template));
+            let struck = (0..STRIKES).map(|_| strike(case, MANY_RANKS, 1, &template));
             let times: Vec<Duration> = struck.collect();
             report(case.fault, &times);
             if case.kind == "hang" { &mut hangs } else { &mut crashes }.extend(times);

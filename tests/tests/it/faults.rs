@@ -15,7 +15,7 @@ const DEATH_TO_FAILURE: Duration = Duration::from_secs(5);
 /// `train.collective_timeout_seconds` of the jobs that hang.
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// From a time-out to the verdict: ranks have 2 s to answer, and looks take their time.
-const TIMEOUT_TO_VERDICT: Duration = Duration::from_secs(4);
+const TIMEOUT_TO_VERDICT: Duration = Duration::from_secs(8);
 
 fn job() -> Builder {
     Job::builder().ranks(RANKS as u32).steps(4).checkpoint_every(2)

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
@@ -18,7 +18,7 @@ use tunefleet_tests::{repository, skip};
 
 const STEPS: u64 = 12;
 
-/// Mounts of this thread alone, and of what it starts: nothing is left to unmount. `false` where there can be none.
+/// Mounts of this thread alone, and of what it starts. `false` where there can be none.
 fn own_mounts() -> bool {
     match unshare(CloneFlags::CLONE_NEWNS) {
         Ok(()) => {}
@@ -33,10 +33,31 @@ fn own_mounts() -> bool {
     true
 }
 
-/// Makes `dir` a disk of that size, or changes its size.
-fn disk(dir: &Path, flags: MsFlags, bytes: u64) {
-    let size = format!("size={bytes}");
-    mount(Some("tmpfs"), dir, Some("tmpfs"), flags, Some(size.as_str())).unwrap();
+/// A directory that is a small disk; it is unmounted with this, or the directory could not be removed.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn make(dir: PathBuf, bytes: u64) -> Self {
+        fs::create_dir_all(&dir).unwrap();
+        let disk = Disk(dir);
+        disk.mount(MsFlags::empty(), bytes);
+        disk
+    }
+
+    fn resize(&self, bytes: u64) {
+        self.mount(MsFlags::MS_REMOUNT, bytes);
+    }
+
+    fn mount(&self, flags: MsFlags, bytes: u64) {
+        let size = format!("size={bytes}");
+        mount(Some("tmpfs"), &self.0, Some("tmpfs"), flags, Some(size.as_str())).unwrap();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 #[test]
@@ -46,8 +67,7 @@ fn a_coordinator_whose_disk_is_full_holds_up_no_training_and_loses_nothing() {
     }
     let job = Job::builder().steps(60).checkpoint_every(10).train("dropout: 0.1").build();
     let state = job.dir().join("coordinator");
-    fs::create_dir_all(&state).unwrap();
-    disk(&state, MsFlags::empty(), 8 << 20);
+    let disk = Disk::make(state.clone(), 8 << 20);
     let mut cluster = Cluster::start(job.dir(), &[1, 1]);
     cluster.launch(&job, &["--detach"]).wait().expect(0);
     cluster.wait_for("some steps", |_| job.metrics().last_step() >= 5, "test");
@@ -66,7 +86,7 @@ fn a_coordinator_whose_disk_is_full_holds_up_no_training_and_loses_nothing() {
     }
     assert!(job.metrics().last_step() < 60, "what is told was not kept");
 
-    disk(&state, MsFlags::MS_REMOUNT, 64 << 20);
+    disk.resize(64 << 20);
     cluster.wait_for_state("test", "completed");
     let events = cluster.ask(&["events", "test", "--json"]).expect(0).stdout;
     let steps: Vec<u64> = events
@@ -96,12 +116,11 @@ fn a_full_disk_leaves_the_last_checkpoint_sound() {
         .sum();
 
     // Room for one checkpoint and a half.
-    fs::create_dir_all(&checkpoint).unwrap();
-    disk(&checkpoint, MsFlags::empty(), bytes * 3 / 2);
+    let disk = Disk::make(checkpoint, bytes * 3 / 2);
     job.run(&[]).expect(1).says(&["checkpoint", "No space left on device"]);
     assert_eq!(job.checkpoints(), [4], "the last good checkpoint must survive, and only it");
 
-    disk(&checkpoint, MsFlags::MS_REMOUNT, bytes * 8);
+    disk.resize(bytes * 8);
     job.run(&["--resume"]).expect(0);
     assert_eq!(job.metrics().losses(), twin.metrics().losses());
 }
@@ -124,9 +143,7 @@ fn a_full_disk_while_collecting_leaves_the_earlier_dataset_and_the_next_run_goes
     let file = |n: u64| (format!("f{n}.py"), text(n));
     let repo = place.path("repo").display().to_string();
     repository::commit(&place.path("repo"), &[file(0)]);
-    let disk_dir = place.path("disk");
-    fs::create_dir_all(&disk_dir).unwrap();
-    disk(&disk_dir, MsFlags::empty(), 3 << 20);
+    let disk = Disk::make(place.path("disk"), 3 << 20);
     place.collect("disk/set", &[&repo], &[]).expect(0);
     let earlier = place.manifest("disk/set");
 
@@ -139,7 +156,7 @@ fn a_full_disk_while_collecting_leaves_the_earlier_dataset_and_the_next_run_goes
     assert_eq!(place.manifest("disk/set"), earlier);
     assert!(!place.path("disk/set.incomplete").exists(), "the disk stays full");
 
-    disk(&disk_dir, MsFlags::MS_REMOUNT, 64 << 20);
+    disk.resize(64 << 20);
     place.collect("disk/set", &[&repo], &[]).expect(0);
     assert_eq!(place.manifest("disk/set").repositories[0].files, 121);
 }

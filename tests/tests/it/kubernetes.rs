@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use tunefleet_tests::cluster::{Cluster, TOKEN, get};
+use tunefleet_tests::cluster::{Cluster, TOKEN, wait_until_healthy};
 use tunefleet_tests::job::Job;
 use tunefleet_tests::programs::{self, root};
 use tunefleet_tests::skip;
@@ -94,7 +94,7 @@ fn the_chart_and_the_units_agree_with_the_programs() {
     let cluster = Cluster::start(job.dir(), &[1]);
     for (part, url) in ["coordinator", "worker"].into_iter().zip(cluster.metrics_urls()) {
         for path in facts["probes"][part].as_array().unwrap() {
-            get(&url.replace("/metrics", path.as_str().unwrap()));
+            wait_until_healthy(&url.replace("/metrics", path.as_str().unwrap()));
         }
     }
 

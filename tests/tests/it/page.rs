@@ -24,7 +24,7 @@ pub fn drive(mode: &str, url: &str, pictures: &Path) {
 }
 
 fn job(more: impl FnOnce(Builder) -> Builder) -> Job {
-    more(Job::builder().ranks(1).steps(2000).checkpoint_every(200).train("eval_every_steps: 20")).build()
+    more(Job::builder().ranks(1).steps(20_000).checkpoint_every(200).train("eval_every_steps: 20")).build()
 }
 
 #[test]

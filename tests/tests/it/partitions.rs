@@ -7,20 +7,18 @@ use std::time::Duration;
 use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
 use tunefleet_tests::hosts::Hosts;
-use tunefleet_tests::job::Job;
+use tunefleet_tests::job::{Builder, Job};
 
 const STEPS: u64 = 400;
 /// How patient the coordinator is.
 const PATIENCE: [&str; 6] = ["--suspect-after", "2", "--lost-after", "3", "--give-up-after", "6"];
 
-fn job() -> Job {
+fn job() -> Builder {
     Job::builder()
         .steps(STEPS)
         .checkpoint_every(20)
         .train("dropout: 0.1")
-        .train("collective_timeout_seconds: 3")
         .restart("max_restarts: 5, backoff_seconds: 0.1, max_attempts_without_progress: 5")
-        .build()
 }
 
 /// Hosts, and a cluster on them; `None` where there can be none.
@@ -43,7 +41,7 @@ fn losses_without_disturbance(job: &Job) -> std::collections::BTreeMap<u64, u64>
 
 #[test]
 fn a_coordinator_that_is_cut_off_from_all_workers_disturbs_nobody() {
-    let job = job();
+    let job = job().build();
     // It gives nobody up in that time.
     let Some((hosts, mut cluster)) = cluster(&job, &["--suspect-after", "2", "--lost-after", "3"]) else {
         return;
@@ -69,7 +67,7 @@ fn a_coordinator_that_is_cut_off_from_all_workers_disturbs_nobody() {
 
 #[test]
 fn a_host_that_is_cut_off_is_named_and_its_job_goes_on_when_it_is_back() {
-    let job = job();
+    let job = job().train("collective_timeout_seconds: 3").build();
     let Some((hosts, mut cluster)) = cluster(&job, &PATIENCE) else { return };
     begin(&mut cluster, &job);
     hosts.cut("b");

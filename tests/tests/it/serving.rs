@@ -1,5 +1,6 @@
 //! Jobs that end with a completion server: it answers until the job is stopped, and is started again where it dies.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
@@ -8,9 +9,11 @@ use serde_json::Value;
 use tunefleet_tests::cluster::Cluster;
 use tunefleet_tests::job::Job;
 
-/// A port that nothing listens on now.
+/// A port that nothing listens on now, below those that the system gives to whoever asks for any.
 pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    let random = || RandomState::new().hash_one(0u8);
+    let mut ports = std::iter::repeat_with(|| 10_000 + (random() % 20_000) as u16);
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 
 /// The body of an answer, once there is one that is well.

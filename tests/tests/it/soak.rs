@@ -53,6 +53,8 @@ fn soak(duration: Duration, mean_pause: Duration) {
         let kind = (next(&mut seed) % 6) as usize;
         let worker = (next(&mut seed) % 2) as usize;
         kills[kind] += 1;
+        let attempt = cluster.status("test")["attempt"].as_u64().unwrap();
+        let is_struck = kind < 3 && !cluster.ranks_of(worker).is_empty();
         match kind {
             0 => cluster.ranks_of(worker).iter().for_each(|rank| rank.kill()),
             1 => cluster.ranks_of(worker).iter().for_each(|rank| rank.signal(Signal::SIGSTOP)),
@@ -74,6 +76,10 @@ fn soak(duration: Duration, mean_pause: Duration) {
                 }
                 cluster.restart_daemon(worker);
             }
+        }
+        if is_struck {
+            // A step that was under way is no sign that it goes on.
+            cluster.wait_for("the next attempt", |status| status["attempt"].as_u64() > Some(attempt), "test");
         }
         let seen = job.metrics().last_step();
         cluster.wait_for("it goes on", |_| job.metrics().last_step() > seen, "test");

@@ -71,7 +71,9 @@ fn judge(file: &Path, completion: impl Fn(&Value) -> String) -> (usize, usize) {
     let tasks = tasks(file);
     write_samples(&samples, tasks.iter().map(|task| (task, completion(task))));
     let out = dir.path().join("out");
-    succeeds(&["samples", "--tasks", text(file), "--samples", text(&samples), "--out", text(&out)]);
+    let files = ["--tasks", text(file), "--samples", text(&samples), "--out", text(&out)];
+    // Other tests run beside this one.
+    succeeds(&[&["samples", "--timeout-seconds", "30"], &files[..]].concat());
     solved(&out)
 }
 
