@@ -40,7 +40,7 @@ demo-dance: build ## a copilot and an assistant on one small base, mixed and mea
 	@scripts/demo-dance
 
 # In one build with the tests: without them, crates that tests take more features of would be built twice.
-programs: ## debug programs, which the end-to-end tests start
+programs: ## debug programs, which the end-to-end tests start, and the tests
 	cargo build --workspace --bins --tests
 
 # Several tests at once: a helper of libtorch's that waits must not take a core from another test.

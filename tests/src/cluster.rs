@@ -14,7 +14,7 @@ use tunefleet_proto::rpc::{self, Continuation, SubmitRequest, Token};
 
 use crate::hosts::Hosts;
 use crate::job::Job;
-use crate::process::{Ended, LIMIT, Process, Running};
+use crate::process::{Ended, LIMIT, LOOK_AGAIN, Process, Running};
 use crate::programs;
 
 /// Known to the coordinator and whoever may speak to it.
@@ -327,7 +327,7 @@ fn serve(dir: &Path, address: &str, arguments: &[&str], place: Option<&Place>) -
 }
 
 /// The body of a page that is there.
-pub fn get(url: &str) -> String {
+fn get(url: &str) -> String {
     let answer = ask_for(url);
     assert!(answer.starts_with("HTTP/1.1 200"), "{url}: {answer}");
     answer.split_once("\r\n\r\n").unwrap().1.to_owned()
@@ -342,7 +342,7 @@ pub fn wait_until_healthy(url: &str) {
             return;
         }
         assert!(began.elapsed() < LIMIT, "{url}: {answer}");
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(LOOK_AGAIN);
     }
 }
 

@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 /// Longest wait for anything: a machine under load is slow, a test that hangs is worse.
 pub const LIMIT: Duration = Duration::from_secs(120);
 /// Between two looks at something that cannot be waited for.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// In the environment of every process that a test starts, and so of all their descendants.
 const MARK: &str = "TUNEFLEET_TEST_MARK";
 

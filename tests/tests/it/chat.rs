@@ -132,6 +132,12 @@ fn a_copilot_and_an_assistant_are_trained_mixed_measured_and_served() {
     assert!(read(&adapter.join("tokenizer.json")).contains("<|im_start|>"));
     assert!(fs::symlink_metadata(chat_model.join("model.safetensors")).unwrap().is_symlink());
 
+    let [base_text, adapter_text] = [&base, &adapter].map(|dir| utf8(dir));
+    worker(&["chat", "--model", base_text, "--adapter", adapter_text]).expect(1).says(&[
+        &format!("has {} tokens, the model's embedding {}", rows(&base) + 2, rows(&base)),
+        "`chat-model`",
+    ]);
+
     let copilot = Job::builder()
         .dataset(VARIED)
         .model(&format!("model: {{ path: {} }}", base.display()))

@@ -41,13 +41,13 @@ fn converted(config: Option<&str>, script: &str) -> (JobSpec, Ended) {
         arguments.extend(["--accelerate", config.to_str().unwrap()]);
     }
     let ended = coordinator(dir.path(), &arguments).expect(0);
-    let spec = job::load(Path::new("job.yaml"), &ended.stdout, &[], Path::new("/work")).unwrap();
+    let spec = job::load(Path::new("job.yaml"), &ended.stdout, &[], Path::new("/here")).unwrap();
     (spec, ended)
 }
 
 /// What all three of the original's scripts have in common.
 fn assert_common(spec: &JobSpec) {
-    assert_eq!(spec.dataset, DatasetSpec::Existing("/work/dataset".into()));
+    assert_eq!(spec.dataset, DatasetSpec::Existing("/here/dataset".into()));
     assert_eq!(spec.tokenizer, TokenizerSpec::FromModel);
     assert_eq!(spec.data.sequence_tokens, 2048);
     assert_eq!((spec.data.fim_rate, spec.data.fim_spm_rate), (0.5, 0.5));
@@ -76,7 +76,7 @@ fn the_original_s_full_fine_tuning_is_converted_value_for_value() {
     let (spec, ended) = converted(Some("fsdp_config.yaml"), "run_fsdp.sh");
     assert_common(&spec);
     assert_eq!(spec.name, "starcoder-personal-copilot-A100-40GB-colab");
-    assert_eq!(spec.output, Path::new("/work/starcoder-personal-copilot-A100-40GB-colab"));
+    assert_eq!(spec.output, Path::new("/here/starcoder-personal-copilot-A100-40GB-colab"));
     assert_eq!(spec.model.name(), "bigcode/starcoder");
     assert_eq!(spec.adapter, None);
     let train = &spec.train;
@@ -103,7 +103,7 @@ fn the_original_s_full_fine_tuning_is_converted_value_for_value() {
 fn the_example_job_is_what_the_original_becomes() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/jobs/fsdp.yaml");
     let text = fs::read_to_string(&path).unwrap();
-    let example = job::load(Path::new("fsdp.yaml"), &text, &[], Path::new("/work")).unwrap();
+    let example = job::load(Path::new("fsdp.yaml"), &text, &[], Path::new("/here")).unwrap();
     let (spec, _) = converted(Some("fsdp_config.yaml"), "run_fsdp.sh");
     assert_common(&example);
     assert_eq!((example.name.as_str(), example.train.ranks), ("fsdp", 8));
@@ -158,7 +158,7 @@ fn the_commented_repositories_collect_when_they_take_the_place_of_the_dataset() 
             format!("{}\n", uncommented.unwrap_or(line))
         })
         .collect();
-    let spec = job::load(Path::new("job.yaml"), &text, &[], Path::new("/work")).unwrap();
+    let spec = job::load(Path::new("job.yaml"), &text, &[], Path::new("/here")).unwrap();
     let DatasetSpec::Collect(collect) = spec.dataset else { panic!("{text}") };
     assert_eq!(collect.sources.len(), 10);
     assert_eq!((collect.validation_fraction, collect.split_seed), (0.005, 0));

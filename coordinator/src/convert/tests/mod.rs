@@ -31,7 +31,7 @@ impl Given<'_> {
             |path, text: Option<&str>| text.map(|text| Text { path: Path::new(path), text: text.to_owned() });
         let (accelerate, deepspeed) = (file("a.yaml", self.accelerate), file("ds.json", self.deepspeed));
         let given = Input { accelerate, deepspeed, args: self.args, ignore_unknown: self.ignore_unknown };
-        let (path, cwd) = (Path::new("job.yaml"), Path::new("/work"));
+        let (path, cwd) = (Path::new("job.yaml"), Path::new("/here"));
         let (text, notes) = job_file(&given, path, cwd).map_err(|error| error.to_string())?;
         let spec = proto_job::load(path, &text, &[], cwd).unwrap();
         Ok(Converted { spec, text, notes: notes.to_string() })

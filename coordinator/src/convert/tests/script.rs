@@ -42,7 +42,7 @@ fn precision_follows_train_py_then_accelerate_and_fp16_becomes_bf16() {
 fn train_py_without_arguments_has_its_defaults() {
     let spec = script("").unwrap().spec;
     assert_eq!(spec.name, "checkpoints");
-    assert_eq!(spec.output, Path::new("/work/checkpoints"));
+    assert_eq!(spec.output, Path::new("/here/checkpoints"));
     assert_eq!(spec.model.name(), "bigcode/starcoderplus");
     assert_eq!(spec.data.sequence_tokens, 8192);
     assert_eq!((spec.data.fim_rate, spec.data.fim_spm_rate, spec.data.seed), (0.0, 0.0, 0));

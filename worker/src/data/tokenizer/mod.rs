@@ -249,7 +249,10 @@ impl Tokenizer {
     pub fn misfit(&self, rows: u64) -> Option<String> {
         let (path, tokens) = (self.path.display(), self.vocab_size);
         (tokens > rows).then(|| {
-            format!("{path}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together")
+            format!(
+                "{path}: the tokenizer has {tokens} tokens, the model's embedding {rows}: they do not belong together; \
+                 a job of conversations leaves the model with its added tokens in `chat-model`, beside the adapter"
+            )
         })
     }
 
